@@ -1,0 +1,62 @@
+"""Layer-Aware Task Arithmetic for PyTorch Lightning.
+
+Names are imported when they are first used, so that ``import lata_lightning`` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lata_lightning.alignment import Alignment, LayerAlignment, align
+    from lata_lightning.callbacks.lata import LATACallback
+    from lata_lightning.errors import LataError
+    from lata_lightning.layers import LayerMap, layer_map
+    from lata_lightning.merging import Term, forget, merge
+    from lata_lightning.store.task_vector import TaskVector
+    from lata_lightning.weighting import drop_with_threshold, linear_drop_by_rank, log_drop_by_rank
+
+_HOMES = {
+    "Alignment": "alignment",
+    "LATACallback": "callbacks.lata",
+    "LataError": "errors",
+    "LayerAlignment": "alignment",
+    "LayerMap": "layers",
+    "TaskVector": "store.task_vector",
+    "Term": "merging",
+    "align": "alignment",
+    "drop_with_threshold": "weighting",
+    "forget": "merging",
+    "layer_map": "layers",
+    "linear_drop_by_rank": "weighting",
+    "log_drop_by_rank": "weighting",
+    "merge": "merging",
+}
+
+__all__ = [
+    "Alignment",
+    "LATACallback",
+    "LataError",
+    "LayerAlignment",
+    "LayerMap",
+    "TaskVector",
+    "Term",
+    "align",
+    "drop_with_threshold",
+    "forget",
+    "layer_map",
+    "linear_drop_by_rank",
+    "log_drop_by_rank",
+    "merge",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,40 @@
+"""The errors a user can meet: every one says what is wrong and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class LataError(Exception):
+    """Base of all errors raised on purpose; the command line prints it as one line and exits with 1."""
+
+
+class LayoutMismatchError(LataError):
+    """Two sets of tensors that must be the same differ in names, shapes or vocabulary."""
+
+
+class BaseMismatchError(LataError):
+    """Two vectors were not made from the same weights."""
+
+
+class SourceError(LataError):
+    """A path or hub id cannot be read as weights."""
+
+
+class CorruptFileError(LataError):
+    """A file is truncated, altered or holds NaN or infinite weights."""
+
+
+class OutputError(LataError):
+    """The output cannot be written: it exists already, or the disk is full."""
+
+
+class WeightingError(LataError):
+    """The layers cannot be ranked, or the rule is unknown."""
+
+
+def first_three(names: Iterable[str]) -> str:
+    """How many there are and the first three of them, for an error message."""
+    listed = sorted(names)
+    shown = ", ".join(repr(name) for name in listed[:3])
+    return f"{len(listed)}: [{shown}{', …' if len(listed) > 3 else ''}]"

@@ -1,0 +1,271 @@
+"""Which block and which part of a model a tensor belongs to.
+
+The unit that gets a coefficient is a *layer*: a transformer block (default), one of its submodules, or a single tensor. One algorithm finds
+the blocks for every layout. It looks at the numbered lists in tensor names (``model.layers.3…``, ``encoder.block.0.layer.1…``) and
+takes as blocks the children of the lists that hold attention; lists nested inside a block (experts, T5's sub-layers) stay inside it,
+lists of blocks nested inside stages (Swin, SegFormer) are followed down. Where a module is at hand its own structure answers what names can
+only suggest: which numbers are lists, which modules are attention, norms, embeddings and heads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast, get_args
+
+from torch import nn
+
+from lata_lightning.errors import LataError, first_three
+
+Level = Literal["block", "submodule", "tensor"]
+LEVELS: tuple[Level, ...] = get_args(Level)
+LayerRule = Callable[[str], "str | None"]
+
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_CROSS = re.compile(r"cross|encdec|encoder_attn|multihead_attn", re.IGNORECASE)
+_NORM = re.compile(r"norm|^ln(_|\d|$)|^bn\d*$", re.IGNORECASE)
+_MLP = re.compile(
+    r"mlp|ffn|feed_?forward|densereludense|densegateddense|experts?|moe|router|^ff|^fc|^intermediate$|^output$|^(linear|lin)\d$|"
+    r"^(up|down|gate)_proj$|^gate$|^w[123]$|^w[io](_\d)?$|_h$",
+    re.IGNORECASE,
+)
+_EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^shared$|patch|position|cls_token|mask_token", re.IGNORECASE)
+_HEAD = re.compile(r"head|classifier|^score$|qa_outputs|pooler|predictions|^cls$", re.IGNORECASE)
+
+
+class Place(NamedTuple):
+    """Where a tensor stands: its block (None outside the stack) and the part of the block, or its role outside of it."""
+
+    block: str | None
+    part: str
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """The place of every tensor of a model, blocks in the order in which the model runs them.
+
+    Attributes:
+        places: Tensor name to place. Parts inside a block: ``attention``, ``cross_attention``, ``mlp``, ``norm``, ``other``.
+            Roles outside: ``embedding``, ``head``, ``final_norm``, ``other``.
+        blocks: Names of the blocks in order.
+    """
+
+    places: Mapping[str, Place]
+    blocks: tuple[str, ...]
+
+    def layer_of(self, name: str, level: Level = "block") -> str | None:
+        """Name of the layer that holds the tensor; None for a tensor outside the blocks."""
+        block, part = self.places[name]
+        if block is None:
+            return None
+        return {"block": block, "submodule": f"{block}.{part}", "tensor": name}[check_level(level)]
+
+    def layers(self, level: Level = "block") -> dict[str, list[str]]:
+        """Tensor names by layer, layers in order."""
+        order = {block: index for index, block in enumerate(self.blocks)}
+        inside = [name for name, place in self.places.items() if place.block is not None]
+        inside.sort(key=lambda name: order[cast(str, self.places[name].block)])
+        found: dict[str, list[str]] = {}
+        for name in inside:
+            found.setdefault(cast(str, self.layer_of(name, level)), []).append(name)
+        return found
+
+    def outside(self) -> dict[str, str]:
+        """Role by tensor name, for the tensors that belong to no block."""
+        return {name: place.part for name, place in self.places.items() if place.block is None}
+
+
+def check_level(level: str) -> Level:
+    """The level itself; an error that lists the choices if there is no such level."""
+    if level not in LEVELS:
+        raise LataError(f"unknown level {level!r}; choose one of {', '.join(LEVELS)}")
+    return level
+
+
+def layer_map(names: Iterable[str], *, structure: nn.Module | None = None, rule: LayerRule | str | None = None) -> LayerMap:
+    """Place of every named tensor.
+
+    Args:
+        names: Tensor names as in a Hugging Face checkpoint or ``named_parameters()``.
+        structure: The module the names come from (meta tensors suffice). Without it names alone decide.
+        rule: For modules that follow no known layout: a callable from tensor name to block name (None: outside), or a regular
+            expression searched in the name, whose group ``block`` (else the whole match) is the block name.
+
+    Returns:
+        A map that covers every name; nothing is dropped. Without any repeated part all tensors stand outside.
+
+    Raises:
+        LataError: The rule is no valid regular expression, or it places no tensor at all.
+    """
+    names = list(names)
+    modules = dict(structure.named_modules()) if structure is not None else {}
+    if rule is not None:
+        block_of = _by_rule(names, rule)
+        blocks = sorted({block for block in block_of.values() if block is not None}, key=_natural)
+    else:
+        blocks = _find_blocks(names, modules)
+        if modules and not blocks:
+            # Checkpoints of some architectures are named otherwise than their modules: then the names decide.
+            modules = {}
+            blocks = _find_blocks(names, modules)
+        block_of = _by_prefix(names, blocks)
+    places = {}
+    for name in names:
+        block = block_of[name]
+        places[name] = Place(block, _part(name, block, modules) if block is not None else _role(name, modules))
+    return LayerMap(places, tuple(blocks))
+
+
+def skeleton(config: Mapping[str, Any]) -> nn.Module | None:
+    """The empty model (meta tensors) that a Hugging Face config describes; None where transformers does not know the architecture."""
+    import torch
+    import transformers
+
+    architectures = config.get("architectures") or []
+    model_class = getattr(transformers, architectures[0], None) if architectures else None
+    if model_class is None or "auto_map" in config or "model_type" not in config:
+        return None
+    settings = {key: value for key, value in config.items() if key != "model_type"}
+    with torch.device("meta"):
+        return cast(nn.Module, model_class(transformers.AutoConfig.for_model(config["model_type"], **settings)))
+
+
+def _by_rule(names: list[str], rule: LayerRule | str) -> dict[str, str | None]:
+    if isinstance(rule, str):
+        try:
+            pattern = re.compile(rule)
+        except re.error as error:
+            raise LataError(f"the layer rule {rule!r} is no regular expression: {error}") from error
+
+        def block_by_pattern(name: str) -> str | None:
+            match = pattern.search(name)
+            return None if match is None else match.group("block" if "block" in pattern.groupindex else 0)
+
+        rule = block_by_pattern
+    found = {name: rule(name) for name in names}
+    if not any(found.values()):
+        raise LataError(f"the layer rule places none of the tensors in a block; the tensors are {first_three(names)}")
+    return found
+
+
+class _List(NamedTuple):
+    """A numbered list in the names: its path and, by child path, the names below each child (relative to it)."""
+
+    path: str
+    children: dict[str, set[str]]
+
+
+def _lists_below(names: Iterable[str], root: str, modules: Mapping[str, nn.Module]) -> dict[str, _List]:
+    """The outermost numbered lists below a root path; by list path."""
+    found: dict[str, _List] = {}
+    for name in names:
+        if root and not name.startswith(root + "."):
+            continue
+        parts = name.split(".")
+        for position in range(root.count(".") + 1 if root else 0, len(parts) - 1):
+            if not parts[position].isdigit():
+                continue
+            path, child = ".".join(parts[:position]), ".".join(parts[: position + 1])
+            if modules and not isinstance(modules.get(path), nn.ModuleList | nn.Sequential):
+                continue
+            found.setdefault(path, _List(path, {})).children.setdefault(child, set()).add(".".join(parts[position + 1 :]))
+            break
+    return found
+
+
+def _find_blocks(names: list[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    lists = [found for found in _lists_below(names, "", modules).values() if len(found.children) > 0]
+    stacks = [found for found in lists if any(_holds_attention(child, found, modules) for child in found.children)]
+    if not stacks:
+        stacks = [found for found in lists if _repeats(found, modules)]
+    if modules:
+        order = {path: index for index, path in enumerate(modules)}
+        stacks.sort(key=lambda found: order[found.path])
+    else:
+        # Without a model: an encoder runs before its decoder.
+        stacks.sort(key=lambda found: ("decoder" in found.path, _natural(found.path)))
+    return [block for found in stacks for block in _descend(names, found, modules)]
+
+
+def _descend(names: list[str], stack: _List, modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """The blocks of a stack: its children, or, where a child is a stage made of whole blocks, the blocks of the stage."""
+    for child in sorted(stack.children, key=_natural):
+        below = [name for name in names if name.startswith(child + ".")]
+        inner = [
+            found
+            for found in _lists_below(below, child, modules).values()
+            if all(_holds_attention(grandchild, found, modules) for grandchild in found.children)
+            and (len(found.children) == 1 or _repeats(found, modules))
+        ]
+        if inner:
+            for found in inner:
+                yield from _descend(below, found, modules)
+        else:
+            yield child
+
+
+def _holds_attention(child: str, found: _List, modules: Mapping[str, nn.Module]) -> bool:
+    if modules:
+        below = (type(module).__name__ for path, module in modules.items() if path.startswith(child + "."))
+        return any(_ATTENTION.search(kind) and not _NORM.search(kind) for kind in below)
+    return any(
+        _ATTENTION.search(component) and not _NORM.search(component) for suffix in found.children[child] for component in suffix.split(".")
+    )
+
+
+def _repeats(found: _List, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether at least two children are of one kind: of one class or, from names alone, with a tensor name in common."""
+    children = list(found.children)
+    kinds = [{type(modules[child]).__name__} for child in children] if modules else [found.children[child] for child in children]
+    return any(first & second for index, first in enumerate(kinds) for second in kinds[index + 1 :])
+
+
+def _by_prefix(names: list[str], blocks: list[str]) -> dict[str, str | None]:
+    known = set(blocks)
+    found: dict[str, str | None] = {}
+    for name in names:
+        parts = name.split(".")
+        prefixes = (".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1))
+        found[name] = next((prefix for prefix in prefixes if prefix in known), None)
+    return found
+
+
+def _part(name: str, block: str, modules: Mapping[str, nn.Module]) -> str:
+    """The part of its block a tensor belongs to: the outermost telling word of its path, else the outermost telling class."""
+    parts = name.split(".")
+    below = range(block.count(".") + 1 if name.startswith(block + ".") else 0, len(parts))
+    words = [parts[position] for position in below]
+    kinds = [_kind(modules.get(".".join(parts[: position + 1]))) for position in below]
+    for word in words + kinds:
+        if _NORM.search(word):
+            return "norm"
+        if _ATTENTION.search(word):
+            return "cross_attention" if _CROSS.search(word) else "attention"
+        if _MLP.search(word):
+            return "mlp"
+    return "other"
+
+
+def _role(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """What a tensor outside the blocks is for, by the same rule."""
+    parts = name.split(".")
+    kinds = [_kind(modules.get(".".join(parts[: position + 1]))) for position in range(len(parts))]
+    for word in parts + kinds:
+        if _EMBEDDING.search(word):
+            return "embedding"
+        if _HEAD.search(word):
+            return "head"
+        if _NORM.search(word):
+            return "final_norm"
+    return "other"
+
+
+def _kind(module: nn.Module | None) -> str:
+    """Class name of a module that holds tensors itself; containers are named after too much to tell."""
+    return type(module).__name__ if module is not None and not any(module.children()) else ""
+
+
+def _natural(text: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key that puts layer 2 before layer 10."""
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text) if part)

@@ -1,0 +1,208 @@
+"""Merging and forgetting: onto + Σ scale · pure vector, streamed tensor by tensor into a complete model directory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lata_lightning.alignment import check_same_start
+from lata_lightning.errors import CorruptFileError, LataError
+from lata_lightning.store.cards import merge_card
+from lata_lightning.store.hashing import content_hash
+from lata_lightning.store.manifest import Identity, library_versions
+from lata_lightning.store.model_directory import MERGE_RECORD, copy_companions
+from lata_lightning.store.sources import Fingerprinted, Source, View, named_like, open_source, pair
+from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.store.writer import (
+    MAX_SHARD_BYTES,
+    Progress,
+    ShardWriter,
+    atomic_directory,
+    check_free,
+    float_dtype,
+    layout_size,
+    write_json,
+)
+
+# Elements summed at once: their float64 sums stay in the processor's cache.
+_CHUNK = 1 << 16
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of a merge.
+
+    Attributes:
+        vector: Its coefficients, if it has any, weight its layers.
+        scale: Multiplier of the whole vector, dimensionless; any finite number.
+    """
+
+    vector: TaskVector
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isfinite(self.scale):
+            raise LataError(f"the scale of {self.vector.label} must be a finite number, got {self.scale}")
+        if self.vector.start == "base" and self.vector.manifest.coefficients is not None:
+            raise LataError(
+                f"{self.vector.label} started from base, so its coefficients belong to what remains after the instruction vector is taken off: "
+                "give the instruction vector too (without(instruction_vector))"
+            )
+
+    def factor(self, name: str) -> float:
+        """Scale times coefficient of a tensor; 0 where the vector is known to be zero."""
+        return 0.0 if name in self.vector.unchanged else self.scale * self.vector.coefficient_of(name)
+
+    def record(self) -> dict[str, Any]:
+        """What the merge record says of this term."""
+        manifest = self.vector.manifest
+        return {
+            "vector": self.vector.label,
+            "kind": manifest.kind,
+            "start": {"kind": manifest.start, **asdict(manifest.start_identity)},
+            "tuned": asdict(manifest.tuned_identity),
+            "scale": self.scale,
+            "weighting": manifest.weighting,
+            "threshold": manifest.threshold if manifest.weighting == "threshold" else None,
+            "level": manifest.level,
+            "outside": 1.0 if manifest.coefficients is None else manifest.outside,
+            "coefficients": None if manifest.coefficients is None else dict(manifest.coefficients),
+        }
+
+
+def merge(
+    onto: str | Path | nn.Module | Mapping[str, Tensor] | Source,
+    terms: Sequence[Term],
+    output: str | Path,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    check_base: bool = True,
+    command: str | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write onto + Σ scale · coefficient · vector as a model directory.
+
+    The sum of a tensor is formed in float64 and rounded once to the output dtype. A tensor on which no vector acts is written as it is.
+
+    Args:
+        onto: The model to add to. Config, tokenizer and other small files of its directory are copied.
+        terms: The vectors, each with its scale.
+        output: A directory that does not exist yet; it appears complete or not at all.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; by default each tensor keeps the dtype it has in ``onto``.
+        max_shard_bytes: Bytes of tensors per file.
+        check_base: Refuse vectors that are known to start from different weights.
+        command: Recorded in the card as how the model was made.
+        progress: Called after each tensor.
+
+    Returns:
+        The output directory. Nothing else changes.
+
+    Raises:
+        LayoutMismatchError: A vector does not hold the tensors of ``onto``.
+        BaseMismatchError: Two vectors start from different weights.
+        OutputError: The output exists, or the disk is full.
+        CorruptFileError: Weights are not finite.
+        LataError: No vector is given, or the dtype is unknown.
+
+    Source: LATA, arXiv:2502.20186, task learning; with all coefficients 1, task arithmetic, arXiv:2212.04089.
+    """
+    target = Path(output)
+    check_free(target)
+    cast_to = None if dtype is None else float_dtype(dtype)
+    if not terms:
+        raise LataError("there is nothing to merge: give at least one vector")
+    if check_base:
+        check_same_start([term.vector for term in terms])
+    source = named_like(open_source(onto), terms[0].vector.tensors)
+    onto_weights, readers = _match(source, terms)
+    integers = [name for name in source.names if not source.dtype(name).is_floating_point]
+    layout = {name: (cast_to or onto_weights.dtype(name), onto_weights.shape(name)) for name in onto_weights.names}
+    layout |= {name: (source.dtype(name), source.shape(name)) for name in integers}
+    size = layout_size(layout)
+    with atomic_directory(target, size) as directory:
+        with ShardWriter(directory, "model", layout, max_shard_bytes=max_shard_bytes, metadata={"format": "pt"}) as writer:
+            for name in writer.order:
+                if name in integers:
+                    writer.write(name, source.read(name))
+                else:
+                    acting = [(reader, factor) for reader, term in zip(readers, terms, strict=True) if (factor := term.factor(name)) != 0]
+                    parts = [(reader.read(name), factor) for reader, factor in acting]
+                    try:
+                        merged = combine(onto_weights.read(name), parts, layout[name][0])
+                    except CorruptFileError as error:
+                        among = ", ".join([source.label, *(reader.label for reader, _ in acting)])
+                        raise CorruptFileError(f"{name}: {error} in one of {among}") from error
+                    writer.write(name, merged)
+                if progress is not None:
+                    progress(writer.written, size)
+        identity = Identity(source.location, source.revision, content_hash(onto_weights.hashes))
+        record = {
+            "onto": asdict(identity),
+            "terms": [term.record() for term in terms],
+            "command": command,
+            "content_hash": content_hash(writer.hashes),
+            "tensors": writer.hashes,
+            "versions": library_versions(),
+        }
+        copy_companions(source, directory, dtype)
+        write_json(directory / MERGE_RECORD, record)
+        (directory / "README.md").write_text(merge_card(target.name, record), "utf-8")
+    return target
+
+
+def forget(target: str | Path | nn.Module | Mapping[str, Tensor] | Source, term: Term, output: str | Path, **options: Any) -> Path:
+    """Write target − scale · coefficient · vector as a model directory: the merge of the negated term.
+
+    Args:
+        target: The model that has the unwanted skill.
+        term: The unwanted vector and how much of it to take off.
+        output: A directory that does not exist yet.
+        options: As for ``merge``.
+
+    Source: LATA, arXiv:2502.20186, task forgetting.
+    """
+    return merge(target, [Term(term.vector, -term.scale)], output, **options)
+
+
+def combine(onto: Tensor, parts: Sequence[tuple[Tensor, float]], dtype: torch.dtype) -> Tensor:
+    """Onto + Σ factor · vector, summed in float64, chunk by chunk, and rounded once.
+
+    Args:
+        onto: Weights of one tensor.
+        parts: Differences of the same shape, each with its factor.
+        dtype: Of the result. Without parts and with the dtype of ``onto``, the result is bit for bit ``onto``.
+
+    Raises:
+        CorruptFileError: The result is not finite.
+    """
+    flat = onto.reshape(-1)
+    merged = torch.empty(flat.shape, dtype=dtype)
+    for begin in range(0, flat.numel(), _CHUNK):
+        piece = slice(begin, begin + _CHUNK)
+        total = torch.zeros_like(flat[piece], dtype=torch.float64)
+        for vector, factor in parts:
+            # The vectors are summed before the weights are added, so that opposite terms cancel exactly.
+            total.add_(vector.reshape(-1)[piece].double(), alpha=factor)
+        total.add_(flat[piece].double())
+        merged[piece] = total
+        if not torch.isfinite(merged[piece]).all():
+            overflow = torch.isfinite(total).all()
+            raise CorruptFileError(f"values too large for {dtype}" if overflow else "NaN or infinite values")
+    return merged.reshape(onto.shape)
+
+
+def _match(source: Source, terms: Sequence[Term]) -> tuple[Fingerprinted, list[Source]]:
+    """The floating weights to add to, and every vector, under one set of names."""
+    weights: Source = View(source, {name: name for name in source.names if source.dtype(name).is_floating_point})
+    readers: list[Source] = []
+    for term in terms:
+        weights, reader = pair(weights, term.vector.tensors)
+        readers.append(reader)
+    return Fingerprinted(weights), readers

@@ -1,0 +1,152 @@
+"""The three sums per tensor on which everything else is arithmetic.
+
+⟨τ, τ_instr⟩, ‖τ‖² and ‖τ_instr‖² of a tensor add up over tensors, layers and shards, so they are measured once, at tensor level. Subtraction
+happens at the precision the weights are held in (never below float32), products and sums in float64, chunk by chunk, so that no
+temporary of the size of a tensor is made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lata_lightning.errors import CorruptFileError, LataError, LayoutMismatchError, first_three
+
+Start = Literal["instruct", "base"]
+STARTS: tuple[Start, ...] = ("instruct", "base")
+
+# Elements per chunk: on a CPU the float64 copies of a chunk stay in its cache, on an accelerator launches must not dominate.
+_CPU_CHUNK = 1 << 16
+_DEVICE_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over the entries of one tensor or of many.
+
+    Attributes:
+        inner: ⟨τ, τ_instr⟩.
+        task: ‖τ‖².
+        instruction: ‖τ_instr‖²; 0 where no instruction vector is known.
+    """
+
+    inner: float = 0.0
+    task: float = 0.0
+    instruction: float = 0.0
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.inner + other.inner, self.task + other.task, self.instruction + other.instruction)
+
+    @property
+    def task_norm(self) -> float:
+        """‖τ‖."""
+        return math.sqrt(self.task)
+
+    @property
+    def instruction_norm(self) -> float:
+        """‖τ_instr‖."""
+        return math.sqrt(self.instruction)
+
+    @property
+    def relative_norm(self) -> float | None:
+        """ρ = ‖τ‖ / ‖τ_instr‖; None where the instruction vector is zero."""
+        return None if self.instruction == 0 else math.sqrt(self.task / self.instruction)
+
+    @property
+    def alignment(self) -> float | None:
+        """cos(τ + τ_instr, τ_instr), in [-1, 1]; None where the instruction or the complex vector is zero.
+
+        Source: LATA, arXiv:2502.20186, step 2, written in the three sums: (a + c) / √((b + 2a + c)·c).
+        """
+        complex_squared = self.task + 2 * self.inner + self.instruction
+        if self.instruction == 0 or complex_squared <= 0:
+            return None
+        cosine = (self.inner + self.instruction) / math.sqrt(complex_squared) / math.sqrt(self.instruction)
+        return max(-1.0, min(1.0, cosine))
+
+
+def difference(tuned: Tensor, start: Tensor) -> Tensor:
+    """Tuned minus start, at the wider of their precisions and never below float32. Neither input changes."""
+    wide = torch.promote_types(torch.promote_types(tuned.dtype, start.dtype), torch.float32)
+    return tuned.to(wide) - start.to(wide)
+
+
+def tensor_sums(vector: Tensor, instruction: Tensor | None = None, *, subtract: Tensor | None = None, start: Start = "instruct") -> Tensor:
+    """The three sums of one tensor.
+
+    Args:
+        vector: Tuned minus start, of any shape and floating dtype; or the tuned weights, when ``subtract`` is given.
+        instruction: Instruct minus base, of the same shape.
+        subtract: The start weights, for a vector that does not exist yet.
+        start: ``"base"`` if the vector started from the base model. Then it is the complex vector, and the task vector is what remains after
+            the instruction vector is taken off.
+
+    Returns:
+        Float64 tensor of shape (3,) on the device of ``vector``: inner, task, instruction. No input changes.
+
+    Raises:
+        LayoutMismatchError: The shapes differ.
+        LataError: ``start`` is unknown, or ``"base"`` without an instruction vector.
+    """
+    check_start(start)
+    if start == "base" and instruction is None:
+        raise LataError("a vector that started from base needs the instruction vector: without it there is no task vector to measure")
+    for other in (instruction, subtract):
+        if other is not None and other.shape != vector.shape:
+            raise LayoutMismatchError(f"tensors of one name must have one shape, got {tuple(vector.shape)} and {tuple(other.shape)}")
+    sums = torch.zeros(3, dtype=torch.float64, device=vector.device)
+    flat, flat_instruction, flat_start = (
+        None if tensor is None else tensor.detach().reshape(-1) for tensor in (vector, instruction, subtract)
+    )
+    if flat is None:
+        return sums
+    chunk = _CPU_CHUNK if vector.device.type == "cpu" else _DEVICE_CHUNK
+    for begin in range(0, flat.numel(), chunk):
+        part = flat[begin : begin + chunk]
+        if flat_start is not None:
+            part = difference(part, flat_start[begin : begin + chunk].to(part.device))
+        task = part.double()
+        if flat_instruction is not None:
+            direction = flat_instruction[begin : begin + chunk].to(part.device).double()
+            if start == "base":
+                task = task - direction
+            sums[0] += torch.dot(task, direction)
+            sums[2] += torch.dot(direction, direction)
+        sums[1] += torch.dot(task, task)
+    return sums
+
+
+def moments_table(sums: Mapping[str, Tensor]) -> dict[str, Moments]:
+    """Measured sums as numbers, by tensor name.
+
+    Raises:
+        CorruptFileError: Sums that are not finite: the weights hold NaN or infinite values.
+    """
+    if not sums:
+        return {}
+    rows = torch.stack(list(sums.values())).tolist()
+    table = {name: Moments(*row) for name, row in zip(sums, rows, strict=True)}
+    broken = [name for name, found in table.items() if not math.isfinite(found.inner + found.task + found.instruction)]
+    if broken:
+        raise CorruptFileError(
+            f"weights must be finite; NaN or infinite values in {first_three(broken)}. Look for the step at which training diverged."
+        )
+    return table
+
+
+def total(moments: Iterable[Moments]) -> Moments:
+    """Sum of moments; zero moments for an empty iterable. Each of the sums is rounded once."""
+    rows = list(moments)
+    return Moments(*(math.fsum(getattr(row, field) for row in rows) for field in ("inner", "task", "instruction")))
+
+
+def check_start(start: str) -> Start:
+    """The kind of start itself; an error that lists the choices for any other word."""
+    if start not in STARTS:
+        raise LataError(f"unknown start {start!r}; choose one of {', '.join(STARTS)}")
+    return start

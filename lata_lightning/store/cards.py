@@ -1,0 +1,96 @@
+"""Model cards: the README.md of a saved task vector and of a merged model, in the form a hub accepts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lata_lightning.store.manifest import Manifest
+
+PAPER = "[LATA](https://arxiv.org/abs/2502.20186)"
+
+
+def vector_card(manifest: Manifest, name: str) -> str:
+    """Card of a task vector: what it is, between which weights, its alignment and coefficients."""
+    lines = _front_matter([manifest.start_identity.location], "lata_lightning", ["task-vector", "task-arithmetic", "lata"])
+    what = "An instruction vector (instruct − base)" if manifest.kind == "instruction" else f"A task vector (tuned − {manifest.start})"
+    lines += [
+        f"# {name}",
+        "",
+        f"{what} made with lata_lightning. **These are differences of weights, not a model**: add them to the model they start from.",
+        "",
+        "| | location | content hash |",
+        "|---|---|---|",
+        f"| start | {_cell(**asdict(manifest.start_identity))}",
+        f"| tuned | {_cell(**asdict(manifest.tuned_identity))}",
+        "",
+    ]
+    if manifest.step is not None:
+        lines += [f"Taken at optimizer step {manifest.step}, after {manifest.epoch} finished epochs.", ""]
+    if manifest.precision_loss is not None:
+        cosine = manifest.precision_loss.cosine
+        lines += [
+            f"Stored below the precision it was measured in: {manifest.precision_loss.zero_fraction:.2%} of the nonzero entries became zero, "
+            f"cosine to the full-precision difference {'undefined' if cosine is None else f'{cosine:.6f}'}.",
+            "",
+        ]
+    if manifest.alignment is not None:
+        lines += [
+            f"Alignment with the instruction vector, by {manifest.level}; coefficients by the rule `{manifest.weighting}` ({PAPER}):",
+            "",
+        ]
+        lines += ["| layer | alignment | relative norm | coefficient |", "|---|---|---|---|"]
+        for layer, stats in manifest.alignment.layers.items():
+            numbers = (stats.alignment, stats.relative_norm, stats.coefficient)
+            lines.append(f"| {layer} | " + " | ".join("–" if number is None else f"{number:.4f}" for number in numbers) + " |")
+        lines += ["", f"Tensors outside the layers have coefficient {manifest.outside:g}.", ""]
+        if manifest.alignment.flat:
+            lines += [
+                f"The alignments spread by {manifest.alignment.spread:.4f} only: too little to rank the layers by.",
+                "",
+            ]
+    lines += ["Read it with `lata_lightning.TaskVector.open(path)`; check its bytes with `lata verify`.", ""]
+    return "\n".join(lines)
+
+
+def merge_card(name: str, record: Mapping[str, Any]) -> str:
+    """Card of a merged model: from what it was made, how, and by which command.
+
+    Args:
+        name: Title.
+        record: The content of its merge record.
+    """
+    onto = record["onto"]
+    lines = _front_matter([onto["location"]], "transformers", ["merge", "task-arithmetic", "lata"])
+    lines += [f"# {name}", "", f"Made with lata_lightning by layer-aware task arithmetic ({PAPER}).", ""]
+    lines += ["| | location | content hash |", "|---|---|---|", f"| onto | {_cell(**onto)}", ""]
+    lines += ["| vector | scale | weighting | outside the layers |", "|---|---|---|---|"]
+    lines += [f"| {term['vector']} | {term['scale']:g} | {term['weighting']} | {term['outside']:g} |" for term in record["terms"]]
+    count = len(record["tensors"])
+    lines += [
+        "",
+        f"{count} tensors, content hash `{record['content_hash']}`; per-tensor hashes and coefficients are in `merge.json`.",
+        "",
+    ]
+    if record["command"]:
+        lines += ["```", record["command"], "```", ""]
+    return "\n".join(lines)
+
+
+def _front_matter(bases: Sequence[str | None], library: str, tags: Sequence[str]) -> list[str]:
+    lines = ["---", f"library_name: {library}"]
+    located = [location for location in bases if location is not None]
+    if located:
+        lines.append("base_model:")
+        # JSON strings are YAML strings, whatever characters a path holds.
+        lines += [f"- {json.dumps(location)}" for location in located]
+    return [*lines, "tags:", *(f"- {tag}" for tag in tags), "---", ""]
+
+
+def _cell(location: str | None, revision: str | None, content_hash: str | None) -> str:
+    where = "in memory" if location is None else f"`{location}`"
+    at = "" if revision is None else f" at `{revision}`"
+    return f"{where}{at} | {'–' if content_hash is None else f'`{content_hash}`'} |"

@@ -1,0 +1,212 @@
+"""What stands beside the tensors of a task vector: ``task_vector.json``, format version 1."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lata_lightning.alignment import Alignment
+from lata_lightning.errors import CorruptFileError, SourceError
+from lata_lightning.layers import LayerMap, Level, Place
+from lata_lightning.moments import Start
+from lata_lightning.store.sources import MANIFEST_NAME
+from lata_lightning.weighting import DEFAULT_THRESHOLD, Weighting
+
+Kind = Literal["task", "instruction"]
+FORMAT = "lata_lightning.task_vector"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which weights a vector was made from.
+
+    Attributes:
+        location: Path or hub id as it was given; None for weights in memory.
+        revision: Commit of the hub repository.
+        content_hash: Hash of names and values, the same for every precision and sharding that holds the same values.
+    """
+
+    location: str | None = None
+    revision: str | None = None
+    content_hash: str | None = None
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of the artefact.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Name of the dtype it is stored in, such as ``float32``.
+        hash: Hash of its stored bytes; None if it is not stored.
+        unchanged: The tensor was frozen: its difference is zero, and it takes no room in the file.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    hash: str | None = None
+    unchanged: bool = False
+
+
+@dataclass(frozen=True)
+class PrecisionLoss:
+    """What storing a difference below float32 cost.
+
+    Attributes:
+        zero_fraction: Share of the nonzero entries that became zero.
+        cosine: Cosine between the stored and the full-precision difference; None for a zero vector.
+    """
+
+    zero_fraction: float
+    cosine: float | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about a task vector but its tensors.
+
+    Attributes:
+        kind: ``task`` (tuned − start) or ``instruction`` (instruct − base).
+        start: What the fine-tune started from.
+        start_identity, tuned_identity: The two sides of the difference.
+        layers: Place of every tensor.
+        level: Unit of the coefficients.
+        outside: Coefficient of the tensors that belong to no layer.
+        weighting, threshold: The rule behind the coefficients, and its parameter.
+        coefficients: By layer; None as long as no rule has been applied.
+        alignment: The measurement behind the coefficients.
+        instruction_identity: Hash of the instruction vector that was measured against, by its two sides.
+        tied: Groups of names that are one tensor in the model.
+        step, epoch: When it was taken, in optimizer steps and finished epochs; None for vectors extracted from files.
+        precision_loss: Measured cost of a stored precision below float32.
+        tensors: Shape, dtype and hash by name; empty until the vector is saved.
+    """
+
+    kind: Kind
+    start: Start
+    layers: LayerMap
+    start_identity: Identity = Identity()
+    tuned_identity: Identity = Identity()
+    level: Level = "block"
+    outside: float = 0.0
+    weighting: Weighting = "none"
+    threshold: float = DEFAULT_THRESHOLD
+    coefficients: Mapping[str, float] | None = None
+    alignment: Alignment | None = None
+    instruction_identity: tuple[Identity, Identity] | None = None
+    tied: tuple[tuple[str, ...], ...] = ()
+    step: int | None = None
+    epoch: int | None = None
+    precision_loss: PrecisionLoss | None = None
+    tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types for JSON."""
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "kind": self.kind,
+            "start": {"kind": self.start, **asdict(self.start_identity)},
+            "tuned": asdict(self.tuned_identity),
+            "instruction_vector": None
+            if self.instruction_identity is None
+            else {"base": asdict(self.instruction_identity[0]), "instruct": asdict(self.instruction_identity[1])},
+            "step": self.step,
+            "epoch": self.epoch,
+            "level": self.level,
+            "outside": self.outside,
+            "weighting": {
+                "rule": self.weighting,
+                "threshold": self.threshold if self.weighting == "threshold" else None,
+            },
+            "coefficients": None if self.coefficients is None else dict(self.coefficients),
+            "alignment": None if self.alignment is None else self.alignment.to_json(),
+            "alignment_spread": None if self.alignment is None else self.alignment.spread,
+            "alignment_too_flat_to_rank": None if self.alignment is None else self.alignment.flat,
+            "precision_loss": None if self.precision_loss is None else asdict(self.precision_loss),
+            "blocks": list(self.layers.blocks),
+            "tied": [list(group) for group in self.tied],
+            "tensors": {
+                name: {
+                    **asdict(entry),
+                    "shape": list(entry.shape),
+                    "block": self.layers.places[name].block,
+                    "part": self.layers.places[name].part,
+                }
+                for name, entry in self.tensors.items()
+            },
+            "versions": library_versions(),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Manifest:
+        """The inverse of ``to_json``; library versions are informative only."""
+        entries = data["tensors"]
+        places = {name: Place(entry["block"], entry["part"]) for name, entry in entries.items()}
+        instruction = data["instruction_vector"]
+        rule = data["weighting"]
+        if data["kind"] not in get_args(Kind):
+            raise ValueError(f"kind {data['kind']!r}")
+        return cls(
+            kind=data["kind"],
+            start=data["start"]["kind"],
+            start_identity=Identity(**{key: value for key, value in data["start"].items() if key != "kind"}),
+            tuned_identity=Identity(**data["tuned"]),
+            layers=LayerMap(places, tuple(data["blocks"])),
+            level=data["level"],
+            outside=data["outside"],
+            weighting=rule["rule"],
+            threshold=DEFAULT_THRESHOLD if rule["threshold"] is None else rule["threshold"],
+            coefficients=data["coefficients"],
+            alignment=None if data["alignment"] is None else Alignment.from_json(data["alignment"]),
+            instruction_identity=None if instruction is None else (Identity(**instruction["base"]), Identity(**instruction["instruct"])),
+            tied=tuple(tuple(group) for group in data["tied"]),
+            step=data["step"],
+            epoch=data["epoch"],
+            precision_loss=None if data["precision_loss"] is None else PrecisionLoss(**data["precision_loss"]),
+            tensors={
+                name: TensorEntry(tuple(entry["shape"]), entry["dtype"], entry["hash"], entry["unchanged"])
+                for name, entry in entries.items()
+            },
+        )
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a saved task vector.
+
+    Raises:
+        SourceError: The directory holds none, or one of a newer format.
+        CorruptFileError: The manifest cannot be understood.
+    """
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        raise SourceError(
+            f"{directory} is no task vector: it holds no {MANIFEST_NAME}. Make one with: lata extract START TUNED --output {directory}"
+        )
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        if data["format"] != FORMAT:
+            raise SourceError(f"{path} is of format {data['format']!r}, expected {FORMAT!r}")
+        if data["format_version"] > FORMAT_VERSION:
+            raise SourceError(
+                f"{path} is of format version {data['format_version']}, this lata_lightning reads up to {FORMAT_VERSION}. Upgrade it."
+            )
+        return Manifest.from_json(data)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptFileError(f"{path} is no valid task vector manifest ({error!r})") from error
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that shape the numbers, without importing them."""
+    found = {}
+    for name in ("lata_lightning", "lightning", "peft", "torch", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
