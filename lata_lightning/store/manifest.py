@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -10,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lata_lightning.alignment import Alignment
-from lata_lightning.errors import CorruptFileError, SourceError
-from lata_lightning.layers import LayerMap, Level, Place
-from lata_lightning.moments import Start
+from lata_lightning.errors import CorruptFileError, SourceError, first_three
+from lata_lightning.layers import LEVELS, LayerMap, Level, Place
+from lata_lightning.moments import STARTS, Start
 from lata_lightning.store.sources import MANIFEST_NAME
-from lata_lightning.weighting import DEFAULT_THRESHOLD, Weighting
+from lata_lightning.weighting import DEFAULT_THRESHOLD, WEIGHTINGS, Weighting
 
 Kind = Literal["task", "instruction"]
 FORMAT = "lata_lightning.task_vector"
@@ -150,19 +151,34 @@ class Manifest:
         places = {name: Place(entry["block"], entry["part"]) for name, entry in entries.items()}
         instruction = data["instruction_vector"]
         rule = data["weighting"]
-        if data["kind"] not in get_args(Kind):
-            raise ValueError(f"kind {data['kind']!r}")
+        coefficients = data["coefficients"]
+        layers = LayerMap(places, tuple(data["blocks"]))
+        for word, choices in (
+            (data["kind"], get_args(Kind)),
+            (data["start"]["kind"], STARTS),
+            (data["level"], LEVELS),
+            (rule["rule"], WEIGHTINGS),
+        ):
+            if word not in choices:
+                raise ValueError(f"{word!r} is none of {choices}")
+        strange = {place.block for place in places.values()} - {None, *layers.blocks}
+        if strange:
+            raise ValueError(f"blocks that are not listed, {first_three(map(str, strange))}")
+        if coefficients is not None:
+            numbers = [*coefficients.values(), data["outside"]]
+            if set(coefficients) != set(layers.layers(data["level"])) or not all(math.isfinite(number) for number in numbers):
+                raise ValueError("coefficients that are not one finite number for each layer")
         return cls(
             kind=data["kind"],
             start=data["start"]["kind"],
             start_identity=Identity(**{key: value for key, value in data["start"].items() if key != "kind"}),
             tuned_identity=Identity(**data["tuned"]),
-            layers=LayerMap(places, tuple(data["blocks"])),
+            layers=layers,
             level=data["level"],
             outside=data["outside"],
             weighting=rule["rule"],
             threshold=DEFAULT_THRESHOLD if rule["threshold"] is None else rule["threshold"],
-            coefficients=data["coefficients"],
+            coefficients=coefficients,
             alignment=None if data["alignment"] is None else Alignment.from_json(data["alignment"]),
             instruction_identity=None if instruction is None else (Identity(**instruction["base"]), Identity(**instruction["instruct"])),
             tied=tuple(tuple(group) for group in data["tied"]),

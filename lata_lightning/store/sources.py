@@ -6,7 +6,7 @@ import json
 import pickle
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
@@ -142,7 +141,10 @@ class StateDictSource(Source):
         return self._tensors[name].dtype
 
     def read(self, name: str) -> Tensor:  # noqa: D102
-        return self._tensors[name].cpu()
+        tensor = self._tensors[name]
+        if tensor.is_meta:
+            raise SourceError(f"{name} of {self.label} is on the meta device: it has a shape and no values. Load the weights first.")
+        return tensor.cpu()
 
 
 class View(Source):
@@ -231,6 +233,15 @@ def shard_files(directory: Path, stem: str) -> list[Path]:
     return [directory / name for name in listed]
 
 
+def _check_index(directory: Path, source: Source) -> None:
+    """Refuse a directory whose shards lack tensors that its index lists, as when they come from two downloads."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        missing = set(json.loads(index.read_text("utf-8"))["weight_map"]) - set(source.names)
+        if missing:
+            raise CorruptFileError(f"{index} lists tensors that its files do not hold, {first_three(missing)}. Copy the directory again.")
+
+
 def _open_directory(path: Path, location: str) -> Source:
     if (path / MANIFEST_NAME).exists():
         raise SourceError(f"{path} is a task vector, and a model is needed here")
@@ -247,6 +258,7 @@ def _open_directory(path: Path, location: str) -> Source:
             )
         raise SourceError(f"{path} holds no model.safetensors and no model.safetensors.index.json")
     source = SafetensorsSource(files)
+    _check_index(path, source)
     source.location, source.directory = location, path
     config = path / "config.json"
     if config.is_file():
@@ -254,6 +266,8 @@ def _open_directory(path: Path, location: str) -> Source:
             source.config = json.loads(config.read_text("utf-8"))
         except ValueError as error:
             raise CorruptFileError(f"{config} is no JSON ({error})") from error
+        if not isinstance(source.config, dict):
+            raise CorruptFileError(f"{config} must hold a JSON object, it holds a {type(source.config).__name__}")
     return source
 
 
@@ -274,7 +288,7 @@ def _open_file(path: Path) -> Source:
             "(in Lightning: save_hyperparameters() with plain values)"
         ) from error
     except (RuntimeError, ValueError, EOFError, OSError) as error:
-        raise CorruptFileError(f"{path} is no readable checkpoint ({str(error).splitlines()[0]}). Is it complete?") from error
+        raise CorruptFileError(f"{path} is no readable checkpoint ({str(error).partition(chr(10))[0]}). Is it complete?") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise SourceError(f"{path} is no Lightning checkpoint: it has no 'state_dict'")
     return StateDictSource(checkpoint["state_dict"], str(path))
@@ -317,6 +331,18 @@ def pair(start: Source, tuned: Source) -> tuple[Source, Source]:
     odd = [name for name in common if start.shape(name) != tuned.shape(name)]
     if odd:
         raise LayoutMismatchError(_shape_message(start, tuned, odd))
+    kinds = [(name, side.dtype(name)) for name in common for side in (start, tuned)]
+    unusable = {name for name, dtype in kinds if dtype not in _DTYPES.values()}
+    if unusable:
+        raise SourceError(
+            f"{start.label} and {tuned.label} must hold plain floating or integer tensors; other dtypes have {first_three(unusable)}. Convert them first."
+        )
+    mixed = [name for name in common if start.dtype(name).is_floating_point != tuned.dtype(name).is_floating_point]
+    if mixed:
+        raise LayoutMismatchError(
+            f"{start.label} and {tuned.label} must both hold weights as floating numbers; integers on one side only are {first_three(mixed)}. "
+            "Is one of them quantised?"
+        )
     names = {name: name for name in common}
     return View(start, names), View(tuned, names)
 
@@ -337,7 +363,7 @@ def named_like(source: Source, reference: Source) -> Source:
     if not isinstance(source, StateDictSource):
         return source
     wanted = set(reference.names)
-    prefix = "" if set(source.names) & wanted else _module_prefix(source.names, wanted)
+    prefix = "" if set(source.names) & wanted else _module_prefix(source, wanted)
     names = {name[len(prefix) :]: name for name in source.names if name.startswith(prefix)}
     for alias, held in source.tied.items():
         if alias.startswith(prefix) and alias[len(prefix) :] in wanted and held[len(prefix) :] not in wanted:
@@ -346,16 +372,22 @@ def named_like(source: Source, reference: Source) -> Source:
     return View(source, names)
 
 
-def _module_prefix(names: Iterable[str], wanted: Container[str]) -> str:
+def _module_prefix(source: Source, wanted: Container[str]) -> str:
     """The path under which most of the wanted names are found, with its dot; empty if there is none."""
     found: dict[str, int] = {}
-    for name in names:
+    for name in source.names:
         parts = name.split(".")
         for cut in range(1, len(parts)):
             if ".".join(parts[cut:]) in wanted:
                 prefix = ".".join(parts[:cut]) + "."
                 found[prefix] = found.get(prefix, 0) + 1
-    return max(found, key=lambda prefix: found[prefix]) if found else ""
+    most = [prefix for prefix in found if found[prefix] == max(found.values())]
+    if len(most) > 1:
+        raise LayoutMismatchError(
+            f"{source.label} must hold the model once; as many of its tensors are found under each of {first_three(most)}. "
+            "Give the state dict of the one that is meant."
+        )
+    return most[0] if most else ""
 
 
 def _stored_twice(source: Source, name: str, other: Source) -> bool:

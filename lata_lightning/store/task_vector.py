@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ class TaskVector(Mapping[str, Tensor]):
             start_identity=Identity(start_source.location, start_source.revision),
             tuned_identity=Identity(tuned_source.location, tuned_source.revision),
         )
-        return cls(_Difference(start_source, tuned_source, floating), manifest)
+        return cls(Difference(start_source, tuned_source, floating), manifest)
 
     @classmethod
     def open(cls, path: str | Path) -> TaskVector:
@@ -153,7 +154,7 @@ class TaskVector(Mapping[str, Tensor]):
         """What the fine-tune started from."""
         return self.manifest.start
 
-    @property
+    @cached_property
     def unchanged(self) -> frozenset[str]:
         """Tensors that are known to be zero without reading them."""
         return frozenset(name for name, entry in self.manifest.tensors.items() if entry.unchanged)
@@ -180,13 +181,16 @@ class TaskVector(Mapping[str, Tensor]):
             alignment: What ``align`` measured on this vector.
             weighting: ``"linear"``, ``"log"``, ``"threshold"``, or ``"none"``, which gives 1 to every layer.
             threshold: For ``"threshold"``.
-            outside: Coefficient of embeddings, final norm, head and whatever else belongs to no layer.
+            outside: Coefficient of embeddings, final norm, head and whatever else belongs to no layer; 1 with ``"none"``.
             instruction_vector: Recorded as what the alignment was measured with.
 
         Raises:
             WeightingError: The rule is unknown, or the layers cannot be ranked.
         """
         found = coefficients(alignment, weighting, threshold)
+        if weighting == "none":
+            # Plain task arithmetic weights nothing, inside the layers or outside.
+            outside = 1.0
         instruction = (
             None if instruction_vector is None else (instruction_vector.manifest.start_identity, instruction_vector.manifest.tuned_identity)
         )
@@ -231,7 +235,7 @@ class TaskVector(Mapping[str, Tensor]):
             raise LataError(f"{self.label} started from instruct: there is no instruction vector in it to take off")
         check_same_tensors(self, instruction_vector)
         manifest = replace(self.manifest, start="instruct", start_identity=instruction_vector.manifest.tuned_identity, tensors={})
-        return TaskVector(_Difference(instruction_vector.tensors, self.tensors, list(self), identify=False), manifest)
+        return TaskVector(Difference(instruction_vector.tensors, self.tensors, self, identify=False), manifest)
 
     def save(
         self,
@@ -285,7 +289,7 @@ class TaskVector(Mapping[str, Tensor]):
 
     def _identities(self) -> dict[str, Any]:
         """Identities of both sides with the hashes that reading them has brought."""
-        if not isinstance(self.tensors, _Difference):
+        if not isinstance(self.tensors, Difference):
             return {}
         start, tuned = self.tensors.content_hashes()
         return {
@@ -311,30 +315,39 @@ def verify(path: str | Path) -> int:
     return len(expected)
 
 
-class _Difference(Source):
-    """Tuned minus start, computed when it is read; notes the hashes of both sides if it is to identify them."""
+class Difference(Source):
+    """Tuned minus start, computed when it is read; notes the hashes of both sides if it is to identify them.
 
-    def __init__(self, start: Source, tuned: Source, names: list[str], *, identify: bool = True) -> None:
+    Args:
+        start, tuned: Both under one set of names.
+        names: The tensors to hold.
+        identify: Whether to hash what is read.
+        known: Hashes of tensors that are equal on both sides and need not be read.
+    """
+
+    def __init__(
+        self, start: Source, tuned: Source, names: Iterable[str], *, identify: bool = True, known: Mapping[str, str] | None = None
+    ) -> None:
         self._start, self._tuned = (Fingerprinted(start), Fingerprinted(tuned)) if identify else (start, tuned)
-        self._names = tuple(names)
+        self._names, self._known = tuple(names), dict(known or {})
         self.location = f"{tuned.label} − {start.label}"
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def names(self) -> tuple[str, ...]:  # noqa: D102
         return self._names
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
         return self._start.shape(name)
 
-    def dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str) -> torch.dtype:  # noqa: D102
         return torch.promote_types(torch.promote_types(self._start.dtype(name), self._tuned.dtype(name)), torch.float32)
 
-    def read(self, name: str) -> Tensor:
-        return difference(self._tuned.read(name), self._start.read(name))
+    def read(self, name: str) -> Tensor:  # noqa: D102
+        return difference(self._tuned.read(name).cpu(), self._start.read(name).cpu())
 
     def content_hashes(self) -> tuple[str | None, str | None]:
         """Content hash of start and tuned; None as long as not every tensor has been read."""
-        sides = (side.hashes if isinstance(side, Fingerprinted) else {} for side in (self._start, self._tuned))
+        sides = ({**self._known, **side.hashes} if isinstance(side, Fingerprinted) else {} for side in (self._start, self._tuned))
         one, other = (content_hash(hashes) if len(hashes) == len(self._names) else None for hashes in sides)
         return one, other
 

@@ -16,14 +16,13 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from lata_lightning.errors import LataError, OutputError
+from lata_lightning.errors import LataError, OutputError, first_three
 from lata_lightning.store.hashing import hash_stored, tensor_bytes
 
 MAX_SHARD_BYTES = 2 << 30
 PARTIAL_MARK = ".partial-"
 _CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,6 +75,17 @@ def atomic_directory(path: Path, size: int = 0) -> Iterator[Path]:
         raise
 
 
+def replace_directory(new: Path, old: Path) -> None:
+    """Put a finished directory in the place of an older one, which goes only when the new one stands."""
+    if not old.exists():
+        new.rename(old)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{old.name}{PARTIAL_MARK}", dir=old.parent))
+    old.rename(aside / old.name)
+    new.rename(old)
+    shutil.rmtree(aside)
+
+
 class ShardWriter:
     """Safetensors files of one directory, written tensor by tensor in a layout that is known beforehand.
 
@@ -100,6 +110,9 @@ class ShardWriter:
     ) -> None:
         self._directory, self._stem, self._layout = directory, stem, layout
         self._metadata = dict(metadata or {})
+        odd = [name for name, (dtype, _) in layout.items() if dtype not in _CODES]
+        if odd:
+            raise LataError(f"safetensors files cannot hold every dtype; {layout[odd[0]][0]} and the like are in {first_three(odd)}")
         self._shards = _split(layout, max_shard_bytes)
         self._file_of = {name: self._file_name(index) for index, shard in enumerate(self._shards) for name in shard}
         self._starts = {shard[0]: shard for shard in self._shards}
@@ -117,7 +130,7 @@ class ShardWriter:
         """Append the next tensor and note the hash of its bytes."""
         expected = next(self._pending, None)
         if name != expected or (tensor.dtype, tuple(tensor.shape)) != self._layout[name]:
-            raise LataError(f"tensor {name!r} was written out of turn: {expected!r} was due, as {self._layout.get(name)}")
+            raise LataError(f"tensor {name!r} was written out of turn: {expected!r} was due, as {self._layout.get(expected or '')}")
         if name in self._starts:
             self._start_file(self._starts[name])
         if self._open is not None:
@@ -132,7 +145,12 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._end_file()
-        if kind is None and len(self._shards) > 1:
+        if kind is not None:
+            return
+        missing = list(self._pending)
+        if missing:
+            raise LataError(f"not every tensor of the layout was written; missing are {first_three(missing)}")
+        if len(self._shards) > 1:
             index = {
                 "metadata": {"total_size": layout_size(self._layout)},
                 "weight_map": {name: self._file_of[name] for name in sorted(self._layout)},
@@ -160,10 +178,10 @@ class ShardWriter:
 
     def _end_file(self) -> None:
         if self._open is not None:
-            self._open.flush()
-            os.fsync(self._open.fileno())
-            self._open.close()
-            self._open = None
+            file, self._open = self._open, None
+            with file:
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def layout_size(layout: Layout) -> int:
@@ -207,7 +225,7 @@ def _tensor_size(dtype: torch.dtype, shape: Iterable[int]) -> int:
 def _output_error(path: Path, error: OSError) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(f"the disk is full while writing {path}. Make room, or write elsewhere; nothing was left behind.")
-    if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+    if error.errno in (errno.EEXIST, errno.ENOTEMPTY) and path.exists():
         return OutputError(f"{path} exists already. Choose another output path, or remove it first.")
     return OutputError(f"{path} cannot be written: {error.strerror or error}")
 

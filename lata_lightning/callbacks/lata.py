@@ -1,0 +1,291 @@
+"""The callback that watches a task vector grow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lata_lightning.alignment import Alignment, alignment_of
+from lata_lightning.callbacks.history import HISTORY_NAME, append_history, cut_history, log_layers, summary
+from lata_lightning.callbacks.tracker import Tracker
+from lata_lightning.errors import LataError, OutputError, first_three
+from lata_lightning.layers import LayerRule, Level, check_level
+from lata_lightning.moments import Start, check_start, moments_table, total
+from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.store.writer import PARTIAL_MARK, float_dtype, replace_directory
+from lata_lightning.tables import alignment_table, flat_warning, show
+from lata_lightning.weighting import DEFAULT_THRESHOLD, Weighting, check_weighting
+
+VECTOR_NAME = "task_vector"
+STATE_VERSION = 1
+_Result = TypeVar("_Result")
+
+
+class LATACallback(pl.Callback):
+    """Measure the task vector while it is trained, and export it with its layer coefficients at the end.
+
+    Keeps the weights the fine-tune starts from, and at every epoch end takes three sums per tensor between them, the weights in training and a
+    stored instruction vector. Training is bit for bit what it would be without the callback.
+
+    Args:
+        instruction_vector: A saved instruction vector, or a pair (base, instruct) of models to take the difference of. Without one only norms
+            are measured, and alignment can be computed from the exported vector later (``lata align``).
+        start: What the fine-tune starts from: ``"instruct"`` or ``"base"``.
+        weighting: Rule for the coefficients: ``"linear"``, ``"log"``, ``"threshold"`` or ``"none"``.
+        level: Unit of the coefficients: ``"block"``, ``"submodule"`` or ``"tensor"``.
+        every_n_epochs: Measure at the end of every n-th epoch; 0 for the end of training only.
+        every_n_train_steps: Measure whenever another n optimizer steps are done, too.
+        base_weights: ``"auto"`` or ``"memory"`` keeps a copy of every trainable tensor on the CPU; any other text is a directory or checkpoint
+            that holds the start weights and is read again at each measurement, which takes no memory.
+        output_dir: Where history and vector go; by default a folder named after ``name`` in the trainer's log directory. It must not hold
+            the results of another run.
+        export: What to write at the end of training: ``"vector"``, or nothing.
+        threshold: For the rule ``"threshold"``.
+        outside: Coefficient of the tensors that belong to no layer.
+        model: Path of the model inside the LightningModule, where it holds several.
+        layers: Rule that names the blocks, for modules of no known layout (see ``layer_map``).
+        dtype: Precision of the exported vector.
+        table: Print a table of the layers at the end of training.
+        name: Prefix of the logged keys. Several callbacks in one trainer need different names.
+
+    Logged, where ``{name}`` is ``lata`` unless given, through ``LightningModule.log`` with the same value on every rank:
+
+    ========================== =================================================================================
+    key                        value
+    ========================== =================================================================================
+    ``{name}/task_norm``       ‖τ‖ over the whole model
+    ``{name}/relative_norm``   ‖τ‖ / ‖τ_instr‖ over the whole model
+    ``{name}/alignment``       cos(τ + τ_instr, τ_instr) over the whole model
+    ``{name}/alignment_min``   smallest alignment of a layer; also ``_max``, and ``_spread`` for their difference
+    ========================== =================================================================================
+
+    All but the first need an instruction vector. Figures of each layer go to every logger as ``{name}/alignment/{layer}``,
+    ``{name}/relative_norm/{layer}`` and ``{name}/task_norm/{layer}``, and to ``history.jsonl`` in the output directory.
+
+    Checkpoint state: ``version``, ``last_step`` (optimizer steps at the last measurement) and ``fingerprint`` (a hash of the start value of each
+    tensor), some 100 bytes per tensor. Copies of the start weights cost their own size in CPU memory: 4 bytes per trainable parameter in
+    float32, on rank zero only.
+
+    Raises:
+        LataError: An argument has no meaning; the start weights of a resumed run cannot be known; the strategy shards the weights.
+
+    Source: LATA, arXiv:2502.20186.
+    """
+
+    def __init__(
+        self,
+        instruction_vector: str | Path | tuple[str, str] | TaskVector | None = None,
+        start: Start = "instruct",
+        weighting: Weighting = "linear",
+        level: Level = "block",
+        every_n_epochs: int = 1,
+        every_n_train_steps: int | None = None,
+        base_weights: str = "auto",
+        output_dir: str | Path | None = None,
+        export: Sequence[Literal["vector"]] = ("vector",),
+        *,
+        threshold: float = DEFAULT_THRESHOLD,
+        outside: float = 0.0,
+        model: str | None = None,
+        layers: LayerRule | str | None = None,
+        dtype: str = "float32",
+        table: bool = True,
+        name: str = "lata",
+    ) -> None:
+        if every_n_epochs < 0 or (every_n_train_steps is not None and every_n_train_steps < 1):
+            raise LataError(
+                f"every_n_epochs must be at least 0 and every_n_train_steps at least 1, got {every_n_epochs} and {every_n_train_steps}"
+            )
+        unknown = set(export) - {"vector"}
+        if unknown or isinstance(export, str):
+            raise LataError(f"export must be a sequence of the word 'vector', or empty, got {export!r}")
+        float_dtype(dtype)
+        self.instruction_vector = instruction_vector
+        self.start, self.weighting, self.level = check_start(start), check_weighting(weighting), check_level(level)
+        self.every_n_epochs, self.every_n_train_steps = every_n_epochs, every_n_train_steps
+        self.base_weights, self.output_dir, self.export = base_weights, output_dir, tuple(export)
+        self.threshold, self.outside, self.model, self.layers, self.dtype, self.table, self.name = (
+            threshold, outside, model, layers, dtype, table, name
+        )  # fmt: skip
+        self.alignment: Alignment | None = None
+        """The last measurement; with coefficients once training has ended."""
+        self._tracker: Tracker | None = None
+        self._restored: Mapping[str, str] | None = None
+        self._last_step: int | None = None
+        self._directory: Path | None = None
+        self._settled = False
+        self._fresh = False
+
+    @property
+    def state_key(self) -> str:
+        """Key of the callback's state in a checkpoint; differs between callbacks of different names."""
+        return self._generate_state_key(name=self.name)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Keep the weights tentatively: on one device and under DDP this is the last hook before a resumed run restores trained ones."""
+        if stage != "fit":
+            return
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+            raise LataError(
+                f"LATACallback cannot measure weights that {type(trainer.strategy).__name__} spreads over devices; use one device or strategy='ddp'"
+            )
+        self._restored = None
+        if self._settled and trainer.global_step > 0:
+            return  # Another fit of the same trainer goes on from the weights it has: the start stays what it was.
+        self._last_step, self._settled, self.alignment = None, False, None
+        self._tracker = Tracker(
+            pl_module,
+            model=self.model,
+            instruction=_open_instruction(self.instruction_vector),
+            start=self.start,
+            base_weights=self.base_weights,
+            layers=self.layers,
+        )
+        if trainer.is_global_zero:
+            self._tracker.capture_early()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Settle which weights are the start: the model now has its final precision, and a resumed run its trained weights."""
+        log_dir = trainer.log_dir  # Every rank has to ask for it, or those that do wait for the others.
+        if not getattr(trainer, "fast_dev_run", False):
+            self._directory = Path(self.output_dir or Path(log_dir or trainer.default_root_dir) / self.name)
+        resumed = self._restored is not None or trainer.ckpt_path is not None
+        if not self._settled:
+            self._on_rank_zero(trainer, lambda: self._settle(trainer, resumed))
+        self._settled, self._fresh = True, not resumed and trainer.global_step == 0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Before the first step, look whether weights were loaded late; before any step, keep what was unfrozen since the last one."""
+        if self._fresh:
+            self._on_rank_zero(trainer, self._require_tracker().capture_late)
+            self._fresh = False
+        if trainer.is_global_zero:
+            self._require_tracker().capture_unfrozen()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Measure when another ``every_n_train_steps`` optimizer steps are done."""
+        every = self.every_n_train_steps
+        # Compared in multiples, as several optimizers advance global_step by more than one.
+        if every is not None and trainer.global_step // every > (self._last_step or 0) // every:
+            self._measure(trainer, pl_module, on_step=True)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure at the end of every ``every_n_epochs``-th epoch."""
+        if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._measure(trainer, pl_module, on_step=False)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure once more if steps were taken since, then export."""
+        if self._last_step != trainer.global_step or self.alignment is None:
+            self._measure(trainer, pl_module, on_step=None)
+        self._on_rank_zero(trainer, lambda: self._export(trainer))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Version, last measured step, and a hash of the start value of every tensor; None before a fit has settled them."""
+        fingerprint = (
+            dict(self._tracker.kept.fingerprint()) if self._tracker is not None and self._settled and self._tracker.captured else None
+        )
+        return {"version": STATE_VERSION, "last_step": self._last_step, "fingerprint": fingerprint}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the state of the run that is resumed."""
+        version = state_dict.get("version", STATE_VERSION)
+        if version > STATE_VERSION:
+            raise LataError(
+                f"the checkpoint's LATACallback state is of version {version}, this release reads up to {STATE_VERSION}. Upgrade it."
+            )
+        # The learning-rate and batch-size finders save and load once before a fresh run has started: that is no resume.
+        if state_dict.get("fingerprint") is not None:
+            self._restored = state_dict["fingerprint"]
+            self._last_step = state_dict.get("last_step")
+
+    def _require_tracker(self) -> Tracker:
+        if self._tracker is None:
+            raise LataError("LATACallback was not set up: it has to be among the trainer's callbacks when fit is called")
+        return self._tracker
+
+    def _settle(self, trainer: pl.Trainer, resumed: bool) -> None:
+        tracker = self._require_tracker()
+        tracker.settle(self._restored, resumed=resumed)
+        tracker.check_instruction(self.level, weighted=self.weighting != "none")
+        if self._directory is not None:
+            held = [file for file in (HISTORY_NAME, VECTOR_NAME) if (self._directory / file).exists()]
+            if held and not resumed:
+                raise OutputError(
+                    f"{self._directory} holds the {held[0]} of another run. Give this run an output_dir of its own, or remove it."
+                )
+            cut_history(self._directory / HISTORY_NAME, trainer.global_step)
+        kept = tracker.kept
+        cost = f"{kept.size / 2**20:,.1f} MiB in CPU memory" if kept.size else "no memory"
+        rank_zero_info(f"LATACallback: keeps the start weights of {len(kept.changing)} trainable tensors, at the cost of {cost}")
+
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, on_step: bool | None) -> None:
+        """Take the sums on rank zero, share them, and log; ``on_step`` is None where logging is not allowed any more."""
+        tracker = self._require_tracker()
+        names, sums, tracker.places = self._on_rank_zero(trainer, lambda: (*tracker.sums(), tracker.places))
+        table = moments_table(dict(zip(names, sums, strict=True)))
+        alignment = alignment_of(table, tracker.places, self.level, self.start)
+        figures = summary(total(table.values()), alignment, self.instruction_vector is not None)
+        again = self._last_step == trainer.global_step and self.alignment is not None
+        self.alignment, self._last_step = alignment, trainer.global_step
+        if not trainer.barebones and on_step is not None:
+            logged = {f"{self.name}/{key}": value for key, value in figures.items()}
+            pl_module.log_dict(logged, on_step=on_step, on_epoch=not on_step, rank_zero_only=False, batch_size=1)
+        if trainer.is_global_zero and not again:
+            log_layers(trainer.loggers, self.name, alignment, trainer.global_step)
+            if self._directory is not None:
+                append_history(self._directory / HISTORY_NAME, trainer.global_step, trainer.current_epoch, figures, alignment)
+
+    def _export(self, trainer: pl.Trainer) -> None:
+        tracker = self._require_tracker()
+        instruction = tracker.instruction
+        alignment = self.alignment if instruction is not None else None
+        vector = tracker.task_vector(alignment, trainer.global_step, trainer.current_epoch)
+        if alignment is not None and alignment.undefined and self.weighting != "none":
+            rank_zero_warn(
+                f"the alignment is undefined in {first_three(alignment.undefined)} layers; the vector is exported without coefficients"
+            )
+        elif alignment is not None:
+            vector = vector.weighted(
+                alignment, self.weighting, threshold=self.threshold, outside=self.outside, instruction_vector=instruction
+            )
+            self.alignment = vector.manifest.alignment
+            if alignment.flat:
+                rank_zero_info(f"LATACallback: {flat_warning(alignment)}")
+            if self.table and self.alignment is not None:
+                show(alignment_table(self.alignment, f"{self.name}: alignment at step {trainer.global_step}"))
+        if self._directory is not None and "vector" in self.export:
+            partial = self._directory / f".{VECTOR_NAME}{PARTIAL_MARK}new"
+            vector.save(partial, dtype=self.dtype)
+            replace_directory(partial, self._directory / VECTOR_NAME)
+            rank_zero_info(f"LATACallback: the task vector is in {self._directory / VECTOR_NAME}")
+
+    def _on_rank_zero(self, trainer: pl.Trainer, work: Callable[[], _Result]) -> _Result:
+        """Do something on rank zero, and give its result, or raise its error, on every rank: an error on one would leave the others waiting."""
+        result: _Result | None = None
+        error: LataError | None = None
+        if trainer.is_global_zero:
+            try:
+                result = work()
+            except LataError as caught:
+                error = caught
+        if trainer.world_size > 1:
+            result, error = trainer.strategy.broadcast((result, error), src=0)
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]  # rank zero's, on every rank
+
+
+def _open_instruction(given: str | Path | Sequence[str] | TaskVector | None) -> TaskVector | None:
+    if given is None or isinstance(given, TaskVector):
+        return given
+    if isinstance(given, str | Path):
+        return TaskVector.open(given)
+    if len(given) != 2:
+        raise LataError(f"instruction_vector must be a saved vector or a pair (base, instruct), got {given!r}")
+    return TaskVector.between(given[0], given[1], kind="instruction")

@@ -1,0 +1,100 @@
+"""The model inside a LightningModule, as a source of named tensors."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lata_lightning.errors import LataError, first_three
+from lata_lightning.store.sources import Source
+
+_COMPILED = "_orig_mod."
+
+
+class LiveModel(Source):
+    """Floating parameters and persistent buffers of a module in training, under the names its checkpoint would have.
+
+    Tied tensors appear once, under their first name; the markers of compiled submodules are taken off. ``read`` gives the tensor as it
+    stands, on its device and without a copy, so what it returns changes with the next optimizer step.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        config = getattr(module, "config", None)
+        self.config = config.to_dict() if config is not None and hasattr(config, "to_dict") else None
+        # Transformers notes here what the weights were loaded from.
+        self.location = getattr(config, "_name_or_path", None) or None
+        persistent = module.state_dict(keep_vars=True).keys()
+        parameters = dict(module.named_parameters())
+        buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
+        self._tensors = {
+            name.replace(_COMPILED, ""): tensor for name, tensor in {**parameters, **buffers}.items() if tensor.is_floating_point()
+        }
+
+    @property
+    def names(self) -> tuple[str, ...]:  # noqa: D102
+        return tuple(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:  # noqa: D102
+        return self._tensors[name].dtype
+
+    def read(self, name: str) -> Tensor:  # noqa: D102
+        return self._tensors[name].detach()
+
+    @property
+    def changing(self) -> tuple[str, ...]:
+        """Names of the tensors that training can change now: parameters that ask for gradients, and buffers."""
+        return tuple(name for name, tensor in self._tensors.items() if tensor.requires_grad or not isinstance(tensor, nn.Parameter))
+
+    @property
+    def materialized(self) -> bool:
+        """Whether there are weights at all: not before ``configure_model`` has built them, not on the meta device."""
+        return bool(self._tensors) and not any(tensor.is_meta for tensor in self._tensors.values())
+
+
+def find_model(module: nn.Module, name: str | None = None) -> nn.Module:
+    """The model to watch inside a LightningModule.
+
+    Args:
+        module: The LightningModule.
+        name: Path of the model inside of it, such as ``"model"``; None to look for it.
+
+    Returns:
+        The outermost peft model if there is one, else the outermost transformers model, else the module itself.
+
+    Raises:
+        LataError: There is nothing under that name, or two models of equal standing.
+    """
+    if name is not None:
+        try:
+            return module.get_submodule(name)
+        except AttributeError as error:
+            children = [child for child, _ in module.named_children()]
+            raise LataError(f"the LightningModule has no submodule {name!r}; its children are {children}") from error
+    for kinds in (_peft_kinds(), _transformers_kinds()):
+        found: dict[str, nn.Module] = {}
+        for path, candidate in module.named_modules():
+            if isinstance(candidate, kinds) and not any(path.startswith(outer + ".") or outer == "" for outer in found):
+                found[path] = candidate
+        if len(found) > 1:
+            raise LataError(f"the LightningModule holds several models, {first_three(found)}; say which one to watch with model=…")
+        if found:
+            return next(iter(found.values()))
+    return module
+
+
+def _peft_kinds() -> tuple[Any, ...]:
+    # What was never imported cannot have been used to build the module.
+    peft = sys.modules.get("peft")
+    return (peft.PeftModel,) if peft is not None else ()
+
+
+def _transformers_kinds() -> tuple[Any, ...]:
+    transformers = sys.modules.get("transformers")
+    return (transformers.PreTrainedModel,) if transformers is not None else ()

@@ -1,0 +1,58 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import IO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lata_lightning.alignment import FLAT_SPREAD, Alignment, LayerStats
+
+
+def alignment_table(alignment: Alignment, title: str = "") -> Table:
+    """The layers of a measurement and, below a line, the tensors outside of them."""
+    rows = [(layer, *_figures(stats)) for layer, stats in alignment.layers.items()]
+    rest = [(f"{name} (outside)", *_figures(stats)) for name, stats in alignment.outside.items()]
+    table = plain_table([alignment.level, "alignment", "relative norm", "task norm", "coefficient"], rows, title, sections=[len(rows)])
+    for row in rest:
+        table.add_row(*row)
+    if alignment.flat:
+        table.caption = flat_warning(alignment)
+    return table
+
+
+def flat_warning(alignment: Alignment) -> str:
+    """One sentence for alignments that are too close to rank by."""
+    return f"The alignments spread by {alignment.spread:.4f}, less than {FLAT_SPREAD}: too little to rank the layers by."
+
+
+def plain_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", sections: Sequence[int] = ()) -> Table:
+    """A table whose first column is text and whose other columns are figures; a line after each row number in ``sections``."""
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
+    table.add_column(columns[0])
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
+    for number, row in enumerate(rows, start=1):
+        table.add_row(*row, end_section=number in sections)
+    return table
+
+
+def show(*tables: Table, file: IO[str] | None = None) -> None:
+    """Print tables to standard output, or to a file, in full width where the output is no terminal."""
+    console = Console(file=file)
+    if not console.is_terminal:
+        # A pipe has no width; cutting figures to 80 columns would lose them.
+        console = Console(file=file, width=200)
+    for table in tables:
+        console.print(table)
+
+
+def _figures(stats: LayerStats) -> tuple[str, str, str, str]:
+    values = (stats.alignment, stats.relative_norm, stats.task_norm, stats.coefficient)
+    alignment, relative, norm, coefficient = (
+        "–" if value is None else f"{value:.4g}" if index == 2 else f"{value:.4f}" for index, value in enumerate(values)
+    )
+    return alignment, relative, norm, coefficient

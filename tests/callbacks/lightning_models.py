@@ -1,0 +1,68 @@
+"""A LightningModule around a tiny Llama, and a Trainer that writes nothing but what a test asks for."""
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+
+CONFIG = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 32,
+    "max_position_embeddings": 16,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def tiny_llama(seed=0, **changes):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**{**CONFIG, **changes}))
+
+
+def shifted(model, seed, size=0.02):
+    """A copy of the model with noise on every parameter."""
+    generator = torch.Generator().manual_seed(seed)
+    copy = tiny_llama(tie_word_embeddings=model.config.tie_word_embeddings)
+    copy.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for parameter in copy.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=size)
+    return copy
+
+
+class Module(pl.LightningModule):
+    def __init__(self, model, learning_rate=0.05):
+        super().__init__()
+        self.model = model
+        self.learning_rate = learning_rate
+        self.losses = []
+
+    def training_step(self, batch, batch_idx):
+        loss = self.model(input_ids=batch, labels=batch).loss
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.learning_rate)
+
+
+def batches(count=6, size=2):
+    tokens = torch.randint(3, 32, (count * size, 8), generator=torch.Generator().manual_seed(1))
+    return DataLoader(tokens, batch_size=size)
+
+
+def trainer(directory, *callbacks, **options):
+    options = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, **options}
+    return pl.Trainer(
+        default_root_dir=directory,
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        devices=options.pop("devices", 1),
+        **options,
+    )
