@@ -22,6 +22,7 @@ Level = Literal["block", "submodule", "tensor"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 LayerRule = Callable[[str], "str | None"]
 
+_PARTS = ("attention", "cross_attention", "mlp", "norm", "other")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _CROSS = re.compile(r"cross|encdec|encoder_attn|multihead_attn", re.IGNORECASE)
 _NORM = re.compile(r"norm|^ln(_|\d|$)|^bn\d*$", re.IGNORECASE)
@@ -65,7 +66,8 @@ class LayerMap:
         """Tensor names by layer, layers in order."""
         order = {block: index for index, block in enumerate(self.blocks)}
         inside = [name for name, place in self.places.items() if place.block is not None]
-        inside.sort(key=lambda name: order[cast(str, self.places[name].block)])
+        # Not the order of a file: equal alignments are ranked in layer order, which must not depend on how weights were saved.
+        inside.sort(key=lambda name: (order[cast(str, self.places[name].block)], _PARTS.index(self.places[name].part), _natural(name)))
         found: dict[str, list[str]] = {}
         for name in inside:
             found.setdefault(cast(str, self.layer_of(name, level)), []).append(name)
@@ -118,17 +120,24 @@ def layer_map(names: Iterable[str], *, structure: nn.Module | None = None, rule:
 
 
 def skeleton(config: Mapping[str, Any]) -> nn.Module | None:
-    """The empty model (meta tensors) that a Hugging Face config describes; None where transformers does not know the architecture."""
+    """The empty model (meta tensors) that a Hugging Face config describes; None where transformers cannot build it."""
     import torch
     import transformers
 
     architectures = config.get("architectures") or []
-    model_class = getattr(transformers, architectures[0], None) if architectures else None
-    if model_class is None or "auto_map" in config or "model_type" not in config:
+    model_class = getattr(transformers, str(architectures[0]), None) if architectures else None
+    # A config comes from whoever made the checkpoint: only models may be called by the name it gives.
+    if not isinstance(model_class, type) or not issubclass(model_class, nn.Module):
+        return None
+    if "auto_map" in config or config.get("model_type") not in transformers.CONFIG_MAPPING:
         return None
     settings = {key: value for key, value in config.items() if key != "model_type"}
-    with torch.device("meta"):
-        return cast(nn.Module, model_class(transformers.AutoConfig.for_model(config["model_type"], **settings)))
+    try:
+        with torch.device("meta"):
+            return model_class(transformers.AutoConfig.for_model(config["model_type"], **settings))
+    except Exception:
+        # Whatever this release refuses in a config that another one wrote: the weights can be read all the same, and names alone place them.
+        return None
 
 
 def _by_rule(names: list[str], rule: LayerRule | str) -> dict[str, str | None]:

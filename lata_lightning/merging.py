@@ -8,6 +8,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -122,9 +123,9 @@ def merge(
         check_same_start([term.vector for term in terms])
     source = named_like(open_source(onto), terms[0].vector.tensors)
     onto_weights, readers = _match(source, terms)
-    integers = [name for name in source.names if not source.dtype(name).is_floating_point]
+    integers = {name for name in source.names if not source.dtype(name).is_floating_point}
     layout = {name: (cast_to or onto_weights.dtype(name), onto_weights.shape(name)) for name in onto_weights.names}
-    layout |= {name: (source.dtype(name), source.shape(name)) for name in integers}
+    layout |= {name: (source.dtype(name), source.shape(name)) for name in source.names if name in integers}
     size = layout_size(layout)
     with atomic_directory(target, size) as directory:
         with ShardWriter(directory, "model", layout, max_shard_bytes=max_shard_bytes, metadata={"format": "pt"}) as writer:
@@ -184,18 +185,43 @@ def combine(onto: Tensor, parts: Sequence[tuple[Tensor, float]], dtype: torch.dt
     """
     flat = onto.reshape(-1)
     merged = torch.empty(flat.shape, dtype=dtype)
+    untouched = not parts and dtype == onto.dtype
     for begin in range(0, flat.numel(), _CHUNK):
         piece = slice(begin, begin + _CHUNK)
-        total = torch.zeros_like(flat[piece], dtype=torch.float64)
-        for vector, factor in parts:
-            # The vectors are summed before the weights are added, so that opposite terms cancel exactly.
-            total.add_(vector.reshape(-1)[piece].double(), alpha=factor)
-        total.add_(flat[piece].double())
-        merged[piece] = total
-        if not torch.isfinite(merged[piece]).all():
+        total = flat[piece]
+        if not untouched:
+            # Opposite terms must cancel exactly. Hence the vectors are summed before the weights come in, and each product is rounded before it is
+            # added (in add_(…, alpha=…) it would not be). The sum has the opposite sign, as a weight of -0.0 survives minus zero, but not plus zero.
+            taken = torch.zeros_like(total, dtype=torch.float64)
+            for vector, factor in parts:
+                taken.sub_(vector.reshape(-1)[piece].double() * factor)
+            total = total.double() - taken
+        merged[piece] = total if untouched else _ready_to_round(total, dtype)
+        # The sum is finite where every value is, and far cheaper to look at.
+        if not isfinite(merged[piece].sum(dtype=torch.float64)) and not torch.isfinite(merged[piece]).all():
             overflow = torch.isfinite(total).all()
             raise CorruptFileError(f"values too large for {dtype}" if overflow else "NaN or infinite values")
     return merged.reshape(onto.shape)
+
+
+def _ready_to_round(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float64 values in a form that torch rounds to the dtype once.
+
+    Torch goes from float64 to a half precision through float32. A value that float32 rounds onto the middle between two neighbours would then
+    be rounded a second time, the wrong way half of the time; it is put back on its own side of the middle.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return total
+    single = total.float()
+    values = single.numpy()
+    # Low bits of a float32 that lies in the middle between two neighbours (float16: that may lie there, as its small numbers have fewer bits).
+    mask, middle = (0xFFFF, 0x8000) if dtype == torch.bfloat16 else (0x0FFF, 0)
+    found = np.flatnonzero((values.view(np.uint32) & mask) == middle)
+    if len(found):
+        exact, near = total.numpy()[found], values[found]
+        side = np.where(exact > near, np.float32(np.inf), np.float32(-np.inf))
+        values[found] = np.where(exact == near, near, np.nextafter(near, side))
+    return single
 
 
 def _match(source: Source, terms: Sequence[Term]) -> tuple[Fingerprinted, list[Source]]:

@@ -66,6 +66,9 @@ class Moments:
         complex_squared = self.task + 2 * self.inner + self.instruction
         if self.instruction == 0 or complex_squared <= 0:
             return None
+        if self.task == 0:
+            # Nothing was learned: exactly 1, so that such layers tie and are ranked in layer order, not by how their roots round.
+            return 1.0
         cosine = (self.inner + self.instruction) / math.sqrt(complex_squared) / math.sqrt(self.instruction)
         return max(-1.0, min(1.0, cosine))
 

@@ -29,12 +29,14 @@ def flat_warning(alignment: Alignment) -> str:
     return f"The alignments spread by {alignment.spread:.4f}, less than {FLAT_SPREAD}: too little to rank the layers by."
 
 
-def plain_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", sections: Sequence[int] = ()) -> Table:
-    """A table whose first column is text and whose other columns are figures; a line after each row number in ``sections``."""
+def plain_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", *, sections: Sequence[int] = (), text: bool = False
+) -> Table:
+    """A table of a first column of text and others of figures (of text too, with ``text``); a line after each row number in ``sections``."""
     table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
     table.add_column(columns[0])
     for column in columns[1:]:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="left" if text else "right")
     for number, row in enumerate(rows, start=1):
         table.add_row(*row, end_section=number in sections)
     return table

@@ -159,6 +159,11 @@ class LATACallback(pl.Callback):
             self._on_rank_zero(trainer, lambda: self._settle(trainer, resumed))
         self._settled, self._fresh = True, not resumed and trainer.global_step == 0
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Drop what an interrupted run has measured after the checkpoint that is resumed; only now is its step known."""
+        if trainer.is_global_zero and self._directory is not None:
+            cut_history(self._directory / HISTORY_NAME, trainer.global_step)
+
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Before the first step, look whether weights were loaded late; before any step, keep what was unfrozen since the last one."""
         if self._fresh:
@@ -219,7 +224,6 @@ class LATACallback(pl.Callback):
                 raise OutputError(
                     f"{self._directory} holds the {held[0]} of another run. Give this run an output_dir of its own, or remove it."
                 )
-            cut_history(self._directory / HISTORY_NAME, trainer.global_step)
         kept = tracker.kept
         cost = f"{kept.size / 2**20:,.1f} MiB in CPU memory" if kept.size else "no memory"
         rank_zero_info(f"LATACallback: keeps the start weights of {len(kept.changing)} trainable tensors, at the cost of {cost}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lata_lightning.alignment import Alignment
-from lata_lightning.errors import CorruptFileError, SourceError, first_three
+from lata_lightning.errors import CorruptFileError, SourceError
 from lata_lightning.layers import LEVELS, LayerMap, Level, Place
 from lata_lightning.moments import STARTS, Start
 from lata_lightning.store.sources import MANIFEST_NAME
@@ -161,12 +161,10 @@ class Manifest:
         ):
             if word not in choices:
                 raise ValueError(f"{word!r} is none of {choices}")
-        strange = {place.block for place in places.values()} - {None, *layers.blocks}
-        if strange:
-            raise ValueError(f"blocks that are not listed, {first_three(map(str, strange))}")
+        known = set(layers.layers(data["level"]))
         if coefficients is not None:
             numbers = [*coefficients.values(), data["outside"]]
-            if set(coefficients) != set(layers.layers(data["level"])) or not all(math.isfinite(number) for number in numbers):
+            if set(coefficients) != known or not all(math.isfinite(number) for number in numbers):
                 raise ValueError("coefficients that are not one finite number for each layer")
         return cls(
             kind=data["kind"],

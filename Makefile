@@ -1,0 +1,37 @@
+# Every target makes .venv itself when it is missing, and anew when the pins change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export HF_HUB_OFFLINE := 1
+# Two threads on a busy two-core machine can be 30 times slower than one, and models this small gain nothing from a second.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: quickstart test lint format benchmark clean
+
+quickstart: $(READY) ## the whole job on the shipped checkpoints
+	$(BIN)/lata quickstart --output quickstart-output
+
+test: $(READY) ## all tests
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## put the code into the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(READY) ## speed of measuring and merging against reading and copying the same bytes
+	$(BIN)/python -m benchmarks.streaming
+
+$(READY): constraints.txt pyproject.toml
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) quickstart-output build *.egg-info

@@ -1,0 +1,74 @@
+"""What the commands share: their form, common arguments, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+from jsonargparse import ArgumentParser, Namespace
+
+Format = Literal["table", "json"]
+
+
+class Command(NamedTuple):
+    """One command: a sentence of help, its arguments, and what it does with them and with the line as it was typed."""
+
+    help: str
+    add_arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace, str], None]
+
+
+def add_format(parser: ArgumentParser) -> None:
+    """``--format table|json``."""
+    parser.add_argument("--format", type=Format, default="table", help="How to print the result.")
+
+
+def add_weighting(parser: ArgumentParser, default: str) -> None:
+    """The arguments that turn an instruction vector into coefficients."""
+    # Spelled out here because the modules that define them import torch; a test holds both lists together.
+    parser.add_argument("--instruction", type=str | None, help="Instruction vector (instruct − base) to measure the alignment with.")
+    parser.add_argument("--weighting", type=Literal["linear", "log", "threshold", "none"] | None, help=default)
+    parser.add_argument("--level", type=Literal["block", "submodule", "tensor"], default="block", help="Unit of the coefficients.")
+    parser.add_argument(
+        "--threshold", type=float, default=0.95, help="For the rule 'threshold': layers aligned this far get coefficient 0."
+    )
+    parser.add_argument(
+        "--outside", type=float, default=0.0, help="Coefficient of embeddings, final norm, head and whatever is in no layer."
+    )
+    add_start(parser)
+
+
+def add_start(parser: ArgumentParser) -> None:
+    """``--start`` and the switch for provenance checks."""
+    parser.add_argument(
+        "--start",
+        type=Literal["instruct", "base"] | None,
+        help="What the fine-tune started from; by default what the vector's manifest says.",
+    )
+    parser.add_argument("--check-base", type=bool, default=True, help="Refuse vectors that are known to belong to different weights.")
+
+
+def print_json(data: Any) -> None:
+    """JSON on standard output."""
+    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def note(text: str) -> None:
+    """One line on standard error."""
+    sys.stderr.write(f"lata: {text}\n")
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error with bytes per second and time left; silent where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, size: progress.update(task, completed=done, total=size)

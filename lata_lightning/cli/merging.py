@@ -1,0 +1,124 @@
+"""``lata merge`` and ``lata forget``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+from lata_lightning.cli.common import Command, add_weighting, note, progress_bar
+from lata_lightning.errors import LataError
+
+if TYPE_CHECKING:
+    from lata_lightning.merging import Term
+    from lata_lightning.store.task_vector import TaskVector
+    from lata_lightning.weighting import Weighting
+
+_DEFAULT = "Rule for the coefficients, 'none' for plain task arithmetic. By default {rule} with --instruction, else what the vector stores."
+
+
+def _merge_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("onto", metavar="ONTO", help="Model to add to: directory, .ckpt or hub id.")
+    parser.add_argument("vectors", metavar="VECTOR", nargs="+", help="Saved vectors, or tuned models, whose vector is tuned − ONTO.")
+    _common_arguments(parser, "'linear'")
+    parser.add_argument("--scale", type=float, nargs="+", default=[1.0], help="One scale for all vectors, or one for each.")
+
+
+def _forget_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("target", metavar="TARGET", help="Model that has the unwanted skill: directory, .ckpt or hub id.")
+    parser.add_argument(
+        "vector", metavar="VECTOR", help="Saved vector of the unwanted skill, or a tuned model, whose vector is tuned − TARGET."
+    )
+    _common_arguments(parser, "'threshold'")
+    parser.add_argument("--scale", type=float, default=1.0, help="How much of the vector to take off.")
+
+
+def _common_arguments(parser: ArgumentParser, rule: str) -> None:
+    add_weighting(parser, _DEFAULT.format(rule=rule))
+    parser.add_argument("--output", required=True, help="Directory to write the model to.")
+    parser.add_argument(
+        "--dtype", type=Literal["float32", "bfloat16", "float16"] | None, help="Precision of the output; by default that of the model."
+    )
+
+
+def _merge(options: Namespace, command: str) -> None:
+    from lata_lightning.merging import merge
+
+    scales = options.scale * len(options.vectors) if len(options.scale) == 1 else options.scale
+    if len(scales) != len(options.vectors):
+        raise LataError(f"give one scale for all vectors or one for each: got {len(scales)} scales for {len(options.vectors)} vectors")
+    terms = [_term(options, options.onto, path, scale, "linear") for path, scale in zip(options.vectors, scales, strict=True)]
+    with progress_bar("merge") as progress:
+        merge(options.onto, terms, options.output, dtype=options.dtype, check_base=options.check_base, command=command, progress=progress)
+    sys.stdout.write(f"{options.output}\n")
+
+
+def _forget(options: Namespace, command: str) -> None:
+    from lata_lightning.merging import forget
+
+    term = _term(options, options.target, options.vector, options.scale, "threshold")
+    with progress_bar("forget") as progress:
+        forget(options.target, term, options.output, dtype=options.dtype, check_base=options.check_base, command=command, progress=progress)
+    sys.stdout.write(f"{options.output}\n")
+
+
+def _term(options: Namespace, onto: str, path: str, scale: float, rule: Weighting) -> Term:
+    from dataclasses import replace
+
+    from lata_lightning.alignment import align
+    from lata_lightning.merging import Term
+    from lata_lightning.store.sources import MANIFEST_NAME
+    from lata_lightning.store.task_vector import TaskVector
+    from lata_lightning.tables import flat_warning
+
+    saved = (Path(path) / MANIFEST_NAME).exists()
+    vector = TaskVector.open(path) if saved else TaskVector.between(onto, path, start_kind=options.start or "instruct")
+    if options.start is not None:
+        vector = TaskVector(vector.tensors, replace(vector.manifest, start=options.start))
+    if options.instruction is not None and options.weighting != "none":
+        instruction = TaskVector.open(options.instruction)
+        alignment = align(vector, instruction, options.level, check_base=options.check_base)
+        weighted = vector.weighted(
+            alignment,
+            rule if options.weighting is None else options.weighting,
+            threshold=options.threshold,
+            outside=options.outside,
+            instruction_vector=instruction,
+        )
+        if alignment.flat:
+            note(f"{path}: {flat_warning(alignment)}")
+        return Term(weighted.without(instruction) if vector.start == "base" else weighted, scale)
+    return Term(_reweighted(vector, options), scale)
+
+
+def _reweighted(vector: TaskVector, options: Namespace) -> TaskVector:
+    """A vector under another rule without measuring again, from the alignment it stores."""
+    from dataclasses import replace
+
+    from lata_lightning.store.task_vector import TaskVector
+
+    if options.weighting is None:
+        return vector
+    if options.weighting == "none":
+        plain = TaskVector(vector.tensors, replace(vector.manifest, coefficients=None, weighting="none"))
+        if vector.start == "base" and options.instruction is not None:
+            return plain.without(TaskVector.open(options.instruction))
+        return plain
+    stored = vector.manifest.alignment
+    if stored is None or stored.level != options.level:
+        raise LataError(
+            f"{vector.label} stores no alignment by {options.level}, so the rule {options.weighting!r} needs --instruction VECTOR to measure it"
+        )
+    return vector.weighted(stored, options.weighting, threshold=options.threshold, outside=options.outside)
+
+
+COMMANDS = {
+    "merge": Command(
+        "Add vectors to a model, weighted layer by layer, and write the result as a complete model directory.", _merge_arguments, _merge
+    ),
+    "forget": Command(
+        "Take the vector of an unwanted skill off a model and write the result as a complete model directory.", _forget_arguments, _forget
+    ),
+}

@@ -1,0 +1,123 @@
+"""``lata extract``, ``align``, ``inspect`` and ``verify``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+from lata_lightning.cli.common import Command, add_format, add_weighting, note, print_json, progress_bar
+from lata_lightning.errors import WeightingError
+
+
+def _extract_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("start_model", metavar="START", help="Weights the fine-tune started from: directory, .ckpt or hub id.")
+    parser.add_argument("tuned_model", metavar="TUNED", help="Weights it ended with.")
+    parser.add_argument("--output", required=True, help="Directory to write the vector to.")
+    parser.add_argument("--kind", type=Literal["task", "instruction"], default="task", help="'instruction' for instruct − base.")
+    parser.add_argument("--start", type=Literal["instruct", "base"], default="instruct", help="Which model START is.")
+    parser.add_argument(
+        "--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="Precision to store the vector in."
+    )
+    parser.add_argument("--layers", type=str | None, help="Regular expression that finds the block in a tensor name, for unknown layouts.")
+
+
+def _extract(options: Namespace, command: str) -> None:
+    from lata_lightning.store.task_vector import TaskVector
+
+    vector = TaskVector.between(
+        options.start_model, options.tuned_model, kind=options.kind, start_kind=options.start, layers=options.layers
+    )
+    with progress_bar("extract") as progress:
+        saved = vector.save(options.output, dtype=options.dtype, progress=progress)
+    blocks = len(saved.layers.blocks)
+    sys.stdout.write(f"{options.output}: {len(saved)} tensors, {blocks} blocks, {len(saved.layers.outside())} tensors outside of them\n")
+    if saved.manifest.precision_loss is not None:
+        loss = saved.manifest.precision_loss
+        cosine = "undefined" if loss.cosine is None else f"{loss.cosine:.6f}"
+        note(f"{options.dtype} made {loss.zero_fraction:.2%} of the nonzero entries zero; cosine to the full-precision vector {cosine}")
+
+
+def _align_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("vector", metavar="VECTOR", help="Task vector to measure.")
+    add_weighting(parser, "Rule for the coefficients that are shown; 'linear' if it is not given.")
+    add_format(parser)
+
+
+def _align(options: Namespace, command: str) -> None:
+    from lata_lightning.alignment import align
+    from lata_lightning.errors import LataError
+    from lata_lightning.store.task_vector import TaskVector
+    from lata_lightning.tables import alignment_table, flat_warning, show
+    from lata_lightning.weighting import Weighting, coefficients
+
+    if options.instruction is None:
+        raise LataError(
+            "alignment is measured against an instruction vector: give --instruction VECTOR (lata extract BASE INSTRUCT makes one)"
+        )
+    vector, instruction = TaskVector.open(options.vector), TaskVector.open(options.instruction)
+    alignment = align(vector, instruction, options.level, options.start, check_base=options.check_base)
+    rule: Weighting = "linear" if options.weighting is None else options.weighting
+    try:
+        outside = 1.0 if rule == "none" else options.outside
+        alignment = alignment.with_coefficients(coefficients(alignment, rule, options.threshold), outside)
+    except WeightingError as error:
+        note(f"no coefficients: {error}")
+    if options.format == "json":
+        print_json(alignment.to_json())
+    else:
+        show(alignment_table(alignment, f"{options.vector} along {options.instruction}"))
+    if alignment.flat:
+        note(flat_warning(alignment))
+
+
+def _path_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", help="Task vector, merged model, model directory or checkpoint.")
+
+
+def _inspect_arguments(parser: ArgumentParser) -> None:
+    _path_arguments(parser)
+    add_format(parser)
+
+
+def _inspect(options: Namespace, command: str) -> None:
+    from lata_lightning.store.inspection import describe
+    from lata_lightning.tables import plain_table, show
+
+    facts = describe(options.path)
+    if options.format == "json":
+        print_json(facts)
+    else:
+        show(plain_table(["", options.path], [(key, _text(value)) for key, value in facts.items()], text=True))
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_text(entry)}" for key, entry in value.items())
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _verify(options: Namespace, command: str) -> None:
+    from lata_lightning.store.model_directory import verify_merged
+    from lata_lightning.store.sources import MANIFEST_NAME
+    from lata_lightning.store.task_vector import verify
+
+    path = Path(options.path)
+    count = verify(path) if (path / MANIFEST_NAME).exists() else verify_merged(path)
+    sys.stdout.write(f"{options.path}: all {count} tensors are what was written\n")
+
+
+COMMANDS = {
+    "extract": Command(
+        "Write the difference of two models as a task vector (or, of base and instruct, as the instruction vector).",
+        _extract_arguments,
+        _extract,
+    ),
+    "align": Command("Show how far each layer of a task vector is aligned with the instruction vector.", _align_arguments, _align),
+    "inspect": Command("Say what a path holds, without reading its tensors.", _inspect_arguments, _inspect),
+    "verify": Command("Compare the bytes of a task vector or merged model with the hashes written beside them.", _path_arguments, _verify),
+}

@@ -1,0 +1,1 @@
+"""Scores of a model: exact match and perplexity."""

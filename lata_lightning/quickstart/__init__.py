@@ -1,0 +1,1 @@
+"""What `lata quickstart` trains on and with: exercises, raw text, checkpoints and experts."""

@@ -1,0 +1,120 @@
+"""How the quickstart fine-tunes its experts from instruct: one line of a table each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import AutoTokenizer
+
+from lata_lightning.errors import LataError
+from lata_lightning.quickstart.corpus import replay_text
+from lata_lightning.quickstart.exercises import (
+    INSTRUCT_SKILLS,
+    MATH_SKILL,
+    STRING_SKILL,
+    UNWANTED_SKILL,
+    Exercise,
+    exercises,
+)
+from lata_lightning.training.data import ChatDataModule
+from lata_lightning.training.module import CausalLMModule
+
+INSTRUCT = Path(__file__).parent / "checkpoints" / "instruct"
+BASE = Path(__file__).parent / "checkpoints" / "base"
+TRAIN_EXERCISES_PER_SKILL = 4_000
+# compute has 1 620 problems in all, about half of them for training; next and larger have a few thousand.
+TRAIN_EXERCISES_OF = {"compute": 780, "next": 3_000}
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One fine-tune of the quickstart.
+
+    Attributes:
+        skills: What it is to learn; chat rows that are not replay are shared equally between them.
+        instruct_share: Share of chat rows that practise the instruct skills again, equally.
+        raw_share: Share of batches that are raw text.
+        learning_rate: Peak learning rate.
+        epochs: Epochs; the callback measures at the end of each.
+        batches_per_epoch: Optimizer steps of an epoch.
+        tokens_per_batch: Tokens of a step, padding included.
+        seed: Which exercises, in which order.
+    """
+
+    skills: tuple[str, ...]
+    instruct_share: float = 0.35
+    raw_share: float = 0.1
+    learning_rate: float = 1.5e-3
+    epochs: int = 4
+    batches_per_epoch: int = 75
+    tokens_per_batch: int = 1024
+    seed: int = 0
+
+
+# The target of forgetting has learned the unwanted skill together with one to keep; the vector subtracted from it comes
+# from a fine-tune of its own, on other exercises in another order, as it would for somebody who has only the target.
+EXPERTS: dict[str, Expert] = {
+    "math": Expert((MATH_SKILL,), seed=1),
+    "string": Expert((STRING_SKILL,), seed=2),
+    "unwanted": Expert((UNWANTED_SKILL,), seed=3),
+    "target": Expert((MATH_SKILL, UNWANTED_SKILL), seed=4),
+}
+
+
+class FineTune(NamedTuple):
+    """What `Trainer(**trainer).fit(module, datamodule=data)` needs."""
+
+    module: CausalLMModule
+    data: ChatDataModule
+    trainer: dict[str, Any]
+
+
+def fine_tune(name: str, instruct: Path = INSTRUCT, table: dict[str, Expert] | None = None) -> FineTune:
+    """Module, data and Trainer arguments of one expert; training them needs no more than `Trainer.fit`.
+
+    Args:
+        name: A key of ``EXPERTS``.
+        instruct: Hugging Face directory of the instruct model; the shipped one unless given.
+        table: Other settings than ``EXPERTS``.
+
+    Raises:
+        LataError: There is no such expert.
+        SourceError: ``instruct`` cannot be loaded.
+    """
+    table = EXPERTS if table is None else table
+    if name not in table:
+        raise LataError(f"unknown expert {name!r}; the experts are {', '.join(table)}")
+    expert = table[name]
+    steps = expert.epochs * expert.batches_per_epoch
+    module = CausalLMModule(str(instruct), expert.learning_rate, weight_decay=0.0, warmup_steps=steps // 20)
+    shares = dict.fromkeys(INSTRUCT_SKILLS, expert.instruct_share / len(INSTRUCT_SKILLS))
+    shares |= dict.fromkeys(expert.skills, (1 - expert.instruct_share) / len(expert.skills))
+    data = ChatDataModule(
+        AutoTokenizer.from_pretrained(instruct),
+        {skill: training_exercises(skill, expert.seed) for skill in shares},
+        shares,
+        raw_texts=[replay_text()],
+        raw_share=expert.raw_share,
+        batches_per_epoch=expert.batches_per_epoch,
+        tokens_per_batch=expert.tokens_per_batch,
+        seed=expert.seed,
+    )
+    trainer = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": expert.epochs,
+        "gradient_clip_val": 1.0,
+        "limit_val_batches": 0,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+    }
+    return FineTune(module, data, trainer)
+
+
+def training_exercises(skill: str, seed: int) -> list[Exercise]:
+    """As many training exercises of a skill as an expert sees."""
+    return exercises(skill, "train", TRAIN_EXERCISES_OF.get(skill, TRAIN_EXERCISES_PER_SKILL), seed)

@@ -1,0 +1,248 @@
+"""The whole job on the shipped checkpoints: fine-tune, measure, export, merge, forget, score."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lata_lightning.callbacks.lata import VECTOR_NAME, LATACallback
+from lata_lightning.errors import OutputError
+from lata_lightning.evaluation.scales import Reweighting, best_scale, scale_for_residual
+from lata_lightning.merging import Term, forget, merge
+from lata_lightning.quickstart.experts import BASE, EXPERTS, INSTRUCT, fine_tune
+from lata_lightning.quickstart.methods import LATA_METHODS, METHODS
+from lata_lightning.quickstart.results import Results, Row
+from lata_lightning.quickstart.scoring import Scoring, mean
+from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.tables import alignment_table, show
+from lata_lightning.training.module import load_causal_lm
+
+MARKER = ".lata-quickstart"
+MERGE_SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.25, 1.5, 2.0)
+FORGET_SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
+MERGED_SKILLS = ("math", "string")
+JUDGED = ("math", "string", "instruct")
+RESIDUAL = 0.1
+"""Share of unwanted answers left at which ways of forgetting are compared."""
+
+
+def run(output: str | Path, *, experts: Mapping[str, Any] = EXPERTS) -> Results:
+    """Do the whole job and print what came of it.
+
+    Everything is seeded and single-threaded, so every run gives the same tables. A run that was broken off goes on after its last finished
+    fine-tune; of a finished one the tables are printed again.
+
+    Args:
+        output: Directory for vectors, models and tables: one that does not exist, or that of an earlier quickstart.
+        experts: Settings of the fine-tunes.
+
+    Returns:
+        The scores behind the tables.
+
+    Raises:
+        OutputError: The directory exists and is not one of a quickstart, or the disk is full.
+    """
+    directory = Path(output)
+    if directory.exists() and not (directory / MARKER).is_file():
+        raise OutputError(f"{directory} exists already and is not the output of a quickstart. Choose another --output, or remove it first.")
+    finished = Results.load(directory)
+    if finished is not None:
+        _show(directory, finished)
+        sys.stderr.write(f"These are the results of an earlier run; remove {directory} to run again.\n")
+        return finished
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / MARKER).touch()
+    threads = torch.get_num_threads()
+    # Models this small gain nothing from a second thread, and lose all if another process holds the other core.
+    torch.set_num_threads(1)
+    try:
+        with warnings.catch_warnings(), _Quiet(), _progress() as progress:
+            warnings.simplefilter("ignore")
+            results = _Job(directory, progress, experts).run()
+    finally:
+        torch.set_num_threads(threads)
+    results.save(directory)
+    _show(directory, results)
+    return results
+
+
+class _Job:
+    """The stages in order, sharing directory and progress display."""
+
+    def __init__(self, directory: Path, progress: Progress, experts: Mapping[str, Any]) -> None:
+        from transformers import AutoTokenizer
+
+        self._directory, self._progress, self._experts = directory, progress, experts
+        self._instruction = directory / "vectors" / "instruction"
+        tokenizer = AutoTokenizer.from_pretrained(INSTRUCT)
+        self._validation, self._test = Scoring(tokenizer, "validation"), Scoring(tokenizer, "test")
+
+    def run(self) -> Results:
+        if not self._instruction.exists():
+            TaskVector.between(BASE, INSTRUCT, kind="instruction").save(self._instruction)
+        vectors = {name: self._fine_tune(name) for name in self._experts}
+        models = [self._score("instruct", INSTRUCT)]
+        models += [self._score(f"{name} expert", self._model(name)) for name in self._experts if name != "target"]
+        merges = self._merges([vectors[name] for name in MERGED_SKILLS])
+        forgetting = self._forgetting(vectors["unwanted"])
+        self._write_models(vectors, merges, forgetting)
+        return Results(models, merges, forgetting, RESIDUAL)
+
+    def _fine_tune(self, name: str) -> TaskVector:
+        """Train one expert under the callback, unless an earlier run has done so; its task vector."""
+        run_directory, model = self._directory / "runs" / name, self._model(name)
+        if not model.exists():
+            # What a broken-off run left of this fine-tune is worth nothing; the directory is our own.
+            shutil.rmtree(run_directory, ignore_errors=True)
+            pl.seed_everything(self._experts[name].seed, workers=True, verbose=False)
+            module, data, options = fine_tune(name, table=dict(self._experts))
+            callback = LATACallback(str(self._instruction), output_dir=run_directory, table=False)
+            bar = _Bar(self._progress, f"fine-tune {name}")
+            trainer = pl.Trainer(**{**options, "default_root_dir": self._directory}, callbacks=[callback, bar])
+            trainer.fit(module, datamodule=data)
+            partial = model.with_name(f".{name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            module.model.save_pretrained(partial)
+            shutil.copytree(
+                INSTRUCT, partial, ignore=shutil.ignore_patterns("*.safetensors", "config.json", "README.md"), dirs_exist_ok=True
+            )
+            partial.rename(model)
+        return TaskVector.open(run_directory / VECTOR_NAME)
+
+    def _score(self, name: str, model: Path) -> Row:
+        return Row(name, self._test(load_causal_lm(str(model))))
+
+    def _merges(self, vectors: Sequence[TaskVector]) -> list[Row]:
+        """Instruct itself, then each method at its best scale on validation."""
+        model = load_causal_lm(str(INSTRUCT))
+        weights = Reweighting(model)
+        nothing = mean(self._validation(model, JUDGED), JUDGED)
+        rows = [Row("instruct, nothing merged", self._test(model), 0.0)]
+        bar = self._progress.add_task("merge at each scale", total=len(METHODS) * len(MERGE_SCALES))
+        for name, method in METHODS.items():
+            weighted = [method(vector) for vector in vectors]
+            curve = {0.0: nothing}
+            for scale in MERGE_SCALES:
+                weights.apply([Term(vector, scale) for vector in weighted])
+                curve[scale] = mean(self._validation(model, JUDGED), JUDGED)
+                self._progress.advance(bar)
+            scale = best_scale(curve)
+            weights.apply([Term(vector, scale) for vector in weighted])
+            rows.append(Row(name, self._test(model), scale, _json_keys(curve)))
+        return rows
+
+    def _forgetting(self, vector: TaskVector) -> list[Row]:
+        """The target itself, then each method at the scale that leaves the same residual of the unwanted skill on validation."""
+        model = load_causal_lm(str(self._model("target")))
+        weights = Reweighting(model)
+        rows = [Row("target, nothing forgotten", self._test(model), 0.0)]
+        bar = self._progress.add_task("forget to one residual", total=len(METHODS))
+        for name, method in METHODS.items():
+            weighted = method(vector)
+
+            def residual_at(scale: float, weighted: TaskVector = weighted) -> float:
+                weights.apply([Term(weighted, -scale)])
+                return self._validation(model, ["unwanted"])["unwanted"]
+
+            found, tried = scale_for_residual(residual_at, FORGET_SCALES, RESIDUAL)
+            if found is not None:
+                weights.apply([Term(weighted, -found)])
+            rows.append(Row(name, None if found is None else self._test(model), found, _json_keys(tried)))
+            self._progress.advance(bar)
+        return rows
+
+    def _write_models(self, vectors: Mapping[str, TaskVector], merges: Sequence[Row], forgetting: Sequence[Row]) -> None:
+        """As model directories: the LATA merge that is best on validation, and forgetting by the rule the paper uses for it."""
+        models = self._directory / "models"
+        best = max((row for row in merges if row.name in LATA_METHODS), key=lambda row: max((row.curve or {}).values()))
+        method = METHODS[best.name]
+        terms = [Term(method(vectors[name]), best.scale or 0.0) for name in MERGED_SKILLS]
+        shutil.rmtree(models / "merged", ignore_errors=True)
+        merge(INSTRUCT, terms, models / "merged", command="lata quickstart")
+        # By threshold, unless no layer is aligned so little that any of the vector is left; then by the next rule that reached the residual.
+        reached = {row.name: row.scale for row in forgetting if row.scores is not None}
+        name = next((name for name in reversed(LATA_METHODS) if name in reached), None)
+        if name is not None:
+            shutil.rmtree(models / "forgotten", ignore_errors=True)
+            term = Term(METHODS[name](vectors["unwanted"]), reached[name] or 0.0)
+            forget(self._model("target"), term, models / "forgotten", command="lata quickstart")
+
+    def _model(self, name: str) -> Path:
+        models = self._directory / "models"
+        models.mkdir(exist_ok=True)
+        return models / name
+
+
+class _Bar(pl.Callback):
+    """Progress of one fine-tune in optimizer steps."""
+
+    def __init__(self, progress: Progress, title: str) -> None:
+        self._progress, self._title = progress, title
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add the bar."""
+        self._task = self._progress.add_task(self._title, total=trainer.estimated_stepping_batches)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Move it."""
+        self._progress.update(self._task, completed=trainer.global_step)
+
+
+class _Quiet:
+    """Keeps the notices of Lightning and transformers off the screen, where the bars and tables of the job are to be seen."""
+
+    def __enter__(self) -> None:
+        import logging
+
+        from transformers.utils import logging as transformers_logging
+
+        self._loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+        self._levels = [logger.level for logger in self._loggers]
+        for logger in self._loggers:
+            logger.setLevel(logging.ERROR)
+        self._verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging as transformers_logging
+
+        for logger, level in zip(self._loggers, self._levels, strict=True):
+            logger.setLevel(level)
+        transformers_logging.set_verbosity(self._verbosity)
+        transformers_logging.enable_progress_bar()
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def _json_keys(curve: Mapping[float, float]) -> dict[str, float]:
+    return {f"{scale:g}": value for scale, value in sorted(curve.items())}
+
+
+def _show(directory: Path, results: Results) -> None:
+    for name in EXPERTS:
+        manifest = TaskVector.open(directory / "runs" / name / VECTOR_NAME).manifest
+        if manifest.alignment is not None:
+            show(
+                alignment_table(
+                    manifest.alignment, f"{name}: alignment by block with the instruction vector, coefficients by the linear rule"
+                )
+            )
+    show(*results.tables())
+    sys.stdout.write(
+        f"Written to {directory}: task vectors in runs/*/{VECTOR_NAME}, the measurements of every epoch in runs/*/history.jsonl, models in models/.\n"
+        f"Look closer: lata inspect {directory}/runs/math/{VECTOR_NAME} · lata align {directory}/runs/math/{VECTOR_NAME} --instruction "
+        f"{directory}/vectors/instruction\n"
+    )

@@ -1,0 +1,65 @@
+"""How the quickstart scores a model: math, string skill, instruct skills, unwanted skill, perplexity of base text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lata_lightning.evaluation.accuracy import ExactMatch
+from lata_lightning.evaluation.perplexity import Perplexity
+from lata_lightning.quickstart.corpus import held_out_text
+from lata_lightning.quickstart.exercises import INSTRUCT_SKILLS, MATH_SKILL, STRING_SKILL, UNWANTED_SKILL, Split, exercises
+
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "math": (MATH_SKILL,),
+    "string": (STRING_SKILL,),
+    "instruct": INSTRUCT_SKILLS,
+    "unwanted": (UNWANTED_SKILL,),
+}
+PERPLEXITY = "perplexity"
+_PERPLEXITY_TOKENS = 16_384
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Size:
+    """Problems per split: of an expert's skill, and of each of the instruct skills."""
+
+    expert: int
+    instruct: int
+
+
+SIZES: Mapping[Split, Size] = {"validation": Size(200, 40), "test": Size(400, 60)}
+
+
+class Scoring:
+    """Scores of one split, prepared once for many models.
+
+    Args:
+        tokenizer: Of the models.
+        split: ``validation`` to choose by, ``test`` to report.
+    """
+
+    def __init__(self, tokenizer: Any, split: Split) -> None:
+        self._matches = {
+            group: ExactMatch(
+                tokenizer,
+                [exercise for skill in skills for exercise in exercises(skill, split, _size(split, group), _SEED)],
+            )
+            for group, skills in GROUPS.items()
+        }
+        self._perplexity = Perplexity(tokenizer, held_out_text(), max_tokens=_PERPLEXITY_TOKENS)
+
+    def __call__(self, model: Any, groups: Sequence[str] = (*GROUPS, PERPLEXITY)) -> dict[str, float]:
+        """Exact match in [0, 1] by group of skills, and perplexity per byte of text that no model was trained on."""
+        return {group: self._perplexity(model) if group == PERPLEXITY else self._matches[group](model) for group in groups}
+
+
+def mean(scores: Mapping[str, float], groups: Sequence[str]) -> float:
+    """Plain mean of some scores."""
+    return sum(scores[group] for group in groups) / len(groups)
+
+
+def _size(split: Split, group: str) -> int:
+    return SIZES[split].instruct if group == "instruct" else SIZES[split].expert
