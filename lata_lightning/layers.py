@@ -31,8 +31,8 @@ _MLP = re.compile(
     r"^(up|down|gate)_proj$|^gate$|^w[123]$|^w[io](_\d)?$|_h$",
     re.IGNORECASE,
 )
-_EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^shared$|patch|position|cls_token|mask_token", re.IGNORECASE)
-_HEAD = re.compile(r"head|classifier|^score$|qa_outputs|pooler|predictions|^cls$", re.IGNORECASE)
+_EMBEDDING = re.compile(r"embed(?!_out)|^wte$|^wpe$|^shared$|patch|position|cls_token|mask_token", re.IGNORECASE)
+_HEAD = re.compile(r"head|embed_out|classifier|^score$|qa_outputs|pooler|predictions|^cls$", re.IGNORECASE)
 
 
 class Place(NamedTuple):

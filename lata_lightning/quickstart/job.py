@@ -28,7 +28,7 @@ from lata_lightning.training.module import load_causal_lm
 
 MARKER = ".lata-quickstart"
 MERGE_SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.25, 1.5, 2.0)
-FORGET_SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
+FORGET_SCALES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 MERGED_SKILLS = ("math", "string")
 JUDGED = ("math", "string", "instruct")
 RESIDUAL = 0.1
@@ -83,14 +83,16 @@ class _Job:
 
         self._directory, self._progress, self._experts = directory, progress, experts
         self._instruction = directory / "vectors" / "instruction"
+        for name, shipped in {"base": BASE, "instruct": INSTRUCT}.items():
+            self._copy(shipped, self._model(name))
         tokenizer = AutoTokenizer.from_pretrained(INSTRUCT)
         self._validation, self._test = Scoring(tokenizer, "validation"), Scoring(tokenizer, "test")
 
     def run(self) -> Results:
         if not self._instruction.exists():
-            TaskVector.between(BASE, INSTRUCT, kind="instruction").save(self._instruction)
+            TaskVector.between(self._model("base"), self._model("instruct"), kind="instruction").save(self._instruction)
         vectors = {name: self._fine_tune(name) for name in self._experts}
-        models = [self._score("instruct", INSTRUCT)]
+        models = [self._score("instruct", self._model("instruct"))]
         models += [self._score(f"{name} expert", self._model(name)) for name in self._experts if name != "target"]
         merges = self._merges([vectors[name] for name in MERGED_SKILLS])
         forgetting = self._forgetting(vectors["unwanted"])
@@ -104,18 +106,12 @@ class _Job:
             # What a broken-off run left of this fine-tune is worth nothing; the directory is our own.
             shutil.rmtree(run_directory, ignore_errors=True)
             pl.seed_everything(self._experts[name].seed, workers=True, verbose=False)
-            module, data, options = fine_tune(name, table=dict(self._experts))
+            module, data, options = fine_tune(name, self._model("instruct"), dict(self._experts))
             callback = LATACallback(str(self._instruction), output_dir=run_directory, table=False)
             bar = _Bar(self._progress, f"fine-tune {name}")
             trainer = pl.Trainer(**{**options, "default_root_dir": self._directory}, callbacks=[callback, bar])
             trainer.fit(module, datamodule=data)
-            partial = model.with_name(f".{name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            module.model.save_pretrained(partial)
-            shutil.copytree(
-                INSTRUCT, partial, ignore=shutil.ignore_patterns("*.safetensors", "config.json", "README.md"), dirs_exist_ok=True
-            )
-            partial.rename(model)
+            self._copy(INSTRUCT, model, module.model)
         return TaskVector.open(run_directory / VECTOR_NAME)
 
     def _score(self, name: str, model: Path) -> Row:
@@ -123,7 +119,7 @@ class _Job:
 
     def _merges(self, vectors: Sequence[TaskVector]) -> list[Row]:
         """Instruct itself, then each method at its best scale on validation."""
-        model = load_causal_lm(str(INSTRUCT))
+        model = load_causal_lm(str(self._model("instruct")))
         weights = Reweighting(model)
         nothing = mean(self._validation(model, JUDGED), JUDGED)
         rows = [Row("instruct, nothing merged", self._test(model), 0.0)]
@@ -167,7 +163,7 @@ class _Job:
         method = METHODS[best.name]
         terms = [Term(method(vectors[name]), best.scale or 0.0) for name in MERGED_SKILLS]
         shutil.rmtree(models / "merged", ignore_errors=True)
-        merge(INSTRUCT, terms, models / "merged", command="lata quickstart")
+        merge(self._model("instruct"), terms, models / "merged", command="lata quickstart")
         # By threshold, unless no layer is aligned so little that any of the vector is left; then by the next rule that reached the residual.
         reached = {row.name: row.scale for row in forgetting if row.scores is not None}
         name = next((name for name in reversed(LATA_METHODS) if name in reached), None)
@@ -175,6 +171,19 @@ class _Job:
             shutil.rmtree(models / "forgotten", ignore_errors=True)
             term = Term(METHODS[name](vectors["unwanted"]), reached[name] or 0.0)
             forget(self._model("target"), term, models / "forgotten", command="lata quickstart")
+
+    def _copy(self, shipped: Path, target: Path, tuned: Any = None) -> None:
+        """A shipped model directory, whole or not at all; with the weights of ``tuned`` if that is given."""
+        if target.exists():
+            return
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        if tuned is None:
+            shutil.copytree(shipped, partial)
+        else:
+            shutil.copytree(shipped, partial, ignore=shutil.ignore_patterns("*.safetensors", "README.md"))
+            tuned.save_pretrained(partial)
+        partial.rename(target)
 
     def _model(self, name: str) -> Path:
         models = self._directory / "models"

@@ -81,7 +81,7 @@ class Results:
                 f"target − scale · unwanted: at the scale where validation says that {self.residual:.0%} of the unwanted answers are left",
                 self.forgetting,
                 ("forgetting", "scale"),
-                mean_of=("math", "instruct"),
+                mean_of=("string", "instruct"),
             ),
         ]
 

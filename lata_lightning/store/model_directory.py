@@ -44,7 +44,7 @@ def verify_merged(path: Path) -> int:
         CorruptFileError: A tensor is missing, or is not what was written.
     """
     try:
-        expected: dict[str, str] = json.loads((path / MERGE_RECORD).read_text("utf-8"))["tensors"]
+        expected: dict[str, str] = dict(json.loads((path / MERGE_RECORD).read_text("utf-8"))["tensors"])
     except FileNotFoundError as error:
         raise SourceError(f"{path} holds neither {MANIFEST_NAME} nor {MERGE_RECORD}: there are no hashes to compare with") from error
     except (ValueError, KeyError, TypeError) as error:

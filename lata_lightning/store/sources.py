@@ -287,7 +287,8 @@ def _open_file(path: Path) -> Source:
             f"{path} holds objects that would have to be unpickled, which can run code; save it with plain tensors and primitives only "
             "(in Lightning: save_hyperparameters() with plain values)"
         ) from error
-    except (RuntimeError, ValueError, EOFError, OSError) as error:
+    except (RuntimeError, ValueError, EOFError, OSError, LookupError, TypeError, AttributeError) as error:
+        # The last three are what a damaged pickle makes of the reader.
         raise CorruptFileError(f"{path} is no readable checkpoint ({str(error).partition(chr(10))[0]}). Is it complete?") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise SourceError(f"{path} is no Lightning checkpoint: it has no 'state_dict'")
@@ -325,7 +326,8 @@ def pair(start: Source, tuned: Source) -> tuple[Source, Source]:
     lone |= {name for name in tuned_only if not _stored_twice(tuned, name, start)}
     if lone:
         raise LayoutMismatchError(
-            f"{start.label} and {tuned.label} must hold the same tensors; on one side only are {first_three(lone)}. Are both of one architecture?"
+            f"{start.label} and {tuned.label} must hold the same tensors; on one side only are {first_three(lone)}. Are both of one architecture? "
+            "Transformers saves some architectures under other names than the module has: then give both sides as saved directories, or both as modules."
         )
     common = [name for name in start.names if name not in start_only]
     odd = [name for name in common if start.shape(name) != tuned.shape(name)]

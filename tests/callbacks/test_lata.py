@@ -223,7 +223,7 @@ def test_every_logger_gets_the_figures_of_each_layer(tmp_path, models, instruct)
 
 def test_a_logger_with_tables_gets_a_table(tmp_path, models, instruct):
     class Tables(Logger):
-        name, version, tables = "tables", 0, []  # noqa: RUF012
+        name, version, tables = "tables", 0, []
 
         def log_metrics(self, metrics, step=None): ...
 

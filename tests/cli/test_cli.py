@@ -1,0 +1,275 @@
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from lata_lightning.cli.main import main
+from lata_lightning.layers import LEVELS
+from lata_lightning.moments import STARTS
+from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.weighting import WEIGHTINGS
+
+CONFIG = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 32,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """base → instruct → math and string; stranger is made from base."""
+    directory = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG))
+    states = {"base": {name: tensor.clone() for name, tensor in model.state_dict().items()}}
+    for name, origin, size in (
+        ("instruct", "base", 0.02),
+        ("math", "instruct", 0.01),
+        ("string", "instruct", 0.01),
+        ("stranger", "base", 0.03),
+    ):
+        # Deeper blocks move more, so that the alignments differ clearly.
+        states[name] = {
+            key: tensor + size * (1 + int(key.split(".")[2]) if ".layers." in key else 1) * torch.randn_like(tensor)
+            for key, tensor in states[origin].items()
+        }
+    for name, state in states.items():
+        model.load_state_dict(state)
+        model.save_pretrained(directory / name)
+    (directory / "instruct" / "tokenizer.json").write_text("{}")
+    return directory
+
+
+@pytest.fixture
+def lata(models, monkeypatch, tmp_path, capsys):
+    """Runs a command in a fresh directory that sees the models; gives exit status, standard output and standard error."""
+    for path in models.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+
+    def run(line):
+        try:
+            status = main(line.split())
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def state(path):
+    return {name: tensor.detach().double() for name, tensor in AutoModelForCausalLM.from_pretrained(path).named_parameters()}
+
+
+def test_extract_align_merge_give_the_numbers_of_a_direct_float64_computation(lata):
+    assert lata("extract base instruct --output instruction --kind instruction")[0] == 0
+    assert lata("extract instruct math --output vector")[0] == 0
+    status, printed, _ = lata("align vector --instruction instruction --format json")
+    assert status == 0
+    found = json.loads(printed)
+    base, instruct, math = (state(name) for name in ("base", "instruct", "math"))
+    direct = {}
+    for index in range(4):
+        names = [name for name in base if name.startswith(f"model.layers.{index}.")]
+        comp = torch.cat([(math[name] - base[name]).flatten() for name in names])
+        instr = torch.cat([(instruct[name] - base[name]).flatten() for name in names])
+        direct[f"model.layers.{index}"] = (comp @ instr / comp.norm() / instr.norm()).item()
+    assert {name: stats["alignment"] for name, stats in found["layers"].items()} == pytest.approx(direct, abs=1e-6)
+    falling = sorted(direct, key=lambda name: -direct[name])
+    coefficients = {name: (falling.index(name) + 1) / 4 for name in direct}
+    assert {name: stats["coefficient"] for name, stats in found["layers"].items()} == coefficients
+    assert set(found["outside"]) == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    assert lata("merge instruct vector --instruction instruction --scale 0.6 --output merged")[1] == "merged\n"
+    merged = state("merged")
+    for name, tensor in merged.items():
+        coefficient = coefficients.get(".".join(name.split(".")[:3]), 0.0)
+        delta = (math[name] - instruct[name]).float().double()
+        expected = (instruct[name] + 0.6 * coefficient * delta).float().double()
+        assert torch.equal(tensor, expected), name
+
+
+def test_a_tuned_model_serves_as_vector_and_gives_the_same_merge(lata):
+    lata("extract base instruct --output instruction")
+    lata("extract instruct math --output vector")
+    lata("merge instruct vector string --instruction instruction --scale 0.5 0.7 --output saved")
+    lata("extract instruct string --output other")
+    lata("merge instruct vector other --instruction instruction --scale 0.5 0.7 --output both")
+    one, other = state("saved"), state("both")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_merged_output_is_complete_and_says_how_it_was_made(lata, tmp_path):
+    lata("extract instruct math --output vector")
+    lata("merge instruct vector --output merged --dtype bfloat16")
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == {
+        "README.md", "config.json", "generation_config.json", "merge.json", "model.safetensors", "tokenizer.json",
+    }  # fmt: skip
+    card = (tmp_path / "merged/README.md").read_text()
+    assert "lata merge instruct vector --output merged --dtype bfloat16" in card
+    assert 'base_model:\n- "instruct"' in card
+    assert AutoModelForCausalLM.from_pretrained("merged").dtype == torch.bfloat16
+    assert lata("verify merged")[0] == 0
+
+
+def test_forgetting_what_was_merged_gives_the_start_back_to_rounding(lata):
+    lata("extract instruct math --output vector")
+    lata("merge instruct vector --output merged")
+    lata("forget merged vector --output forgotten")
+    forgotten, instruct = state("forgotten"), state("instruct")
+    assert max((forgotten[name] - instruct[name]).abs().max() for name in instruct) < 1e-7
+
+
+def test_a_vector_from_base_is_merged_without_the_instruction_vector_in_it(lata):
+    lata("extract base instruct --output instruction")
+    lata("extract base stranger --start base --output vector")
+    assert lata("merge instruct vector --instruction instruction --weighting none --output merged")[0] == 0
+    merged, stranger = state("merged"), state("stranger")
+    # instruct + (stranger − base − (instruct − base)) is the stranger itself.
+    assert max((merged[name] - stranger[name]).abs().max() for name in merged) < 1e-6
+
+
+def test_stored_coefficients_are_used_unless_another_rule_is_asked_for(lata, tmp_path):
+    lata("extract base instruct --output instruction")
+    lata("extract instruct math --output vector")
+    instruction = TaskVector.open(tmp_path / "instruction")
+    vector = TaskVector.open(tmp_path / "vector")
+    from lata_lightning import align
+
+    vector.weighted(align(vector, instruction), "log").save(tmp_path / "weighted")
+    for name, options in {"stored": "", "log": "--weighting log", "plain": "--weighting none"}.items():
+        assert lata(f"merge instruct weighted {options} --output {name}")[0] == 0
+    stored, log, plain, start = (state(name) for name in ("stored", "log", "plain", "instruct"))
+    assert all(torch.equal(stored[name], log[name]) for name in stored)
+    assert torch.equal(stored["lm_head.weight"], start["lm_head.weight"])
+    assert not torch.equal(plain["lm_head.weight"], start["lm_head.weight"])
+    assert lata("merge instruct weighted --weighting linear --level tensor --output x")[0] == 1
+
+
+def test_an_undefined_alignment_is_null_and_has_no_coefficient(lata, tmp_path):
+    changed = AutoModelForCausalLM.from_pretrained("base")
+    with torch.no_grad():
+        changed.model.layers[0].mlp.up_proj.weight.add_(0.1)
+    changed.save_pretrained("partial")
+    lata("extract base partial --output instruction")
+    lata("extract partial instruct --output vector")
+    status, printed, said = lata("align vector --instruction instruction --format json")
+    assert status == 0
+    layers = json.loads(printed)["layers"]
+    assert [stats["alignment"] is None for stats in layers.values()] == [False, True, True, True]
+    assert all(stats["coefficient"] is None for stats in layers.values())
+    assert "no coefficients: the alignment is undefined in 3" in said
+    assert lata("merge partial vector --instruction instruction --output x")[0] == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_inspect_says_what_a_path_holds(lata):
+    lata("extract instruct math --output vector --dtype bfloat16")
+    facts = json.loads(lata("inspect vector --format json")[1])
+    assert (facts["holds"], facts["tensors"], facts["blocks"], facts["dtype"]) == ("task vector", 39, 4, "bfloat16")
+    assert facts["outside the blocks"]["lm_head.weight"] == "head"
+    facts = json.loads(lata("inspect math --format json")[1])
+    assert (facts["holds"], facts["architecture"], facts["first and last block"]) == (
+        "weights", "LlamaForCausalLM", "model.layers.0 … model.layers.3",
+    )  # fmt: skip
+    assert "model.layers.0 … model.layers.3" in lata("inspect math")[1]
+
+
+def test_a_lower_precision_says_what_it_cost(lata):
+    said = lata("extract instruct math --output vector --dtype float16")[2]
+    assert "float16 made" in said
+    assert re.search(r"cosine to the full-precision vector (0\.99|1\.00)\d{4}$", said.strip())
+
+
+def test_verify_finds_a_changed_byte(lata, tmp_path):
+    lata("extract instruct math --output vector")
+    assert lata("verify vector")[1] == "vector: all 39 tensors are what was written\n"
+    file = tmp_path / "vector/delta.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    status, _, said = lata("verify vector")
+    assert status == 1
+    assert said.startswith("lata: error: vector is not what was written")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("extract instruct nowhere --output x", "nowhere does not exist"),
+        ("extract instruct math --output base", "base exists already"),
+        ("align vector --instruction vector", "are different weights"),
+        ("align vector", "give --instruction VECTOR"),
+        ("align instruct --instruction vector", "instruct is no task vector"),
+        ("merge instruct vector --scale 1 2 --output x", "2 scales for 1 vectors"),
+        ("merge instruct vector --weighting linear --output x", "needs --instruction VECTOR"),
+        ("merge instruct vector stranger-vector --output x", "are different weights"),
+        ("merge vector vector --output x", "is a task vector, and a model is needed"),
+        ("verify instruct", "no hashes to compare with"),
+        ("inspect nowhere", "nowhere does not exist"),
+    ],
+)
+def test_bad_input_gives_one_line_and_status_1(lata, tmp_path, line, message):
+    lata("extract instruct math --output vector")
+    lata("extract base stranger --output stranger-vector")
+    before = {path.name for path in tmp_path.iterdir()}
+    status, printed, said = lata(line)
+    assert status == 1
+    assert printed == ""
+    assert said.startswith("lata: error: ")
+    assert message in said
+    assert said.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_the_provenance_check_can_be_switched_off(lata):
+    lata("extract instruct math --output vector")
+    lata("extract base stranger --output other")
+    assert lata("merge instruct vector other --check-base false --output merged")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "frobnicate",
+        "merge instruct",
+        "merge instruct v --weighting cubic --output x",
+        "align v --level head",
+        "merge a b --scale x --output c",
+    ],
+)
+def test_wrong_usage_gives_status_2(lata, line):
+    assert lata(line)[0] == 2
+
+
+def test_arguments_can_come_from_a_config_file(lata, tmp_path):
+    (tmp_path / "extract.yaml").write_text("start_model: instruct\ntuned_model: math\noutput: vector\ndtype: bfloat16\n")
+    assert lata("extract --config extract.yaml")[0] == 0
+    assert TaskVector.open(tmp_path / "vector").manifest.precision_loss is not None
+
+
+def test_help_lists_the_same_choices_as_the_library(lata):
+    _, printed, _ = lata("merge --help")
+    for choice in (*WEIGHTINGS, *LEVELS, *STARTS):
+        assert f"'{choice}'" in printed
+
+
+def test_help_needs_neither_torch_nor_transformers():
+    code = (
+        "import sys, lata_lightning\n"
+        "from lata_lightning.cli.main import build_parser\n"
+        "build_parser().format_help()\n"
+        "print([name for name in ('torch', 'transformers', 'lightning', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,81 @@
+import math
+
+import pytest
+import torch
+from torchmetrics.text import Perplexity as ReferencePerplexity
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lata_lightning.errors import LataError
+from lata_lightning.evaluation.perplexity import Perplexity, perplexity
+from lata_lightning.quickstart.corpus import held_out_text
+from lata_lightning.quickstart.make_checkpoints import make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=260,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            initializer_range=0.5,
+            bos_token_id=None,
+            eos_token_id=256,
+        )
+    )
+
+
+def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(model, tokenizer):
+    torch.nn.init.zeros_(model.lm_head.weight)
+    assert perplexity(model, tokenizer, "any text at all", context_length=5) == pytest.approx(260)
+
+
+def test_it_agrees_with_torchmetrics_on_the_same_windows(model, tokenizer):
+    text = held_out_text()[:1000]
+    reference = ReferencePerplexity()
+    with torch.no_grad():
+        for start in range(0, 992, 32):
+            window = torch.tensor([tokenizer(text[start : start + 32])["input_ids"]])
+            reference.update(model(input_ids=window).logits[:, :-1], window[:, 1:])
+    assert perplexity(model, tokenizer, text, context_length=32) == pytest.approx(reference.compute().item(), rel=1e-5)
+
+
+def test_the_size_of_the_batches_changes_nothing(model, tokenizer):
+    found = [Perplexity(tokenizer, held_out_text()[:900], 32, tokens_per_batch=tokens)(model) for tokens in (1, 100, 4096)]
+    assert found == pytest.approx([found[0]] * 3, rel=1e-6)
+
+
+def test_only_the_start_of_the_text_is_used_if_told_so(model, tokenizer):
+    text = held_out_text()
+    assert Perplexity(tokenizer, text, 32, max_tokens=64)(model) == Perplexity(tokenizer, text[:64], 32)(model)
+    assert Perplexity(tokenizer, text, 32, max_tokens=64).count == 2 * 31
+
+
+def test_a_hopeless_model_has_infinite_perplexity_instead_of_an_overflow(model, tokenizer):
+    torch.nn.init.constant_(model.model.norm.weight, 1e6)
+    assert perplexity(model, tokenizer, held_out_text()[:64], context_length=32) == math.inf
+
+
+def test_the_model_keeps_its_mode(model, tokenizer):
+    model.train()
+    perplexity(model, tokenizer, "any text", context_length=4)
+    assert model.training
+
+
+def test_text_shorter_than_one_window_is_refused(tokenizer):
+    with pytest.raises(LataError, match="one window of 128 tokens, it has 3"):
+        Perplexity(tokenizer, "abc")
+
+
+def test_a_window_of_one_token_is_refused(tokenizer):
+    with pytest.raises(LataError, match="at least 2 and tokens_per_batch at least 1, not 1 and 4096"):
+        Perplexity(tokenizer, "abc", context_length=1)

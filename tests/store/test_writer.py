@@ -1,0 +1,266 @@
+import errno
+import json
+import os
+import stat
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny_models import leftovers, same_bits, weights
+
+from lata_lightning.errors import LataError, OutputError
+from lata_lightning.store import writer
+from lata_lightning.store.hashing import hash_stored
+from lata_lightning.store.writer import ShardWriter, atomic_directory, check_free, float_dtype, layout_size, write_json
+
+
+def layout_of(tensors):
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def write(directory, tensors, **options):
+    with ShardWriter(directory, "part", layout_of(tensors), **options) as shards:
+        for name in shards.order:
+            shards.write(name, tensors[name])
+    return shards
+
+
+MIXED = {
+    "flags": torch.tensor([True, False, True]),
+    "half": torch.randn(3).to(torch.bfloat16),
+    "byte": torch.tensor([1, 2, 3], dtype=torch.uint8),
+    "long": torch.arange(3),
+    "double": torch.randn(2, 2, dtype=torch.float64),
+    "float16": torch.randn(5).half(),
+    "short": torch.arange(3, dtype=torch.int16),
+    "int": torch.arange(3, dtype=torch.int32),
+    "tiny": torch.arange(3, dtype=torch.int8),
+    "scalar": torch.tensor(2.5),
+    "empty": torch.empty(0, 7),
+    "näme with spaces / and slashes": torch.ones(1),
+}
+
+
+# The format
+
+
+def test_safetensors_reads_every_dtype_as_it_was_written(tmp_path):
+    write(tmp_path, MIXED, metadata={"format": "pt"})
+    assert same_bits(load_file(tmp_path / "part.safetensors"), MIXED)
+    with safe_open(tmp_path / "part.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_every_tensor_starts_at_a_multiple_of_its_element_size(tmp_path):
+    write(tmp_path, MIXED)
+    data = (tmp_path / "part.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    assert length % 8 == 0
+    assert "__metadata__" not in header
+    for name, entry in header.items():
+        assert (8 + length + entry["data_offsets"][0]) % MIXED[name].element_size() == 0, name
+
+
+def test_tensors_that_are_not_contiguous_are_written_in_their_order(tmp_path):
+    tensors = {"t": torch.arange(6.0).reshape(2, 3).t(), "s": torch.arange(10.0)[::3], "e": torch.ones(1).expand(4)}
+    write(tmp_path, tensors)
+    found = load_file(tmp_path / "part.safetensors")
+    assert found["t"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert found["s"].tolist() == [0, 3, 6, 9]
+    assert found["e"].tolist() == [1, 1, 1, 1]
+
+
+def test_hashes_are_those_of_the_bytes_in_the_file(tmp_path):
+    shards = write(tmp_path, MIXED)
+    found = load_file(tmp_path / "part.safetensors")
+    assert shards.hashes == {name: hash_stored(found[name]) for name in MIXED}
+
+
+def test_shards_hold_no_more_than_the_limit_unless_one_tensor_does(tmp_path):
+    tensors = {"a": torch.ones(10), "b": torch.ones(10), "c": torch.ones(5), "big": torch.ones(100), "d": torch.ones(1)}
+    write(tmp_path, tensors, max_shard_bytes=100)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert [file.name for file in files] == [f"part-{index:05d}-of-00003.safetensors" for index in (1, 2, 3)]
+    index = json.loads((tmp_path / "part.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4 * 126
+    sizes = {}
+    for name, file in index["weight_map"].items():
+        sizes[file] = sizes.get(file, 0) + 4 * tensors[name].numel()
+        assert name in load_file(tmp_path / file)
+    assert {file: size for file, size in sizes.items() if size > 100} == {index["weight_map"]["big"]: 400}
+    assert set(sizes) == {file.name for file in files}
+
+
+def test_one_file_needs_no_index(tmp_path):
+    write(tmp_path, weights())
+    assert [path.name for path in tmp_path.iterdir()] == ["part.safetensors"]
+
+
+def test_no_tensors_make_an_empty_file_that_safetensors_reads(tmp_path):
+    write(tmp_path, {})
+    assert load_file(tmp_path / "part.safetensors") == {}
+
+
+def test_what_is_written_is_counted_in_bytes(tmp_path):
+    shards = write(tmp_path, MIXED)
+    assert shards.written == layout_size(layout_of(MIXED)) == sum(tensor.numel() * tensor.element_size() for tensor in MIXED.values())
+
+
+def test_json_keeps_its_order_and_its_letters_and_refuses_nan(tmp_path):
+    write_json(tmp_path / "a.json", {"z": "τ", "a": [1, None]})
+    assert (tmp_path / "a.json").read_text("utf-8") == '{\n  "z": "τ",\n  "a": [\n    1,\n    null\n  ]\n}\n'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "b.json", {"a": float("nan")})
+
+
+# Refusals
+
+
+def test_a_tensor_out_of_turn_is_refused_with_the_one_that_was_due(tmp_path):
+    tensors = {"a": torch.ones(2), "b": torch.ones(2)}
+    with pytest.raises(LataError, match=r"'b' was written out of turn: 'a' was due, as \(torch.float32, \(2,\)\)"):  # noqa: SIM117
+        with ShardWriter(tmp_path, "part", layout_of(tensors)) as shards:
+            shards.write("b", tensors["b"])
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(3), torch.ones(2).half(), torch.ones(2, 1)])
+def test_a_tensor_of_another_shape_or_dtype_is_refused(tmp_path, tensor):
+    with pytest.raises(LataError, match="'a' was written out of turn"):  # noqa: SIM117
+        with ShardWriter(tmp_path, "part", {"a": (torch.float32, (2,))}) as shards:
+            shards.write("a", tensor)
+
+
+def test_a_tensor_too_many_is_refused(tmp_path):
+    with pytest.raises(LataError, match="out of turn: None was due"):  # noqa: SIM117
+        with ShardWriter(tmp_path, "part", {"a": (torch.float32, (2,))}) as shards:
+            shards.write("a", torch.ones(2))
+            shards.write("a", torch.ones(2))
+
+
+def test_a_layout_that_was_not_filled_is_refused_and_not_left_as_a_truncated_file(tmp_path):
+    with pytest.raises(LataError, match=r"not every tensor of the layout was written; missing are 1: \['b'\]"):  # noqa: SIM117
+        with ShardWriter(tmp_path, "part", {"a": (torch.float32, (2,)), "b": (torch.float32, (2,))}) as shards:
+            shards.write("a", torch.ones(2))
+
+
+def test_a_dtype_without_a_name_in_the_format_is_refused(tmp_path):
+    with pytest.raises(LataError, match=r"cannot hold every dtype; torch.complex64 and the like are in 1: \['a'\]"):
+        ShardWriter(tmp_path, "part", {"a": (torch.complex64, (2,))})
+
+
+def test_an_unknown_dtype_is_refused_with_the_choices():
+    assert float_dtype("bfloat16") is torch.bfloat16
+    with pytest.raises(LataError, match="unknown dtype 'float64'; choose one of float32, bfloat16, float16"):
+        float_dtype("float64")
+
+
+@pytest.mark.parametrize("kind", ["directory", "file", "dangling link"])
+def test_a_path_that_exists_in_any_form_is_refused(tmp_path, kind):
+    path = tmp_path / "out"
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "file":
+        path.write_text("")
+    else:
+        path.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OutputError, match="exists already. Choose another output path, or remove it first"):
+        check_free(path)
+    with pytest.raises(OutputError, match="exists already"), atomic_directory(path):
+        pytest.fail("the block must not be entered")
+    check_free(tmp_path / "other")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_place_that_may_not_be_written_to_is_refused(tmp_path):
+    tmp_path.chmod(0o555)
+    with pytest.raises(OutputError, match="cannot be written: Permission denied"), atomic_directory(tmp_path / "out"):
+        pytest.fail("the block must not be entered")
+
+
+# Whole or not at all
+
+
+def test_a_directory_appears_under_its_name_only_when_the_block_has_ended(tmp_path):
+    path = tmp_path / "new parents" / "out"
+    with atomic_directory(path) as directory:
+        assert directory.parent == path.parent
+        (directory / "file").write_text("content")
+        assert not path.exists()
+    assert [entry.name for entry in path.parent.iterdir()] == ["out"]
+    assert (path / "file").read_text() == "content"
+
+
+def test_a_directory_has_the_permissions_that_the_umask_grants(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with atomic_directory(tmp_path / "out"):
+            pass
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(1), LataError("y")])
+def test_an_exception_passes_through_and_leaves_nothing_behind(tmp_path, error):
+    with pytest.raises(type(error)), atomic_directory(tmp_path / "out") as directory:
+        (directory / "sub").mkdir()
+        (directory / "sub" / "file").write_text("content")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_told_in_these_words_and_leaves_nothing_behind(tmp_path, code):
+    with pytest.raises(OutputError, match=r"the disk is full while writing .*out. Make room"), atomic_directory(tmp_path / "out"):
+        raise OSError(code, os.strerror(code))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_of_the_system_keep_their_reason(tmp_path):
+    with pytest.raises(OutputError, match="out cannot be written: Input/output error"), atomic_directory(tmp_path / "out"):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", ["mkdtemp", "rename", "chmod"])
+def test_a_failure_at_any_step_leaves_nothing_behind(tmp_path, monkeypatch, step):
+    def fail(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(writer.tempfile if step == "mkdtemp" else writer.Path, step, fail)
+    with pytest.raises(OutputError, match="disk is full"), atomic_directory(tmp_path / "out"):
+        pass
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_room_is_noticed_before_the_block_is_entered(tmp_path):
+    size = 1 << 60
+    with pytest.raises(OutputError, match=r"needs 1,152,921,504,606,846,976 bytes and the disk has [\d,]+ left"):  # noqa: SIM117
+        with atomic_directory(tmp_path / "out", size):
+            pytest.fail("the block must not be entered")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_someone_else_made_meanwhile_is_not_overwritten(tmp_path):
+    with pytest.raises(OutputError, match="exists already"), atomic_directory(tmp_path / "out"):
+        (tmp_path / "out").mkdir()
+    assert list((tmp_path / "out").iterdir()) == []
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("call", ["flush", "fsync"])
+def test_a_file_that_cannot_be_flushed_is_closed_all_the_same(tmp_path, monkeypatch, call):
+    # Buffered bytes that no longer fit are only noticed at the end; an open file would be a ResourceWarning, which is an error here.
+    shards = ShardWriter(tmp_path, "part", {"a": (torch.float32, (2,))})
+    with pytest.raises(OSError, match="No space left"), shards:
+        shards.write("a", torch.ones(2))
+        file = shards._open
+        if call == "fsync":
+            monkeypatch.setattr(writer.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+        else:
+            with open("/dev/full", "wb") as full:  # noqa: PTH123
+                os.dup2(full.fileno(), file.fileno())
+    assert file.closed
