@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lata_lightning.errors import LataError, first_three
+from lata_lightning.store.checkpoint_names import under_checkpoint_names
 from lata_lightning.store.sources import Source
 
 _COMPILED = "_orig_mod."
@@ -18,7 +19,8 @@ class LiveModel(Source):
     """Floating parameters and persistent buffers of a module in training, under the names its checkpoint would have.
 
     Tied tensors appear once, under their first name; the markers of compiled submodules are taken off. ``read`` gives the tensor as it
-    stands, on its device and without a copy, so what it returns changes with the next optimizer step.
+    stands, on its device and without a copy, so what it returns changes with the next optimizer step. (Where a checkpoint stores in pieces what the
+    module holds as one, some pieces are copies: look at the model anew before each measurement.)
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -30,9 +32,10 @@ class LiveModel(Source):
         persistent = module.state_dict(keep_vars=True).keys()
         parameters = dict(module.named_parameters())
         buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
-        self._tensors = {
-            name.replace(_COMPILED, ""): tensor for name, tensor in {**parameters, **buffers}.items() if tensor.is_floating_point()
-        }
+        floating = {name.replace(_COMPILED, ""): tensor for name, tensor in {**parameters, **buffers}.items() if tensor.is_floating_point()}
+        self._held = floating
+        self._tensors = {name: tensor.detach() for name, tensor in under_checkpoint_names(module, floating).items()}
+        self._changing: tuple[tuple[bool, ...], tuple[str, ...]] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:  # noqa: D102
@@ -45,12 +48,18 @@ class LiveModel(Source):
         return self._tensors[name].dtype
 
     def read(self, name: str) -> Tensor:  # noqa: D102
-        return self._tensors[name].detach()
+        return self._tensors[name]
 
     @property
     def changing(self) -> tuple[str, ...]:
         """Names of the tensors that training can change now: parameters that ask for gradients, and buffers."""
-        return tuple(name for name, tensor in self._tensors.items() if tensor.requires_grad or not isinstance(tensor, nn.Parameter))
+        flags = tuple(tensor.requires_grad or not isinstance(tensor, nn.Parameter) for tensor in self._held.values())
+        # Asked for before every batch, and nearly always the same as before the last one.
+        if self._changing is None or self._changing[0] != flags:
+            asking = {name: tensor for (name, tensor), flag in zip(self._held.items(), flags, strict=True) if flag}
+            named = under_checkpoint_names(self.module, asking)
+            self._changing = (flags, tuple(name for name in self._tensors if name in named))
+        return self._changing[1]
 
     @property
     def materialized(self) -> bool:

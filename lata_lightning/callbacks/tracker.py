@@ -15,10 +15,12 @@ from lata_lightning.callbacks.start_weights import StartWeights
 from lata_lightning.errors import BaseMismatchError, LataError, LayoutMismatchError, WeightingError, first_three
 from lata_lightning.layers import LayerMap, LayerRule, Level, layer_map
 from lata_lightning.moments import Start, moments_table, tensor_sums
+from lata_lightning.store.differences import Difference
 from lata_lightning.store.hashing import content_hash
 from lata_lightning.store.manifest import Identity, Manifest, TensorEntry
-from lata_lightning.store.sources import open_source, pair
-from lata_lightning.store.task_vector import Difference, TaskVector
+from lata_lightning.store.pairing import pair
+from lata_lightning.store.sources import open_source
+from lata_lightning.store.task_vector import TaskVector
 
 IN_MEMORY = ("auto", "memory")
 _ADVICE = "Pass base_weights=<directory or checkpoint of the start weights>."
@@ -138,6 +140,7 @@ class Tracker:
     def task_vector(self, alignment: Alignment | None, step: int, epoch: int) -> TaskVector:
         """Tuned minus start as it stands now."""
         kept = self.kept
+        kept.follow(LiveModel(find_model(self._root, self._model)))
         hashes = kept.fingerprint()
         frozen = {name: hashes[name] for name in kept.names if name not in kept.changing}
         manifest = Manifest(

@@ -6,7 +6,7 @@ import json
 import pickle
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lata_lightning.errors import CorruptFileError, LayoutMismatchError, SourceError, first_three
+from lata_lightning.errors import CorruptFileError, SourceError, first_three
+from lata_lightning.store.checkpoint_names import under_checkpoint_names
 from lata_lightning.store.hashing import hash_values
 
 MANIFEST_NAME = "task_vector.json"
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
@@ -79,7 +80,7 @@ class SafetensorsSource(Source):
                 handle = self._stack.enter_context(safe_open(path, framework="pt"))
                 for name in handle.keys():  # noqa: SIM118 (not a mapping)
                     entry = handle.get_slice(name)
-                    self._layout[name] = (tuple(entry.get_shape()), _DTYPES[entry.get_dtype()])
+                    self._layout[name] = (tuple(entry.get_shape()), DTYPES[entry.get_dtype()])
                     self._file_of[name] = handle
             except FileNotFoundError as error:
                 raise CorruptFileError(f"{path} is missing, though its index names it. Copy the directory again.") from error
@@ -109,6 +110,7 @@ class StateDictSource(Source):
     """Tensors in memory: a module, a state dict, or the state dict of a checkpoint file."""
 
     def __init__(self, tensors: nn.Module | Mapping[str, Tensor], location: str | None = None) -> None:
+        module = tensors if isinstance(tensors, nn.Module) else None
         if isinstance(tensors, nn.Module):
             config = getattr(tensors, "config", None)
             self.config = config.to_dict() if config is not None and hasattr(config, "to_dict") else None
@@ -128,6 +130,8 @@ class StateDictSource(Source):
             else:
                 first_at[storage] = name
                 self._tensors[name] = tensor.detach()
+        if module is not None:
+            self._tensors = under_checkpoint_names(module, self._tensors)
         self.tied = tied
 
     @property
@@ -308,93 +312,3 @@ def _open_hub(hub_id: str) -> Source:
     source = _open_directory(directory, hub_id)
     source.revision = directory.name
     return source
-
-
-def pair(start: Source, tuned: Source) -> tuple[Source, Source]:
-    """Two sources under one set of names: those of the start.
-
-    The module prefix of a Lightning checkpoint is taken off, further modules of the LightningModule are left out, and a tied tensor that
-    one side stores once and the other twice counts once.
-
-    Raises:
-        LayoutMismatchError: Names or shapes differ otherwise.
-    """
-    tuned = named_like(tuned, start)
-    start = named_like(start, tuned)
-    start_only, tuned_only = set(start.names) - set(tuned.names), set(tuned.names) - set(start.names)
-    lone = {name for name in start_only if not _stored_twice(start, name, tuned)}
-    lone |= {name for name in tuned_only if not _stored_twice(tuned, name, start)}
-    if lone:
-        raise LayoutMismatchError(
-            f"{start.label} and {tuned.label} must hold the same tensors; on one side only are {first_three(lone)}. Are both of one architecture? "
-            "Transformers saves some architectures under other names than the module has: then give both sides as saved directories, or both as modules."
-        )
-    common = [name for name in start.names if name not in start_only]
-    odd = [name for name in common if start.shape(name) != tuned.shape(name)]
-    if odd:
-        raise LayoutMismatchError(_shape_message(start, tuned, odd))
-    kinds = [(name, side.dtype(name)) for name in common for side in (start, tuned)]
-    unusable = {name for name, dtype in kinds if dtype not in _DTYPES.values()}
-    if unusable:
-        raise SourceError(
-            f"{start.label} and {tuned.label} must hold plain floating or integer tensors; other dtypes have {first_three(unusable)}. Convert them first."
-        )
-    mixed = [name for name in common if start.dtype(name).is_floating_point != tuned.dtype(name).is_floating_point]
-    if mixed:
-        raise LayoutMismatchError(
-            f"{start.label} and {tuned.label} must both hold weights as floating numbers; integers on one side only are {first_three(mixed)}. "
-            "Is one of them quantised?"
-        )
-    names = {name: name for name in common}
-    return View(start, names), View(tuned, names)
-
-
-def _shape_message(start: Source, tuned: Source, odd: list[str]) -> str:
-    name = odd[0]
-    one, other = start.shape(name), tuned.shape(name)
-    if len(one) == len(other) == 2 and one[1:] == other[1:] and re.search("embed|wte|shared|head", name):
-        return (
-            f"{start.label} and {tuned.label} must have the same vocabulary; {name} has {one[0]} rows in one and {other[0]} in the other. "
-            "Resize the token embeddings of one of them first."
-        )
-    return f"{start.label} and {tuned.label} must have the same shapes; different are {first_three(odd)}, {name} with {one} and {other}"
-
-
-def named_like(source: Source, reference: Source) -> Source:
-    """A source in memory under the names of a reference: without the module prefix, each tied tensor by the name the reference has."""
-    if not isinstance(source, StateDictSource):
-        return source
-    wanted = set(reference.names)
-    prefix = "" if set(source.names) & wanted else _module_prefix(source, wanted)
-    names = {name[len(prefix) :]: name for name in source.names if name.startswith(prefix)}
-    for alias, held in source.tied.items():
-        if alias.startswith(prefix) and alias[len(prefix) :] in wanted and held[len(prefix) :] not in wanted:
-            names.pop(held[len(prefix) :], None)
-            names[alias[len(prefix) :]] = held
-    return View(source, names)
-
-
-def _module_prefix(source: Source, wanted: Container[str]) -> str:
-    """The path under which most of the wanted names are found, with its dot; empty if there is none."""
-    found: dict[str, int] = {}
-    for name in source.names:
-        parts = name.split(".")
-        for cut in range(1, len(parts)):
-            if ".".join(parts[cut:]) in wanted:
-                prefix = ".".join(parts[:cut]) + "."
-                found[prefix] = found.get(prefix, 0) + 1
-    most = [prefix for prefix in found if found[prefix] == max(found.values())]
-    if len(most) > 1:
-        raise LayoutMismatchError(
-            f"{source.label} must hold the model once; as many of its tensors are found under each of {first_three(most)}. "
-            "Give the state dict of the one that is meant."
-        )
-    return most[0] if most else ""
-
-
-def _stored_twice(source: Source, name: str, other: Source) -> bool:
-    """Whether a tensor that only this source lists is a copy of one that both have: tied weights, stored under two names."""
-    if not any((side.config or {}).get("tie_word_embeddings", False) for side in (source, other)):
-        return False
-    twins = (twin for twin in other.names if twin in source.names and source.shape(twin) == source.shape(name))
-    return any(torch.equal(source.read(twin), source.read(name)) for twin in twins)

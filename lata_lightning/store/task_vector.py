@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from lata_lightning.alignment import Alignment, check_same_tensors
 from lata_lightning.errors import CorruptFileError, LataError, LayoutMismatchError, first_three
 from lata_lightning.layers import LayerMap, LayerRule, layer_map, skeleton
-from lata_lightning.moments import Start, check_start, difference
+from lata_lightning.moments import Start, check_start
 from lata_lightning.store.cards import vector_card
-from lata_lightning.store.hashing import content_hash, hash_stored
-from lata_lightning.store.manifest import Identity, Kind, Manifest, PrecisionLoss, TensorEntry, read_manifest
+from lata_lightning.store.differences import Difference, LossMeter, Scaled, Stored
+from lata_lightning.store.hashing import hash_stored
+from lata_lightning.store.manifest import Identity, Kind, Manifest, TensorEntry, read_manifest
+from lata_lightning.store.pairing import pair
 from lata_lightning.store.sources import (
     MANIFEST_NAME,
-    Fingerprinted,
     SafetensorsSource,
     Source,
     open_source,
-    pair,
     shard_files,
 )
 from lata_lightning.store.writer import (
@@ -119,7 +119,7 @@ class TaskVector(Mapping[str, Tensor]):
             raise CorruptFileError(
                 f"the tensors of {directory} are not those of its manifest; different are {first_three(wrong)}. Copy it again."
             )
-        return cls(_Stored(stored, manifest), manifest)
+        return cls(Stored(stored, manifest), manifest)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.manifest.layers.places:
@@ -220,7 +220,10 @@ class TaskVector(Mapping[str, Tensor]):
                 f"{self.label} started from base, so it contains the instruction vector: take it off first with without(instruction_vector)"
             )
         frozen = {name: entry for name, entry in self.manifest.tensors.items() if entry.unchanged}
-        return TaskVector(_Scaled(self), replace(self.manifest, coefficients=None, weighting="none", alignment=None, tensors=frozen))
+        return TaskVector(
+            Scaled(self.tensors, self.coefficient_of, f"the pure vector of {self.label}"),
+            replace(self.manifest, coefficients=None, weighting="none", alignment=None, tensors=frozen),
+        )
 
     def without(self, instruction_vector: TaskVector) -> TaskVector:
         """The task vector in a vector that started from base: complex vector minus instruction vector.
@@ -262,7 +265,7 @@ class TaskVector(Mapping[str, Tensor]):
         check_free(target)
         frozen = self.unchanged
         layout = {name: (stored, self.shape(name)) for name in self if name not in frozen}
-        loss = _LossMeter()
+        loss = LossMeter()
         size = layout_size(layout)
         with atomic_directory(target, size) as directory:
             with ShardWriter(directory, STEM, layout, max_shard_bytes=max_shard_bytes, metadata={"format": "pt"}) as writer:
@@ -313,107 +316,3 @@ def verify(path: str | Path) -> int:
             f"{path} is not what was written: other bytes in {first_three(wrong)}. Copy it again from where it was whole."
         )
     return len(expected)
-
-
-class Difference(Source):
-    """Tuned minus start, computed when it is read; notes the hashes of both sides if it is to identify them.
-
-    Args:
-        start, tuned: Both under one set of names.
-        names: The tensors to hold.
-        identify: Whether to hash what is read.
-        known: Hashes of tensors that are equal on both sides and need not be read.
-    """
-
-    def __init__(
-        self, start: Source, tuned: Source, names: Iterable[str], *, identify: bool = True, known: Mapping[str, str] | None = None
-    ) -> None:
-        self._start, self._tuned = (Fingerprinted(start), Fingerprinted(tuned)) if identify else (start, tuned)
-        self._names, self._known = tuple(names), dict(known or {})
-        self.location = f"{tuned.label} − {start.label}"
-
-    @property
-    def names(self) -> tuple[str, ...]:  # noqa: D102
-        return self._names
-
-    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
-        return self._start.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:  # noqa: D102
-        return torch.promote_types(torch.promote_types(self._start.dtype(name), self._tuned.dtype(name)), torch.float32)
-
-    def read(self, name: str) -> Tensor:  # noqa: D102
-        return difference(self._tuned.read(name).cpu(), self._start.read(name).cpu())
-
-    def content_hashes(self) -> tuple[str | None, str | None]:
-        """Content hash of start and tuned; None as long as not every tensor has been read."""
-        sides = ({**self._known, **side.hashes} if isinstance(side, Fingerprinted) else {} for side in (self._start, self._tuned))
-        one, other = (content_hash(hashes) if len(hashes) == len(self._names) else None for hashes in sides)
-        return one, other
-
-
-class _Stored(Source):
-    """The tensors of an artefact, in float32; frozen ones are zeros that no file holds."""
-
-    def __init__(self, files: SafetensorsSource, manifest: Manifest) -> None:
-        self._files, self._entries = files, manifest.tensors
-        self.location = files.location
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._entries)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._entries[name].shape
-
-    def dtype(self, name: str) -> torch.dtype:
-        return torch.float32
-
-    def read(self, name: str) -> Tensor:
-        entry = self._entries[name]
-        return torch.zeros(entry.shape) if entry.unchanged else self._files.read(name).float()
-
-
-class _Scaled(Source):
-    """A vector times its coefficients."""
-
-    def __init__(self, vector: TaskVector) -> None:
-        self._vector = vector
-        self.location = f"the pure vector of {vector.label}"
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._vector)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._vector.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._vector.tensors.dtype(name)
-
-    def read(self, name: str) -> Tensor:
-        return self._vector[name] * self._vector.coefficient_of(name)
-
-
-class _LossMeter:
-    """Sums for PrecisionLoss over all tensors, in float64."""
-
-    def __init__(self) -> None:
-        self._inner = self._full = self._lower = 0.0
-        self._nonzero = self._lost = 0
-        self._used = False
-
-    def add(self, full: Tensor, lower: Tensor) -> None:
-        self._used = True
-        one, other = full.double().reshape(-1), lower.double().reshape(-1)
-        self._inner += torch.dot(one, other).item()
-        self._full += torch.dot(one, one).item()
-        self._lower += torch.dot(other, other).item()
-        self._nonzero += int(torch.count_nonzero(one))
-        self._lost += int(torch.count_nonzero((one != 0) & (other == 0)))
-
-    def result(self) -> PrecisionLoss | None:
-        if not self._used:
-            return None
-        norms = (self._full * self._lower) ** 0.5
-        return PrecisionLoss(self._lost / self._nonzero if self._nonzero else 0.0, self._inner / norms if norms else None)

@@ -166,6 +166,27 @@ def test_tied_weights_are_measured_once(tmp_path):
     assert "lm_head.weight" not in TaskVector.open(tmp_path / "lata" / "task_vector")
 
 
+def test_experts_are_measured_under_the_names_on_disk(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = MixtralConfig(**sizes, vocab_size=32, num_local_experts=2, bos_token_id=1, eos_token_id=2, max_position_embeddings=16)
+    base = MixtralForCausalLM(config)
+    base.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    base.save_pretrained(tmp_path / "instruct")
+    module = Module(MixtralForCausalLM.from_pretrained(tmp_path / "instruct"))
+    callback = LATACallback((str(tmp_path / "base"), str(tmp_path / "instruct")), output_dir=tmp_path / "lata", table=False)
+    trainer(tmp_path, callback).fit(module, batches())
+    module.model.save_pretrained(tmp_path / "tuned")
+    exported, extracted = TaskVector.open(tmp_path / "lata/task_vector"), TaskVector.between(tmp_path / "instruct", tmp_path / "tuned")
+    assert any("experts.1.w1" in name for name in exported)
+    assert set(exported) == set(extracted)
+    assert all(torch.equal(exported[name], extracted[name]) for name in extracted)
+
+
 def test_bf16_true_starts_from_the_rounded_weights(tmp_path, models, instruct):
     module = Module(instruct, learning_rate=0.0)
     callback = LATACallback(models / "instruction", output_dir=tmp_path / "lata", table=False)

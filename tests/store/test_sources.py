@@ -9,7 +9,8 @@ from tiny_models import llama, same_bits, tied_to_embedding, weights, write_chec
 
 from lata_lightning.errors import CorruptFileError, LayoutMismatchError, SourceError
 from lata_lightning.store.hashing import content_hash, hash_file, hash_stored, hash_values
-from lata_lightning.store.sources import Fingerprinted, StateDictSource, View, named_like, open_source, pair, shard_files
+from lata_lightning.store.pairing import named_like, pair
+from lata_lightning.store.sources import Fingerprinted, StateDictSource, View, open_source, shard_files
 
 
 def contents(source):

@@ -1,0 +1,119 @@
+"""Sources of differences: computed from two sides, stored in an artefact, or scaled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from lata_lightning.moments import difference
+from lata_lightning.store.hashing import content_hash
+from lata_lightning.store.manifest import Manifest, PrecisionLoss
+from lata_lightning.store.sources import Fingerprinted, SafetensorsSource, Source
+
+
+class Difference(Source):
+    """Tuned minus start, computed when it is read; notes the hashes of both sides if it is to identify them.
+
+    Args:
+        start, tuned: Both under one set of names.
+        names: The tensors to hold.
+        identify: Whether to hash what is read.
+        known: Hashes of tensors that are equal on both sides and need not be read.
+    """
+
+    def __init__(
+        self, start: Source, tuned: Source, names: Iterable[str], *, identify: bool = True, known: Mapping[str, str] | None = None
+    ) -> None:
+        self._start, self._tuned = (Fingerprinted(start), Fingerprinted(tuned)) if identify else (start, tuned)
+        self._names, self._known = tuple(names), dict(known or {})
+        self.location = f"{tuned.label} − {start.label}"
+
+    @property
+    def names(self) -> tuple[str, ...]:  # noqa: D102
+        return self._names
+
+    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
+        return self._start.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:  # noqa: D102
+        return torch.promote_types(torch.promote_types(self._start.dtype(name), self._tuned.dtype(name)), torch.float32)
+
+    def read(self, name: str) -> Tensor:  # noqa: D102
+        return difference(self._tuned.read(name).cpu(), self._start.read(name).cpu())
+
+    def content_hashes(self) -> tuple[str | None, str | None]:
+        """Content hash of start and tuned; None as long as not every tensor has been read."""
+        sides = ({**self._known, **side.hashes} if isinstance(side, Fingerprinted) else {} for side in (self._start, self._tuned))
+        one, other = (content_hash(hashes) if len(hashes) == len(self._names) else None for hashes in sides)
+        return one, other
+
+
+class Stored(Source):
+    """The tensors of an artefact, in float32; frozen ones are zeros that no file holds."""
+
+    def __init__(self, files: SafetensorsSource, manifest: Manifest) -> None:
+        self._files, self._entries = files, manifest.tensors
+        self.location = files.location
+
+    @property
+    def names(self) -> tuple[str, ...]:  # noqa: D102
+        return tuple(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:  # noqa: D102
+        return torch.float32
+
+    def read(self, name: str) -> Tensor:  # noqa: D102
+        entry = self._entries[name]
+        return torch.zeros(entry.shape) if entry.unchanged else self._files.read(name).float()
+
+
+class Scaled(Source):
+    """The tensors of a source, each times a factor of its own."""
+
+    def __init__(self, source: Source, factor_of: Callable[[str], float], location: str) -> None:
+        self._source, self._factor_of = source, factor_of
+        self.location = location
+
+    @property
+    def names(self) -> tuple[str, ...]:  # noqa: D102
+        return self._source.names
+
+    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
+        return self._source.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:  # noqa: D102
+        return self._source.dtype(name)
+
+    def read(self, name: str) -> Tensor:  # noqa: D102
+        return self._source.read(name) * self._factor_of(name)
+
+
+class LossMeter:
+    """Sums for PrecisionLoss over all tensors, in float64."""
+
+    def __init__(self) -> None:
+        self._inner = self._full = self._lower = 0.0
+        self._nonzero = self._lost = 0
+        self._used = False
+
+    def add(self, full: Tensor, lower: Tensor) -> None:
+        """Take in one tensor, as it was and as it is stored."""
+        self._used = True
+        one, other = full.double().reshape(-1), lower.double().reshape(-1)
+        self._inner += torch.dot(one, other).item()
+        self._full += torch.dot(one, one).item()
+        self._lower += torch.dot(other, other).item()
+        self._nonzero += int(torch.count_nonzero(one))
+        self._lost += int(torch.count_nonzero((one != 0) & (other == 0)))
+
+    def result(self) -> PrecisionLoss | None:
+        """The loss over all tensors; None if none was stored below its precision."""
+        if not self._used:
+            return None
+        norms = (self._full * self._lower) ** 0.5
+        return PrecisionLoss(self._lost / self._nonzero if self._nonzero else 0.0, self._inner / norms if norms else None)
