@@ -9,11 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lata_lightning.alignment import Alignment, LayerAlignment, align
+    from lata_lightning.alignment import Alignment, align
     from lata_lightning.callbacks.lata import LATACallback
     from lata_lightning.errors import LataError
     from lata_lightning.layers import LayerMap, layer_map
     from lata_lightning.merging import Term, forget, merge
+    from lata_lightning.metric import LayerAlignment
     from lata_lightning.store.task_vector import TaskVector
     from lata_lightning.weighting import drop_with_threshold, linear_drop_by_rank, log_drop_by_rank
 
@@ -21,7 +22,7 @@ _HOMES = {
     "Alignment": "alignment",
     "LATACallback": "callbacks.lata",
     "LataError": "errors",
-    "LayerAlignment": "alignment",
+    "LayerAlignment": "metric",
     "LayerMap": "layers",
     "TaskVector": "store.task_vector",
     "Term": "merging",

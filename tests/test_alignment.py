@@ -9,7 +9,6 @@ from tiny_models import BLOCKS, plus, weights
 
 from lata_lightning.alignment import (
     Alignment,
-    LayerAlignment,
     LayerStats,
     align,
     alignment_of,
@@ -19,6 +18,7 @@ from lata_lightning.alignment import (
 )
 from lata_lightning.errors import BaseMismatchError, CorruptFileError, LataError, LayoutMismatchError
 from lata_lightning.layers import layer_map
+from lata_lightning.metric import LayerAlignment
 from lata_lightning.moments import Moments
 from lata_lightning.store.task_vector import TaskVector
 
