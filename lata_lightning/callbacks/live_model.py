@@ -24,17 +24,20 @@ class LiveModel(Source):
     """
 
     def __init__(self, module: nn.Module) -> None:
+        persistent = module.state_dict(keep_vars=True).keys()
+        buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
+        held = {name.replace(_COMPILED, ""): tensor for name, tensor in {**dict(module.named_parameters()), **buffers}.items()}
+        self._take(module, {name: tensor for name, tensor in held.items() if tensor.is_floating_point()})
+
+    def _take(self, module: nn.Module, held: dict[str, Tensor]) -> None:
+        """Hold these tensors of a module, named as the module names them."""
         self.module = module
         config = getattr(module, "config", None)
         self.config = config.to_dict() if config is not None and hasattr(config, "to_dict") else None
         # Transformers notes here what the weights were loaded from.
         self.location = getattr(config, "_name_or_path", None) or None
-        persistent = module.state_dict(keep_vars=True).keys()
-        parameters = dict(module.named_parameters())
-        buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
-        floating = {name.replace(_COMPILED, ""): tensor for name, tensor in {**parameters, **buffers}.items() if tensor.is_floating_point()}
-        self._held = floating
-        self._tensors = {name: tensor.detach() for name, tensor in under_checkpoint_names(module, floating).items()}
+        self._held = held
+        self._tensors = {name: tensor.detach() for name, tensor in under_checkpoint_names(module, held).items()}
         self._changing: tuple[tuple[bool, ...], tuple[str, ...]] | None = None
 
     @property
@@ -60,6 +63,15 @@ class LiveModel(Source):
             named = under_checkpoint_names(self.module, asking)
             self._changing = (flags, tuple(name for name in self._tensors if name in named))
         return self._changing[1]
+
+    @property
+    def adapted(self) -> frozenset[str]:
+        """Names of the tensors that an adapter adds to; none here."""
+        return frozenset()
+
+    def added(self, name: str) -> Tensor:
+        """What adapters add to a tensor."""
+        raise KeyError(name)
 
     @property
     def materialized(self) -> bool:
@@ -96,6 +108,16 @@ def find_model(module: nn.Module, name: str | None = None) -> nn.Module:
         if found:
             return next(iter(found.values()))
     return module
+
+
+def look_at(root: nn.Module, name: str | None = None) -> LiveModel:
+    """The model inside a LightningModule as it now stands (see ``find_model``)."""
+    module = find_model(root, name)
+    if isinstance(module, _peft_kinds()):
+        from lata_lightning.callbacks.adapters import LoraModel
+
+        return LoraModel(module)
+    return LiveModel(module)
 
 
 def _peft_kinds() -> tuple[Any, ...]:

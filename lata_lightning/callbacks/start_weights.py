@@ -50,7 +50,7 @@ class StartWeights(Source):
         return self.live.dtype(name)
 
     def read(self, name: str) -> Tensor:  # noqa: D102
-        if name not in self._changing:
+        if name not in self._changing or name in self.live.adapted:
             return self.live.read(name)
         if self._origin is not None:
             # At the precision the trainer holds: a start that is finer would show as a difference that training never made.
@@ -66,7 +66,8 @@ class StartWeights(Source):
         for name in names:
             self._changing.add(name)
             self._hashes.pop(name, None)
-            if self._origin is None:
+            # Under an adapter the live tensor is frozen and stays the start.
+            if self._origin is None and name not in self.live.adapted:
                 self._copies[name] = self.live.read(name).to("cpu", copy=True)
 
     def release(self, names: Iterable[str]) -> None:

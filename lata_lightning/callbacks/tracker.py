@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lata_lightning.alignment import Alignment
-from lata_lightning.callbacks.live_model import LiveModel, find_model
+from lata_lightning.callbacks.live_model import LiveModel, look_at
 from lata_lightning.callbacks.start_weights import StartWeights
 from lata_lightning.errors import BaseMismatchError, LataError, LayoutMismatchError, WeightingError, first_three
 from lata_lightning.layers import LayerMap, LayerRule, Level, layer_map
@@ -68,7 +68,7 @@ class Tracker:
 
     def capture_early(self) -> None:
         """Keep the weights as they are before a resumed run restores trained ones; nothing if the model has none yet."""
-        live = LiveModel(find_model(self._root, self._model))
+        live = look_at(self._root, self._model)
         if live.materialized:
             self._kept = self._keep(live)
             self._kept.capture(live.changing)
@@ -80,7 +80,7 @@ class Tracker:
             recorded: Fingerprint of the start weights in the checkpoint that is resumed.
             resumed: Whether the live weights are trained ones.
         """
-        live = LiveModel(find_model(self._root, self._model))
+        live = look_at(self._root, self._model)
         _refuse_unreadable(live)
         if self._kept is None:
             self._kept = self._keep(live)
@@ -91,6 +91,12 @@ class Tracker:
         kept.capture(name for name in live.changing if name not in kept.changing)
         if resumed and self._base_weights in IN_MEMORY:
             _verify(kept, recorded)
+        started = [name for name in live.adapted if not resumed and live.added(name).any()]
+        if started:
+            raise LataError(
+                f"an adapter must add nothing when training starts; these do, by their initialisation or from earlier training: {first_three(started)}. "
+                "Merge the adapter into its model first, or use the default initialisation of LoRA."
+            )
         self.places = layer_map(live.names, structure=live.module, rule=self._rule)
 
     def check_instruction(self, level: Level, *, weighted: bool) -> None:
@@ -113,7 +119,7 @@ class Tracker:
 
     def capture_late(self) -> None:
         """Before the first step of a fresh run: take weights that were loaded since as the start, and say so."""
-        self.kept.follow(LiveModel(find_model(self._root, self._model)))
+        self.kept.follow(look_at(self._root, self._model))
         changed = self.kept.changed()
         if changed and self._base_weights not in IN_MEMORY:
             raise BaseMismatchError(
@@ -133,14 +139,14 @@ class Tracker:
     def sums(self) -> tuple[list[str], Tensor]:
         """Names and their three sums, float64 of shape (tensors, 3), on the CPU."""
         kept = self.kept
-        kept.follow(LiveModel(find_model(self._root, self._model)))
+        kept.follow(look_at(self._root, self._model))
         rows = [self._sums_of(name, kept) for name in kept.names]
         return list(kept.names), torch.stack(rows)
 
     def task_vector(self, alignment: Alignment | None, step: int, epoch: int) -> TaskVector:
         """Tuned minus start as it stands now."""
         kept = self.kept
-        kept.follow(LiveModel(find_model(self._root, self._model)))
+        kept.follow(look_at(self._root, self._model))
         hashes = kept.fingerprint()
         frozen = {name: hashes[name] for name in kept.names if name not in kept.changing}
         manifest = Manifest(
@@ -153,7 +159,7 @@ class Tracker:
             epoch=epoch,
             tensors={name: TensorEntry(kept.shape(name), "float32", unchanged=True) for name in frozen},
         )
-        return TaskVector(Difference(kept, kept.live, kept.names, known=frozen), manifest)
+        return TaskVector(_LiveDifference(kept, frozen), manifest)
 
     def _keep(self, live: LiveModel) -> StartWeights:
         if self._base_weights in IN_MEMORY:
@@ -170,11 +176,26 @@ class Tracker:
             # Without an instruction vector there is nothing to take off, whatever the start was.
             start: Start = self._start if instruction is not None else "instruct"
             direction = None if instruction is None else instruction[name]
+            if name in kept.live.adapted:
+                return tensor_sums(kept.live.added(name), direction, start=start).cpu()
             return tensor_sums(kept.live.read(name), direction, subtract=kept.read(name), start=start).cpu()
         square = self._squares.get(name, 0.0)
         # Frozen, so the difference is zero; from base, that means the task vector takes the whole instruction vector back.
         row = [0.0, 0.0, square] if self._start == "instruct" else [-square, square, square]
         return torch.tensor(row, dtype=torch.float64)
+
+
+class _LiveDifference(Difference):
+    """Live minus start weights; of a tensor under an adapter, what the adapter adds, without a detour over the sum."""
+
+    def __init__(self, kept: StartWeights, known: Mapping[str, str]) -> None:
+        super().__init__(kept, kept.live, kept.names, known=known)
+        self._live = kept.live
+
+    def read(self, name: str) -> Tensor:
+        if name in self._live.adapted:
+            return self._live.added(name).cpu().to(self.dtype(name))
+        return super().read(name)
 
 
 def _verify(kept: StartWeights, recorded: Mapping[str, str] | None) -> None:
@@ -194,8 +215,3 @@ def _verify(kept: StartWeights, recorded: Mapping[str, str] | None) -> None:
 def _refuse_unreadable(live: LiveModel) -> None:
     if any(isinstance(live.read(name), DTensor) for name in live.names):
         raise LataError("LATACallback cannot measure DTensors, whose entries are spread over devices; use one device or strategy='ddp'")
-    if type(live.module).__module__.split(".")[0] == "peft":
-        raise LataError(
-            "LATACallback measures whole weights, and this model is wrapped by peft. Train without the adapter, or extract the task vector "
-            "afterwards: save what merge_and_unload() gives and run lata extract."
-        )

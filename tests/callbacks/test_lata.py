@@ -1,7 +1,6 @@
 import csv
 import json
 import math
-import warnings
 
 import lightning.pytorch as pl
 import pytest
@@ -460,16 +459,6 @@ def test_two_models_side_by_side_have_to_be_told_apart(tmp_path, instruct):
         trainer(tmp_path, LATACallback(output_dir=tmp_path / "lata")).fit(Two(), batches())
     trainer(tmp_path, LATACallback(model="model", output_dir=tmp_path / "lata")).fit(Two(), batches())
     assert "model.embed_tokens.weight" in TaskVector.open(tmp_path / "lata/task_vector")
-
-
-def test_a_peft_model_is_refused_with_a_way_out(tmp_path, instruct):
-    from peft import LoraConfig, get_peft_model
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        wrapped = get_peft_model(instruct, LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(LataError, match="merge_and_unload"):
-        trainer(tmp_path, LATACallback(output_dir=tmp_path / "lata")).fit(Module(wrapped), batches())
 
 
 def test_strategies_that_shard_weights_are_refused(tmp_path, instruct):
