@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lata_lightning.callbacks.live_model import LiveModel
 from lata_lightning.errors import LataError
@@ -36,6 +37,8 @@ class LoraModel(LiveModel):
             plain = _plain_name(name, adapters)
             if plain is not None and parameter.is_floating_point():
                 found[plain] = parameter
+        if any(isinstance(parameter, DTensor) for parameter in base.parameters()):
+            raise LataError("LATACallback cannot measure adapters of a sharded model; use one device or strategy='ddp'")
         self._take(base, found)
         self._layers: dict[str, Any] = {}
         for name, layer in layers.items():

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lata_lightning.alignment import Alignment, alignment_of
+from lata_lightning.callbacks.gathering import export, manifest_of
 from lata_lightning.callbacks.history import HISTORY_NAME, append_history, cut_history, log_layers, summary
-from lata_lightning.callbacks.tracker import Tracker
+from lata_lightning.callbacks.start_weights import SPILL_NAME
+from lata_lightning.callbacks.tracker import Fingerprint, Tracker
 from lata_lightning.errors import LataError, OutputError, first_three
 from lata_lightning.layers import LayerRule, Level, check_level
 from lata_lightning.moments import Start, check_start, moments_table, total
@@ -23,7 +25,6 @@ from lata_lightning.weighting import DEFAULT_THRESHOLD, Weighting, check_weighti
 
 VECTOR_NAME = "task_vector"
 STATE_VERSION = 1
-_Result = TypeVar("_Result")
 
 
 class LATACallback(pl.Callback):
@@ -115,11 +116,11 @@ class LATACallback(pl.Callback):
         self.alignment: Alignment | None = None
         """The last measurement; with coefficients once training has ended."""
         self._tracker: Tracker | None = None
-        self._restored: Mapping[str, str] | None = None
+        self._restored: Fingerprint | None = None
         self._last_step: int | None = None
         self._directory: Path | None = None
-        self._settled = False
-        self._fresh = False
+        self._settled = self._decided = self._begun = False
+        self._fresh = True
 
     @property
     def state_key(self) -> str:
@@ -130,9 +131,10 @@ class LATACallback(pl.Callback):
         """Keep the weights tentatively: on one device and under DDP this is the last hook before a resumed run restores trained ones."""
         if stage != "fit":
             return
-        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
             raise LataError(
-                f"LATACallback cannot measure weights that {type(trainer.strategy).__name__} spreads over devices; use one device or strategy='ddp'"
+                f"LATACallback cannot read the weights that {type(trainer.strategy).__name__} flattens and spreads over devices; "
+                "use ModelParallelStrategy (FSDP2), DDP or one device"
             )
         self._restored = None
         if self._settled and trainer.global_step > 0:
@@ -146,31 +148,40 @@ class LATACallback(pl.Callback):
             base_weights=self.base_weights,
             layers=self.layers,
         )
-        if trainer.is_global_zero:
-            self._tracker.capture_early()
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self._tracker.ranks.agree(self._tracker.capture_early)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Settle which weights are the start: the model now has its final precision, and a resumed run its trained weights."""
         log_dir = trainer.log_dir  # Every rank has to ask for it, or those that do wait for the others.
         if not getattr(trainer, "fast_dev_run", False):
             self._directory = Path(self.output_dir or Path(log_dir or trainer.default_root_dir) / self.name)
-        resumed = self._restored is not None or trainer.ckpt_path is not None
         if not self._settled:
-            self._on_rank_zero(trainer, lambda: self._settle(trainer, resumed))
-        self._settled, self._fresh = True, not resumed and trainer.global_step == 0
+            tracker = self._require_tracker()
+            tracker.ranks.agree(lambda: tracker.settle(self._directory))
+            rank_zero_info(f"LATACallback: start weights: {tracker.kept.describe(tracker.live)}")
+            tracker.check_instruction(self.level, weighted=self.weighting != "none")
+            self._settled, self._decided = True, False
+            if not trainer.strategy.restore_checkpoint_after_setup:
+                self._decide(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Drop what an interrupted run has measured after the checkpoint that is resumed; only now is its step known."""
+        # Some strategies restore a checkpoint after on_fit_start; before, nothing tells that there is one.
+        if not self._decided:
+            self._decide(trainer)
         if trainer.is_global_zero and self._directory is not None:
             cut_history(self._directory / HISTORY_NAME, trainer.global_step)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Before the first step, look whether weights were loaded late; before any step, keep what was unfrozen since the last one."""
-        if self._fresh:
-            self._on_rank_zero(trainer, self._require_tracker().capture_late)
-            self._fresh = False
-        if trainer.is_global_zero:
-            self._require_tracker().capture_unfrozen()
+        tracker = self._require_tracker()
+        if not self._begun:
+            if self._fresh:
+                tracker.ranks.agree(tracker.capture_late)
+            tracker.begin()
+            self._begun = True
+        tracker.capture_unfrozen()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure when another ``every_n_train_steps`` optimizer steps are done."""
@@ -188,13 +199,16 @@ class LATACallback(pl.Callback):
         """Measure once more if steps were taken since, then export."""
         if self._last_step != trainer.global_step or self.alignment is None:
             self._measure(trainer, pl_module, on_step=None)
-        self._on_rank_zero(trainer, lambda: self._export(trainer))
+        tracker = self._require_tracker()
+        alignment = self.alignment if tracker.instruction is not None else None
+        manifest = manifest_of(tracker, alignment, trainer.global_step, trainer.current_epoch)
+        tracker.ranks.agree(lambda: export(tracker, self._finish, manifest))
+        if trainer.is_global_zero:
+            tracker.kept.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Version, last measured step, and a hash of the start value of every tensor; None before a fit has settled them."""
-        fingerprint = (
-            dict(self._tracker.kept.fingerprint()) if self._tracker is not None and self._settled and self._tracker.captured else None
-        )
+        """Version, last measured step, and two sums over the bits of each start tensor; None before a fit has settled them."""
+        fingerprint = None if self._tracker is None else dict(self._tracker.fingerprint) or None
         return {"version": STATE_VERSION, "last_step": self._last_step, "fingerprint": fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -214,24 +228,32 @@ class LATACallback(pl.Callback):
             raise LataError("LATACallback was not set up: it has to be among the trainer's callbacks when fit is called")
         return self._tracker
 
-    def _settle(self, trainer: pl.Trainer, resumed: bool) -> None:
+    def _decide(self, trainer: pl.Trainer) -> None:
+        """Fresh or resumed? A fresh run must not meet the output of another, a resumed one must have its first start weights."""
         tracker = self._require_tracker()
-        tracker.settle(self._restored, resumed=resumed)
-        tracker.check_instruction(self.level, weighted=self.weighting != "none")
+        self._fresh = self._restored is None and trainer.ckpt_path is None
+        if self._fresh:
+            tracker.ranks.agree(self._check_fresh)
+        else:
+            tracker.ranks.agree(tracker.take_up)
+        tracker.note_fingerprint()
+        if not self._fresh:
+            tracker.verify(self._restored)
+        self._decided, self._begun = True, False
+
+    def _check_fresh(self) -> None:
+        self._require_tracker().refuse_started_adapters()
         if self._directory is not None:
-            held = [file for file in (HISTORY_NAME, VECTOR_NAME) if (self._directory / file).exists()]
-            if held and not resumed:
+            held = [name for name in (HISTORY_NAME, VECTOR_NAME, SPILL_NAME) if (self._directory / name).exists()]
+            if held:
                 raise OutputError(
                     f"{self._directory} holds the {held[0]} of another run. Give this run an output_dir of its own, or remove it."
                 )
-        kept = tracker.kept
-        cost = f"{kept.size / 2**20:,.1f} MiB in CPU memory" if kept.size else "no memory"
-        rank_zero_info(f"LATACallback: keeps the start weights of {len(kept.changing)} trainable tensors, at the cost of {cost}")
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, on_step: bool | None) -> None:
-        """Take the sums on rank zero, share them, and log; ``on_step`` is None where logging is not allowed any more."""
+        """Take the sums and log; ``on_step`` is None where logging is not allowed any more."""
         tracker = self._require_tracker()
-        names, sums, tracker.places = self._on_rank_zero(trainer, lambda: (*tracker.sums(), tracker.places))
+        names, sums = tracker.sums()
         table = moments_table(dict(zip(names, sums, strict=True)))
         alignment = alignment_of(table, tracker.places, self.level, self.start)
         figures = summary(total(table.values()), alignment, self.instruction_vector is not None)
@@ -245,11 +267,9 @@ class LATACallback(pl.Callback):
             if self._directory is not None:
                 append_history(self._directory / HISTORY_NAME, trainer.global_step, trainer.current_epoch, figures, alignment)
 
-    def _export(self, trainer: pl.Trainer) -> None:
-        tracker = self._require_tracker()
-        instruction = tracker.instruction
-        alignment = self.alignment if instruction is not None else None
-        vector = tracker.task_vector(alignment, trainer.global_step, trainer.current_epoch)
+    def _finish(self, vector: TaskVector) -> None:
+        """On rank zero: weight the vector, show it, and write it."""
+        alignment, instruction = vector.manifest.alignment, self._require_tracker().instruction
         if alignment is not None and alignment.undefined and self.weighting != "none":
             rank_zero_warn(
                 f"the alignment is undefined in {first_three(alignment.undefined)} layers; the vector is exported without coefficients"
@@ -262,27 +282,12 @@ class LATACallback(pl.Callback):
             if alignment.flat:
                 rank_zero_info(f"LATACallback: {flat_warning(alignment)}")
             if self.table and self.alignment is not None:
-                show(alignment_table(self.alignment, f"{self.name}: alignment at step {trainer.global_step}"))
+                show(alignment_table(self.alignment, f"{self.name}: alignment at step {vector.manifest.step}"))
         if self._directory is not None and "vector" in self.export:
             partial = self._directory / f".{VECTOR_NAME}{PARTIAL_MARK}new"
             vector.save(partial, dtype=self.dtype)
             replace_directory(partial, self._directory / VECTOR_NAME)
             rank_zero_info(f"LATACallback: the task vector is in {self._directory / VECTOR_NAME}")
-
-    def _on_rank_zero(self, trainer: pl.Trainer, work: Callable[[], _Result]) -> _Result:
-        """Do something on rank zero, and give its result, or raise its error, on every rank: an error on one would leave the others waiting."""
-        result: _Result | None = None
-        error: LataError | None = None
-        if trainer.is_global_zero:
-            try:
-                result = work()
-            except LataError as caught:
-                error = caught
-        if trainer.world_size > 1:
-            result, error = trainer.strategy.broadcast((result, error), src=0)
-        if error is not None:
-            raise error
-        return result  # type: ignore[return-value]  # rank zero's, on every rank
 
 
 def _open_instruction(given: str | Path | Sequence[str] | TaskVector | None) -> TaskVector | None:

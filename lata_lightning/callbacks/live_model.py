@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as Sharded
 
 from lata_lightning.errors import LataError, first_three
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
 from lata_lightning.store.sources import Source
 
 _COMPILED = "_orig_mod."
+
+
+class Shard(NamedTuple):
+    """The part of a tensor that this process holds.
+
+    Attributes:
+        local: Its values, as they stand.
+        slices: Where they lie in the whole tensor; None for all of it.
+        counted: Whether this process counts them; False for copies of what another process counts. None if all processes hold the same, so
+            that they share the counting by name.
+    """
+
+    local: Tensor
+    slices: tuple[slice, ...] | None = None
+    counted: bool | None = None
 
 
 class LiveModel(Source):
@@ -37,7 +55,15 @@ class LiveModel(Source):
         # Transformers notes here what the weights were loaded from.
         self.location = getattr(config, "_name_or_path", None) or None
         self._held = held
-        self._tensors = {name: tensor.detach() for name, tensor in under_checkpoint_names(module, held).items()}
+        named = under_checkpoint_names(module, held)
+        whole = {id(tensor) for tensor in held.values()}
+        cut = [name for name, tensor in named.items() if isinstance(tensor, DTensor) and id(tensor) not in whole]
+        if cut:
+            raise LataError(
+                f"LATACallback cannot measure {first_three(cut)} while sharded: a checkpoint stores them in other pieces than the module"
+            )
+        self._tensors = {name: tensor.detach() for name, tensor in named.items()}
+        self.index = {name: number for number, name in enumerate(self._tensors)}
         self._changing: tuple[tuple[bool, ...], tuple[str, ...]] | None = None
 
     @property
@@ -52,6 +78,15 @@ class LiveModel(Source):
 
     def read(self, name: str) -> Tensor:  # noqa: D102
         return self._tensors[name]
+
+    def shard(self, name: str) -> Shard:
+        """What this process holds of a tensor.
+
+        Raises:
+            LataError: The tensor is spread over devices in a way that has no contiguous parts.
+        """
+        tensor = self._tensors[name]
+        return _shard_of(name, tensor) if isinstance(tensor, DTensor) else Shard(tensor)
 
     @property
     def changing(self) -> tuple[str, ...]:
@@ -77,6 +112,27 @@ class LiveModel(Source):
     def materialized(self) -> bool:
         """Whether there are weights at all: not before ``configure_model`` has built them, not on the meta device."""
         return bool(self._tensors) and not any(tensor.is_meta for tensor in self._tensors.values())
+
+
+def _shard_of(name: str, tensor: DTensor) -> Shard:
+    """The local part of a DTensor; chunks are cut as ``torch.chunk`` cuts them, so the last ones may be smaller or empty."""
+    bounds = [(0, length) for length in tensor.shape]
+    counted = True
+    coordinates: list[int] = list(tensor.device_mesh.get_coordinate() or [])
+    for axis, (placement, coordinate) in enumerate(zip(tensor.placements, coordinates, strict=True)):
+        if placement.is_replicate():
+            counted = counted and coordinate == 0
+            continue
+        if type(placement) is not Sharded:
+            raise LataError(f"LATACallback cannot measure {name}, which is placed as {placement}; plain shards and replicas are supported")
+        begin, end = bounds[placement.dim]
+        length = -(-(end - begin) // tensor.device_mesh.size(axis))
+        first = min(begin + coordinate * length, end)
+        bounds[placement.dim] = (first, min(first + length, end))
+    local = tensor.to_local()
+    if tuple(local.shape) != tuple(end - begin for begin, end in bounds):
+        raise LataError(f"LATACallback cannot measure {name}: its shard has shape {tuple(local.shape)}, where {bounds} was expected")
+    return Shard(local, tuple(slice(begin, end) for begin, end in bounds), counted)
 
 
 def find_model(module: nn.Module, name: str | None = None) -> nn.Module:
@@ -112,6 +168,10 @@ def find_model(module: nn.Module, name: str | None = None) -> nn.Module:
 
 def look_at(root: nn.Module, name: str | None = None) -> LiveModel:
     """The model inside a LightningModule as it now stands (see ``find_model``)."""
+    for part in root.modules():
+        # After a forward pass without gradients the parameters of the outermost group stay gathered, as plain tensors.
+        if isinstance(part, FSDPModule):
+            part.reshard()
     module = find_model(root, name)
     if isinstance(module, _peft_kinds()):
         from lata_lightning.callbacks.adapters import LoraModel

@@ -1,40 +1,42 @@
-"""The work behind the callback, on one process: start weights, live weights and instruction vector held together."""
+"""The work behind the callback on each process: start weights, live weights and instruction vector held together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from lata_lightning.alignment import Alignment
 from lata_lightning.callbacks.live_model import LiveModel, look_at
-from lata_lightning.callbacks.start_weights import StartWeights
+from lata_lightning.callbacks.ranks import Ranks
+from lata_lightning.callbacks.start_weights import SPILL_NAME, StartWeights
 from lata_lightning.errors import BaseMismatchError, LataError, LayoutMismatchError, WeightingError, first_three
 from lata_lightning.layers import LayerMap, LayerRule, Level, layer_map
 from lata_lightning.moments import Start, moments_table, tensor_sums
-from lata_lightning.store.differences import Difference
-from lata_lightning.store.hashing import content_hash
-from lata_lightning.store.manifest import Identity, Manifest, TensorEntry
+from lata_lightning.store.hashing import value_sums
 from lata_lightning.store.pairing import pair
-from lata_lightning.store.sources import open_source
+from lata_lightning.store.sources import Source, open_source
 from lata_lightning.store.task_vector import TaskVector
 
-IN_MEMORY = ("auto", "memory")
-_ADVICE = "Pass base_weights=<directory or checkpoint of the start weights>."
+PROVIDERS = ("auto", "lora", "source", "spill", "memory")
+_ADVICE = "Pass base_weights=<directory or checkpoint of the start weights>, or train with base_weights='spill' from the start."
+Fingerprint = Mapping[str, list[int]]
 
 
 class Tracker:
     """Measures the difference between a module in training and the weights it started from.
+
+    Every process of a run has one. Tensors that all processes hold alike are shared out among them by name; of sharded tensors each process
+    sees to its own part. Only sums cross between processes, in one reduction per measurement.
 
     Args:
         root: The LightningModule.
         model: Path of the model inside of it; None to look for it.
         instruction: Instruct minus base, or None.
         start: What the fine-tune starts from.
-        base_weights: ``auto`` or ``memory`` for copies, else where the start weights lie.
+        base_weights: How the start weights are kept: one of ``PROVIDERS``, or where they lie.
         layers: Rule that names the blocks.
     """
 
@@ -49,66 +51,111 @@ class Tracker:
         layers: LayerRule | str | None = None,
     ) -> None:
         self._root, self._model = root, model
-        self.instruction, self._start, self._base_weights, self._rule = instruction, start, base_weights, layers
+        self.instruction, self.start, self._base_weights, self._rule = instruction, start, base_weights, layers
+        self.ranks = Ranks()
+        self._live: LiveModel | None = None
         self._kept: StartWeights | None = None
+        self._changing: set[str] = set()
         self._squares: dict[str, float] = {}
+        self._spill_to: Path | None = None
         self.places = LayerMap({}, ())
+        self.fingerprint: dict[str, list[int]] = {}
+        """Two sums over the bits of every start value, by tensor: the same for every number of processes."""
 
     @property
-    def captured(self) -> bool:
-        """Whether there are start weights; on ranks other than zero there never are."""
-        return self._kept is not None
+    def live(self) -> LiveModel:
+        """The model as it was when last looked at."""
+        if self._live is None:
+            raise LataError("there are no start weights: the model had no weights when the fit started")
+        return self._live
 
     @property
     def kept(self) -> StartWeights:
-        """The start weights."""
+        """The start weights this process keeps."""
         if self._kept is None:
             raise LataError("there are no start weights: the model had no weights when the fit started")
         return self._kept
+
+    @property
+    def changing(self) -> frozenset[str]:
+        """Names of the tensors whose start values are kept, by this process or another."""
+        return frozenset(self._changing)
 
     def capture_early(self) -> None:
         """Keep the weights as they are before a resumed run restores trained ones; nothing if the model has none yet."""
         live = look_at(self._root, self._model)
         if live.materialized:
-            self._kept = self._keep(live)
-            self._kept.capture(live.changing)
+            self._live = live
+            self._kept = self._new_kept()
+            self._capture(live.changing)
 
-    def settle(self, recorded: Mapping[str, str] | None, *, resumed: bool) -> None:
-        """Decide which weights are the start, now that the model has its final precision.
+    def settle(self, spill_to: Path | None) -> None:
+        """Go through the start weights once more, now that the model has its final precision.
 
         Args:
-            recorded: Fingerprint of the start weights in the checkpoint that is resumed.
-            resumed: Whether the live weights are trained ones.
+            spill_to: Output directory of the run, for spilled start weights.
         """
-        live = look_at(self._root, self._model)
-        _refuse_unreadable(live)
+        live, self._spill_to = self.look(), spill_to
+        if not live.materialized:
+            raise LataError("the model has no weights when the fit starts; build them in __init__, configure_model or setup")
         if self._kept is None:
-            self._kept = self._keep(live)
-        kept = self._kept
-        kept.follow(live)
-        kept.release(kept.changing - set(live.changing))
-        kept.cast()
-        kept.capture(name for name in live.changing if name not in kept.changing)
-        if resumed and self._base_weights in IN_MEMORY:
-            _verify(kept, recorded)
-        started = [name for name in live.adapted if not resumed and live.added(name).any()]
+            self._kept = self._new_kept()
+        for name in self._changing - set(live.changing):
+            self._kept.release(name)
+        self._changing &= set(live.changing)
+        for name in self._changing:
+            self._kept.cast(name, live.dtype(name))
+        self._capture(name for name in live.changing if name not in self._changing)
+        self._check_provider(live)
+        self.places = layer_map(live.names, structure=live.module, rule=self._rule)
+
+    def refuse_started_adapters(self) -> None:
+        """Refuse, on a fresh run, adapters that add something before the first step."""
+        started = [name for name in self.live.adapted if self.live.added(name).any()]
         if started:
             raise LataError(
                 f"an adapter must add nothing when training starts; these do, by their initialisation or from earlier training: {first_three(started)}. "
                 "Merge the adapter into its model first, or use the default initialisation of LoRA."
             )
-        self.places = layer_map(live.names, structure=live.module, rule=self._rule)
+
+    def take_up(self) -> None:
+        """On a resumed run: let the start weights that the first run has spilled stand before those that were kept since."""
+        if self._base_weights == "spill" and self._spill_to is not None and (self._spill_to / SPILL_NAME).is_dir():
+            self.kept.adopt(self._spill_to / SPILL_NAME)
+
+    def verify(self, recorded: Fingerprint | None) -> None:
+        """Refuse start weights that are not those a resumed run first started from.
+
+        Args:
+            recorded: The fingerprint in its checkpoint; None if that holds none.
+        """
+        if self._base_weights not in PROVIDERS:
+            return
+        if recorded is None:
+            raise LataError(
+                f"this run resumes from a checkpoint that holds no state of LATACallback, so the weights it first started from are unknown. {_ADVICE}"
+            )
+        wrong = [name for name in self._changing if recorded.get(name) != self.fingerprint[name]]
+        if wrong:
+            raise LataError(
+                "the weights this run first started from cannot be had any more: the model was built with other values than at the first start in "
+                f"{first_three(wrong)} of {len(self._changing)} tensors. {_ADVICE}"
+            )
 
     def check_instruction(self, level: Level, *, weighted: bool) -> None:
         """Refuse an instruction vector of another layout, or one that is zero in a layer that is to be weighted."""
         if self.instruction is None:
             return
-        live = self.kept.live
-        matched, _ = pair(live, self.instruction.tensors)
-        missing = set(live.names) - set(matched.names)
+        matched, _ = pair(self.live, self.instruction.tensors)
+        missing = set(self.live.names) - set(matched.names)
         if missing:
             raise LayoutMismatchError(f"the instruction vector {self.instruction.label} lacks {first_three(missing)}")
-        self._squares = {name: row.task for name, row in moments_table({n: tensor_sums(self.instruction[n]) for n in live.names}).items()}
+        sums = torch.zeros(len(self.live.names), 3, dtype=torch.float64)
+        for index, name in enumerate(self.live.names):
+            if index % self.ranks.world == self.ranks.rank:
+                sums[index] = tensor_sums(self.instruction[name])
+        table = moments_table(dict(zip(self.live.names, self.ranks.total(sums), strict=True)))
+        self._squares = {name: row.task for name, row in table.items()}
         layers = self.places.layers(level)
         empty = [layer for layer, names in layers.items() if not any(self._squares[name] for name in names)]
         if empty and weighted:
@@ -119,99 +166,130 @@ class Tracker:
 
     def capture_late(self) -> None:
         """Before the first step of a fresh run: take weights that were loaded since as the start, and say so."""
-        self.kept.follow(look_at(self._root, self._model))
-        changed = self.kept.changed()
-        if changed and self._base_weights not in IN_MEMORY:
+        self.look()
+        changed = [name for name in sorted(self._changing) if self._counts(name) and self._moved(name)]
+        if changed and self._base_weights not in PROVIDERS:
             raise BaseMismatchError(
                 f"the model does not start from {self._base_weights}: it has other values in {first_three(changed)}. Pass the weights it starts from."
             )
         if changed:
+            # Each process speaks for its own part; rank zero's part is enough to notice by.
             rank_zero_warn(
                 f"weights were loaded after the fit had started ({first_three(changed)}); LATACallback takes those as the start weights"
             )
-            self.kept.capture(changed)
+        for name in changed:
+            self.kept.capture(name, self.live.shard(name))
+
+    def note_fingerprint(self) -> None:
+        """Note the fingerprint of all start values."""
+        self._take_fingerprint(self._changing)
+
+    def begin(self) -> None:
+        """After the start is certain: note its fingerprint, and spill it if that is wanted."""
+        self.note_fingerprint()
+        self._spill()
 
     def capture_unfrozen(self) -> None:
         """Keep tensors that can change from now on; as they could not before, they still have their start values."""
-        kept = self.kept
-        kept.capture(name for name in kept.live.changing if name not in kept.changing)
+        new = [name for name in self.live.changing if name not in self._changing]
+        if new:
+            self._capture(new)
+            self._take_fingerprint(new)
+            self._spill()
 
     def sums(self) -> tuple[list[str], Tensor]:
-        """Names and their three sums, float64 of shape (tensors, 3), on the CPU."""
-        kept = self.kept
-        kept.follow(look_at(self._root, self._model))
-        rows = [self._sums_of(name, kept) for name in kept.names]
-        return list(kept.names), torch.stack(rows)
+        """Names and their three sums over all processes, float64 of shape (tensors, 3), on the CPU."""
+        self.ranks.agree(self.kept.check_origin)
+        live = self.look()
+        rows = torch.zeros(len(live.names), 3, dtype=torch.float64)
+        for index, name in enumerate(live.names):
+            if name not in self._changing:
+                rows[index] = self._frozen_sums(name) if self.ranks.rank == 0 else 0.0
+            elif self._counts(name):
+                rows[index] = self._sums_of(name)
+        return list(live.names), self.ranks.total(rows)
 
-    def task_vector(self, alignment: Alignment | None, step: int, epoch: int) -> TaskVector:
-        """Tuned minus start as it stands now."""
-        kept = self.kept
-        kept.follow(look_at(self._root, self._model))
-        hashes = kept.fingerprint()
-        frozen = {name: hashes[name] for name in kept.names if name not in kept.changing}
-        manifest = Manifest(
-            kind="task",
-            start=self._start,
-            layers=self.places,
-            start_identity=Identity(kept.location, content_hash=content_hash(hashes)),
-            alignment=alignment,
-            step=step,
-            epoch=epoch,
-            tensors={name: TensorEntry(kept.shape(name), "float32", unchanged=True) for name in frozen},
-        )
-        return TaskVector(_LiveDifference(kept, frozen), manifest)
+    def look(self) -> LiveModel:
+        """The model as it now stands."""
+        self._live = look_at(self._root, self._model)
+        return self._live
 
-    def _keep(self, live: LiveModel) -> StartWeights:
-        if self._base_weights in IN_MEMORY:
-            return StartWeights(live)
-        matched, origin = pair(live, open_source(self._base_weights))
-        missing = set(live.names) - set(matched.names)
-        if missing:
-            raise LayoutMismatchError(f"the start weights {self._base_weights} lack {first_three(missing)}")
-        return StartWeights(live, origin)
+    def owner(self, name: str) -> int:
+        """The process that keeps the start value of a tensor that all processes hold alike."""
+        return self.live.index[name] % self.ranks.world
 
-    def _sums_of(self, name: str, kept: StartWeights) -> Tensor:
-        instruction = self.instruction
-        if name in kept.changing:
-            # Without an instruction vector there is nothing to take off, whatever the start was.
-            start: Start = self._start if instruction is not None else "instruct"
-            direction = None if instruction is None else instruction[name]
-            if name in kept.live.adapted:
-                return tensor_sums(kept.live.added(name), direction, start=start).cpu()
-            return tensor_sums(kept.live.read(name), direction, subtract=kept.read(name), start=start).cpu()
+    def _counts(self, name: str) -> bool:
+        counted = self.live.shard(name).counted
+        return self.owner(name) == self.ranks.rank if counted is None else counted
+
+    def _capture(self, names: Iterable[str]) -> None:
+        for name in list(names):
+            self._changing.add(name)
+            if self._counts(name) and name not in self.live.adapted:
+                self.kept.capture(name, self.live.shard(name))
+
+    def _spill(self) -> None:
+        if self._base_weights == "spill" and self._spill_to is not None:
+            shards = {name: self.live.shard(name) for name in self._changing}
+            self.kept.spill(self._spill_to / SPILL_NAME, self.ranks.rank, shards)
+
+    def _moved(self, name: str) -> bool:
+        if name in self.live.adapted:
+            return False
+        shard = self.live.shard(name)
+        return not torch.equal(shard.local.cpu(), self.kept.read(name, shard))
+
+    def _take_fingerprint(self, names: Iterable[str]) -> None:
+        """Sum over the bits of start values; one reduction, and the same result whatever the sharding."""
+        listed = sorted(names)
+        sums = torch.zeros(len(listed), 2, dtype=torch.int64)
+        for index, name in enumerate(listed):
+            if self._counts(name):
+                shard = self.live.shard(name)
+                sums[index] = value_sums(shard.local.cpu() if name in self.live.adapted else self.kept.read(name, shard))
+        self.fingerprint.update(zip(listed, self.ranks.total(sums).tolist(), strict=True))
+
+    def _sums_of(self, name: str) -> Tensor:
+        # Without an instruction vector there is nothing to take off, whatever the start was.
+        start: Start = self.start if self.instruction is not None else "instruct"
+        shard = self.live.shard(name)
+        direction = None if self.instruction is None else self.instruction.read_slice(name, shard.slices)
+        if name in self.live.adapted:
+            return tensor_sums(self.live.added(name), direction, start=start).cpu()
+        return tensor_sums(shard.local, direction, subtract=self.kept.read(name, shard), start=start).cpu()
+
+    def _frozen_sums(self, name: str) -> Tensor:
         square = self._squares.get(name, 0.0)
         # Frozen, so the difference is zero; from base, that means the task vector takes the whole instruction vector back.
-        row = [0.0, 0.0, square] if self._start == "instruct" else [-square, square, square]
+        row = [0.0, 0.0, square] if self.start == "instruct" else [-square, square, square]
         return torch.tensor(row, dtype=torch.float64)
 
+    def _new_kept(self) -> StartWeights:
+        origin, trusted = self._origin()
+        return StartWeights(origin, trusted=trusted)
 
-class _LiveDifference(Difference):
-    """Live minus start weights; of a tensor under an adapter, what the adapter adds, without a detour over the sum."""
+    def _origin(self) -> tuple[Source | None, bool]:
+        """Where the start weights may be read again from, and whether they are known to lie there."""
+        live = self.live
+        if self._base_weights not in PROVIDERS:
+            matched, origin = pair(live, open_source(self._base_weights))
+            missing = set(live.names) - set(matched.names)
+            if missing:
+                raise LayoutMismatchError(f"the start weights {self._base_weights} lack {first_three(missing)}")
+            return origin, True
+        if self._base_weights not in ("auto", "source") or live.location is None or not Path(live.location).is_dir():
+            return None, False
+        try:
+            matched, origin = pair(live, open_source(live.location))
+        except LataError:
+            # What the model says it was loaded from need not be weights of its own shape; then they are copied.
+            return None, False
+        return (origin, False) if set(matched.names) == set(live.names) else (None, False)
 
-    def __init__(self, kept: StartWeights, known: Mapping[str, str]) -> None:
-        super().__init__(kept, kept.live, kept.names, known=known)
-        self._live = kept.live
-
-    def read(self, name: str) -> Tensor:
-        if name in self._live.adapted:
-            return self._live.added(name).cpu().to(self.dtype(name))
-        return super().read(name)
-
-
-def _verify(kept: StartWeights, recorded: Mapping[str, str] | None) -> None:
-    if recorded is None:
-        raise LataError(
-            f"this run resumes from a checkpoint that holds no state of LATACallback, so the weights it first started from are unknown. {_ADVICE}"
-        )
-    now = kept.fingerprint()
-    wrong = [name for name in kept.changing if recorded.get(name) != now[name]]
-    if wrong:
-        raise LataError(
-            "the weights this run first started from cannot be had any more: the model was built with other values than at the first start in "
-            f"{first_three(wrong)} of {len(kept.changing)} tensors. {_ADVICE}"
-        )
-
-
-def _refuse_unreadable(live: LiveModel) -> None:
-    if any(isinstance(live.read(name), DTensor) for name in live.names):
-        raise LataError("LATACallback cannot measure DTensors, whose entries are spread over devices; use one device or strategy='ddp'")
+    def _check_provider(self, live: LiveModel) -> None:
+        if self._base_weights == "lora" and not live.adapted:
+            raise LataError("base_weights='lora' needs a model wrapped by peft with LoRA; use 'auto'")
+        if self._base_weights == "source" and self.kept.copied_bytes:
+            raise LataError(
+                f"base_weights='source' needs a model whose weights are those of the local directory it was loaded from ({live.location}); use 'auto'"
+            )

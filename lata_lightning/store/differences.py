@@ -43,6 +43,11 @@ class Difference(Source):
     def read(self, name: str) -> Tensor:  # noqa: D102
         return difference(self._tuned.read(name).cpu(), self._start.read(name).cpu())
 
+    def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:  # noqa: D102
+        if slices is None:
+            return self.read(name)
+        return difference(self._tuned.read_slice(name, slices).cpu(), self._start.read_slice(name, slices).cpu())
+
     def content_hashes(self) -> tuple[str | None, str | None]:
         """Content hash of start and tuned; None as long as not every tensor has been read."""
         sides = ({**self._known, **side.hashes} if isinstance(side, Fingerprinted) else {} for side in (self._start, self._tuned))
@@ -70,6 +75,11 @@ class Stored(Source):
     def read(self, name: str) -> Tensor:  # noqa: D102
         entry = self._entries[name]
         return torch.zeros(entry.shape) if entry.unchanged else self._files.read(name).float()
+
+    def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:  # noqa: D102
+        if slices is None or self._entries[name].unchanged:
+            return super().read_slice(name, slices)
+        return self._files.read_slice(name, slices).float()
 
 
 class Scaled(Source):

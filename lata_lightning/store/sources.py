@@ -62,6 +62,10 @@ class Source(ABC):
     def read(self, name: str) -> Tensor:
         """The tensor itself, on the CPU."""
 
+    def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:
+        """A part of a tensor; all of it for None."""
+        return self.read(name) if slices is None else self.read(name)[slices]
+
     @property
     def label(self) -> str:
         """Short name for messages."""
@@ -104,6 +108,12 @@ class SafetensorsSource(Source):
     def read(self, name: str) -> Tensor:  # noqa: D102
         tensor: Tensor = self._file_of[name].get_tensor(name)
         return tensor
+
+    def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:  # noqa: D102
+        if not slices or any(part.start == part.stop for part in slices):
+            return super().read_slice(name, slices)
+        part: Tensor = self._file_of[name].get_slice(name)[slices]
+        return part
 
 
 class StateDictSource(Source):
@@ -176,6 +186,9 @@ class View(Source):
     def read(self, name: str) -> Tensor:  # noqa: D102
         return self.source.read(self._name_of[name])
 
+    def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:  # noqa: D102
+        return self.source.read_slice(self._name_of[name], slices)
+
 
 class Fingerprinted(View):
     """A source that notes the hash of every tensor as it is read, so that its identity costs no pass of its own."""
@@ -189,6 +202,10 @@ class Fingerprinted(View):
         if name not in self.hashes:
             self.hashes[name] = hash_values(tensor)
         return tensor
+
+    def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:  # noqa: D102
+        # A part says nothing about the identity of the whole.
+        return self.read(name) if slices is None else super().read_slice(name, slices)
 
 
 def open_source(weights: str | Path | nn.Module | Mapping[str, Tensor] | Source) -> Source:

@@ -139,6 +139,10 @@ class TaskVector(Mapping[str, Tensor]):
         """Shape of a tensor, without reading it."""
         return self.tensors.shape(name)
 
+    def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:
+        """A part of a tensor; all of it for None. Of a saved vector only that part is read."""
+        return self.tensors.read_slice(name, slices)
+
     @property
     def label(self) -> str:
         """Short name for messages: its path, or the two sides it lies between."""

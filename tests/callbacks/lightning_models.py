@@ -1,5 +1,7 @@
 """A LightningModule around a tiny Llama, and a Trainer that writes nothing but what a test asks for."""
 
+from copy import deepcopy
+
 import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
@@ -26,8 +28,7 @@ def tiny_llama(seed=0, **changes):
 def shifted(model, seed, size=0.02):
     """A copy of the model with noise on every parameter."""
     generator = torch.Generator().manual_seed(seed)
-    copy = tiny_llama(tie_word_embeddings=model.config.tie_word_embeddings)
-    copy.load_state_dict(model.state_dict())
+    copy = deepcopy(model)
     with torch.no_grad():
         for parameter in copy.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=size)

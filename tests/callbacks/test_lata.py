@@ -461,10 +461,11 @@ def test_two_models_side_by_side_have_to_be_told_apart(tmp_path, instruct):
     assert "model.embed_tokens.weight" in TaskVector.open(tmp_path / "lata/task_vector")
 
 
-def test_strategies_that_shard_weights_are_refused(tmp_path, instruct):
-    run = trainer(tmp_path, LATACallback(output_dir=tmp_path / "lata"))
-    from lightning.pytorch.strategies import ModelParallelStrategy
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
+def test_strategies_that_flatten_weights_are_refused(tmp_path, instruct, name):
+    from lightning.pytorch import strategies
 
-    run.strategy.__class__ = type("Sharded", (ModelParallelStrategy,), {})
-    with pytest.raises(LataError, match="spreads over devices"):
+    run = trainer(tmp_path, LATACallback(output_dir=tmp_path / "lata"))
+    run.strategy.__class__ = type("Flattening", (getattr(strategies, name),), {})
+    with pytest.raises(LataError, match="flattens and spreads over devices"):
         run.callbacks[0].setup(run, Module(instruct), "fit")

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from tiny_models import llama, same_bits, tied_to_embedding, weights, write_checkpoint, write_model
 
 from lata_lightning.errors import CorruptFileError, LayoutMismatchError, SourceError
-from lata_lightning.store.hashing import content_hash, hash_file, hash_stored, hash_values
+from lata_lightning.store.hashing import content_hash, hash_stored, hash_values
 from lata_lightning.store.pairing import named_like, pair
 from lata_lightning.store.sources import Fingerprinted, StateDictSource, View, open_source, shard_files
 
@@ -146,14 +146,6 @@ def test_the_hash_of_a_tensor_is_the_blake3_of_its_bytes_in_little_endian():
     assert hash_stored(torch.tensor([[1, 2], [3, 4]]).t()) == "blake3:" + blake3(struct.pack("<4q", 1, 3, 2, 4)).hexdigest()
     assert hash_values(torch.tensor([1.5, -2.0], dtype=torch.bfloat16)) == hash_stored(torch.tensor([1.5, -2.0]))
     assert hash_values(torch.tensor([0.1], dtype=torch.float64)) != hash_values(torch.tensor([0.1]))
-
-
-def test_the_hash_of_a_file_is_the_blake3_of_its_bytes(tmp_path):
-    from blake3 import blake3
-
-    data = bytes(range(256)) * 20_000
-    (tmp_path / "file").write_bytes(data)
-    assert hash_file(tmp_path / "file") == "blake3:" + blake3(data).hexdigest()
 
 
 def test_a_fingerprint_is_taken_once_while_a_tensor_is_read():
