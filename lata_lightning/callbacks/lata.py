@@ -41,8 +41,8 @@ class LATACallback(pl.Callback):
         level: Unit of the coefficients: ``"block"``, ``"submodule"`` or ``"tensor"``.
         every_n_epochs: Measure at the end of every n-th epoch; 0 for the end of training only.
         every_n_train_steps: Measure whenever another n optimizer steps are done, too.
-        base_weights: ``"auto"`` or ``"memory"`` keeps a copy of every trainable tensor on the CPU; any other text is a directory or checkpoint
-            that holds the start weights and is read again at each measurement, which takes no memory.
+        base_weights: How the start weights are kept (see below): ``"auto"``, ``"lora"``, ``"source"``, ``"spill"`` or ``"memory"``; any other text is
+            a directory or checkpoint that holds them.
         output_dir: Where history and vector go; by default a folder named after ``name`` in the trainer's log directory. It must not hold
             the results of another run.
         export: What to write at the end of training: ``"vector"``, or nothing.
@@ -68,12 +68,38 @@ class LATACallback(pl.Callback):
     All but the first need an instruction vector. Figures of each layer go to every logger as ``{name}/alignment/{layer}``,
     ``{name}/relative_norm/{layer}`` and ``{name}/task_norm/{layer}``, and to ``history.jsonl`` in the output directory.
 
-    Checkpoint state: ``version``, ``last_step`` (optimizer steps at the last measurement) and ``fingerprint`` (a hash of the start value of each
-    tensor), some 100 bytes per tensor. Copies of the start weights cost their own size in CPU memory: 4 bytes per trainable parameter in
-    float32, on rank zero only.
+    Start weights, kept of trainable tensors only and never below the precision the trainer holds; the log says what was chosen and what it costs:
+
+    ============== ================================================ ==========================================================
+    base_weights   what is kept                                     cost per trainable parameter
+    ============== ================================================ ==========================================================
+    ``"lora"``     nothing: the frozen base is the start            0 bytes
+    ``"source"``   the path of the directory the model was loaded   0 bytes of memory; read again at each measurement. Refused if
+                   from, if its weights are the start values        the files change while training runs
+    ``"spill"``    files in the output directory, one per process,  0 bytes of memory, 4 of disk (float32); removed at the end of
+                   which also a requeued run finds                  training
+    ``"memory"``   copies on the CPU, pinned for a GPU              4 bytes (float32) in all: under DDP shared out over the
+                                                                    processes, under FSDP2 each keeps those of its shards
+    a path         the path                                         as ``"source"``, also where a resumed model was built anew
+    ``"auto"``     ``lora`` for what is under adapters, else        as that
+                   ``source`` if possible, else ``memory``
+    ============== ================================================ ==========================================================
+
+    Checkpoint state, which loads with ``weights_only=True``, some 50 bytes per tensor:
+
+    =============== =====================================================================================================
+    key             value
+    =============== =====================================================================================================
+    ``version``     1
+    ``last_step``   optimizer steps at the last measurement, or None
+    ``fingerprint`` two sums over the bits of each start tensor, by which a resumed run knows its start again
+    =============== =====================================================================================================
+
+    Works on one device, under DDP and under FSDP2 (``ModelParallelStrategy``). Only sums cross between processes, in one reduction per measurement;
+    the export gathers one tensor at a time.
 
     Raises:
-        LataError: An argument has no meaning; the start weights of a resumed run cannot be known; the strategy shards the weights.
+        LataError: An argument has no meaning; the start weights of a resumed run cannot be known; the strategy flattens the weights.
 
     Source: LATA, arXiv:2502.20186.
     """

@@ -38,6 +38,11 @@ class StartWeights:
         self._spill: Spill | None = None
 
     @property
+    def location(self) -> str | None:
+        """Where start values are read again from; None if nowhere."""
+        return self._origin.location if self._origin is not None and self._sourced else None
+
+    @property
     def copied_bytes(self) -> int:
         """Bytes of memory that the copies take."""
         return sum(copy.nbytes for copy in self._copies.values())

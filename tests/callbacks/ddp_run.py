@@ -1,9 +1,13 @@
-"""A fit under DDP on two processes, started by a test: python ddp_run.py DIRECTORY"""
+"""A fit under DDP on two processes, started by a test: python ddp_run.py MODELS OUTPUT PROVIDER
+
+With spilled start weights it breaks off after an epoch, as by a full queue.
+"""
 
 import sys
 import warnings
 from pathlib import Path
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_models import Module, batches, trainer
@@ -11,16 +15,24 @@ from transformers import LlamaForCausalLM
 
 from lata_lightning import LATACallback
 
+
+class Break(pl.Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            raise KeyError("broken off")
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    directory = Path(sys.argv[1])
-    module = Module(LlamaForCausalLM.from_pretrained(directory / "instruct"))
-    callback = LATACallback(directory / "instruction", output_dir=directory / "lata", every_n_train_steps=2)
+    models, output, provider = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    module = Module(LlamaForCausalLM.from_pretrained(models / "instruct"))
+    callback = LATACallback(models / "instruction", output_dir=output / "lata", every_n_train_steps=2, base_weights=provider)
     # A monitored value that is missing on one rank, or differs between ranks, would leave the other waiting here.
-    checkpoint = ModelCheckpoint(directory / "kept", monitor="lata/alignment_min", mode="max", save_last=True)
-    run = trainer(directory, callback, checkpoint, strategy="ddp", devices=2, enable_checkpointing=True)
+    checkpoint = ModelCheckpoint(output / "kept", monitor="lata/alignment_min", mode="max", save_last=True)
+    breaking = [Break()] if provider == "spill" else []
+    run = trainer(output, callback, checkpoint, *breaking, strategy="ddp", devices=2, enable_checkpointing=True)
     run.fit(module, batches(8))
-    (directory / f"rank{run.global_rank}").write_text(repr((run.callback_metrics["lata/alignment"].item(), callback.alignment.values)))
+    (output / f"rank{run.global_rank}").write_text(repr((run.callback_metrics["lata/alignment"].item(), callback.alignment.values)))
     if run.is_global_zero:
-        module.model.save_pretrained(directory / "tuned")
+        module.model.save_pretrained(output / "tuned")

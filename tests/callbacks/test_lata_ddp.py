@@ -10,14 +10,17 @@ from lightning_models import shifted, tiny_llama
 from lata_lightning import TaskVector, align
 
 
-def test_two_ddp_processes_give_the_figures_of_the_saved_models_on_both_ranks(tmp_path):
+@pytest.mark.parametrize("provider", ["auto", "memory"])
+def test_two_ddp_processes_give_the_figures_of_the_saved_models_on_both_ranks(tmp_path, provider):
     base = tiny_llama()
     base.save_pretrained(tmp_path / "base")
     shifted(base, 1).save_pretrained(tmp_path / "instruct")
     instruction = TaskVector.between(tmp_path / "base", tmp_path / "instruct", kind="instruction").save(tmp_path / "instruction")
     script = Path(__file__).with_name("ddp_run.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, script, tmp_path], env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, script, tmp_path, tmp_path, provider], env=environment, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "rank0").read_text() == (tmp_path / "rank1").read_text()
     exported = TaskVector.open(tmp_path / "lata/task_vector")
