@@ -22,7 +22,7 @@ STARTS: tuple[Start, ...] = ("instruct", "base")
 
 # Elements per chunk: on a CPU the float64 copies of a chunk stay in its cache, on an accelerator launches must not dominate.
 _CPU_CHUNK = 1 << 16
-_DEVICE_CHUNK = 1 << 24
+_DEVICE_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -102,22 +102,21 @@ def tensor_sums(vector: Tensor, instruction: Tensor | None = None, *, subtract: 
     for other in (instruction, subtract):
         if other is not None and other.shape != vector.shape:
             raise LayoutMismatchError(f"tensors of one name must have one shape, got {tuple(vector.shape)} and {tuple(other.shape)}")
-    sums = torch.zeros(3, dtype=torch.float64, device=vector.device)
-    flat, flat_instruction, flat_start = (
-        None if tensor is None else tensor.detach().reshape(-1) for tensor in (vector, instruction, subtract)
-    )
-    if flat is None:
-        return sums
-    chunk = _CPU_CHUNK if vector.device.type == "cpu" else _DEVICE_CHUNK
-    for begin in range(0, flat.numel(), chunk):
-        part = flat[begin : begin + chunk]
-        if flat_start is not None:
-            part = difference(part, flat_start[begin : begin + chunk].to(part.device))
-        task = part.double()
+    flat, device = vector.detach().reshape(-1), vector.device
+    flat_instruction, flat_start = (None if tensor is None else tensor.detach().reshape(-1) for tensor in (instruction, subtract))
+    chunk = min(_CPU_CHUNK if device.type == "cpu" else _DEVICE_CHUNK, flat.numel())
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    # Float64 copies of one chunk of task and instruction, made once: new memory for each chunk costs as much as the sums.
+    rows = torch.empty(2, chunk, dtype=torch.float64, device=device)
+    for begin in range(0, flat.numel(), max(chunk, 1)):
+        piece = slice(begin, begin + chunk)
+        part = flat[piece] if flat_start is None else difference(flat[piece], flat_start[piece].to(device, non_blocking=True))
+        task, direction = rows[0, : part.numel()], rows[1, : part.numel()]
+        task.copy_(part)
         if flat_instruction is not None:
-            direction = flat_instruction[begin : begin + chunk].to(part.device).double()
+            direction.copy_(flat_instruction[piece], non_blocking=True)
             if start == "base":
-                task = task - direction
+                task.sub_(direction)
             sums[0] += torch.dot(task, direction)
             sums[2] += torch.dot(direction, direction)
         sums[1] += torch.dot(task, task)
