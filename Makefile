@@ -24,8 +24,9 @@ format: $(READY) ## put the code into the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmark: $(READY) ## speed of measuring and merging against reading and copying the same bytes
+benchmark: $(READY) ## speed and memory of measuring and merging, against plain passes over the same bytes
 	$(BIN)/python -m benchmarks.streaming
+	$(BIN)/python -m benchmarks.callback
 
 $(READY): constraints.txt pyproject.toml
 	rm -rf $(VENV)

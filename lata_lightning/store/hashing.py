@@ -8,6 +8,8 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+_CHUNK = 1 << 16
+
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in memory order, little endian, without a copy where it is contiguous on the CPU."""
@@ -31,8 +33,13 @@ def value_sums(tensor: Tensor) -> Tensor:
     The sums of parts add up to the sums of the whole, so shards can be compared with it. They tell weights apart, but are no cryptographic hash.
     """
     flat = tensor.detach().contiguous().reshape(-1)
-    bits = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]).to(torch.int64)
-    return torch.stack([bits.sum(), (bits * bits).sum()])
+    integers = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+    sums = torch.zeros(2, dtype=torch.int64)
+    # Chunk by chunk, as the wide integers of a whole tensor take up to four times its room.
+    for part in torch.split(integers, _CHUNK):
+        bits = part.to(torch.int64)
+        sums += torch.stack([bits.sum(), (bits * bits).sum()])
+    return sums
 
 
 def content_hash(tensor_hashes: Mapping[str, str]) -> str:

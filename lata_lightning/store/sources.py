@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -73,19 +74,22 @@ class Source(ABC):
 
 
 class SafetensorsSource(Source):
-    """One or several safetensors files; memory-mapped, so that only what is read is loaded."""
+    """One or several safetensors files; a tensor, or the rows of one that are asked for, is read when it is asked for.
+
+    Reads go to the file and not through a memory map: pages of a map count as memory of the process until it ends, and a map of a file that is cut
+    short meanwhile kills it.
+    """
 
     def __init__(self, files: list[Path]) -> None:
-        self._stack = ExitStack()
-        self._file_of: dict[str, Any] = {}
         self._layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self._place: dict[str, tuple[int, int]] = {}
         for path in files:
             try:
-                handle = self._stack.enter_context(safe_open(path, framework="pt"))
-                for name in handle.keys():  # noqa: SIM118 (not a mapping)
-                    entry = handle.get_slice(name)
-                    self._layout[name] = (tuple(entry.get_shape()), DTYPES[entry.get_dtype()])
-                    self._file_of[name] = handle
+                # The library checks the header; only where the tensors begin is asked of the file itself.
+                with safe_open(path, framework="pt") as handle:
+                    entries = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
+                    layout = {name: (tuple(entry.get_shape()), DTYPES[entry.get_dtype()]) for name, entry in entries.items()}
+                descriptor = os.open(path, os.O_RDONLY)
             except FileNotFoundError as error:
                 raise CorruptFileError(f"{path} is missing, though its index names it. Copy the directory again.") from error
             except (SafetensorError, OSError) as error:
@@ -94,6 +98,11 @@ class SafetensorsSource(Source):
                 ) from error
             except KeyError as error:
                 raise SourceError(f"{path} holds tensors of dtype {error}, which are not supported") from error
+            weakref.finalize(self, os.close, descriptor)
+            length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+            header = json.loads(os.pread(descriptor, length, 8))
+            self._layout |= layout
+            self._place |= {name: (descriptor, 8 + length + header[name]["data_offsets"][0]) for name in layout}
 
     @property
     def names(self) -> tuple[str, ...]:  # noqa: D102
@@ -106,14 +115,28 @@ class SafetensorsSource(Source):
         return self._layout[name][1]
 
     def read(self, name: str) -> Tensor:  # noqa: D102
-        tensor: Tensor = self._file_of[name].get_tensor(name)
-        return tensor
+        return self._rows(name, self.shape(name), 0)
 
     def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:  # noqa: D102
-        if not slices or any(part.start == part.stop for part in slices):
+        shape = self.shape(name)
+        if not slices or any((part.start, part.stop) != (0, length) for part, length in zip(slices[1:], shape[1:], strict=False)):
             return super().read_slice(name, slices)
-        part: Tensor = self._file_of[name].get_slice(name)[slices]
-        return part
+        first, last = slices[0].start, slices[0].stop
+        return self._rows(name, (last - first, *shape[1:]), first)
+
+    def _rows(self, name: str, shape: tuple[int, ...], first: int) -> Tensor:
+        """Whole rows of a tensor, from one of them on."""
+        tensor = torch.empty(shape, dtype=self.dtype(name))
+        if tensor.numel():
+            descriptor, begin = self._place[name]
+            rest = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            begin += first * (len(rest) // shape[0] if shape else 0)
+            while rest:
+                count = os.preadv(descriptor, [rest], begin)
+                if count == 0:
+                    raise CorruptFileError(f"the file of {name} in {self.label} has become shorter. Copy it again.")
+                rest, begin = rest[count:], begin + count
+        return tensor
 
 
 class StateDictSource(Source):
