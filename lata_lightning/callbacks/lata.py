@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -262,6 +263,10 @@ class LATACallback(pl.Callback):
             tracker.ranks.agree(self._check_fresh)
         else:
             tracker.ranks.agree(tracker.take_up)
+            if trainer.is_global_zero and self._directory is not None:
+                # What a killed run was about to write when it ended.
+                for partial in self._directory.glob(f".*{PARTIAL_MARK}*"):
+                    shutil.rmtree(partial, ignore_errors=True)
         tracker.note_fingerprint()
         if not self._fresh:
             tracker.verify(self._restored)
