@@ -1,4 +1,4 @@
-"""A model wrapped by peft, seen as the model it stands for: base weights plus what its LoRA layers add."""
+"""The model in training as it now stands; one wrapped by peft as the model it stands for, base weights plus what its LoRA layers add."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lata_lightning.callbacks.live_model import LiveModel
+from lata_lightning.callbacks.live_model import LiveModel, find_model, peft_kinds
 from lata_lightning.errors import LataError
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
 
@@ -65,6 +66,16 @@ class LoraModel(LiveModel):
         by_themselves = set(super().changing)
         by_adapter = {name for name, layer in self._layers.items() if any(parameter.requires_grad for parameter in layer.parameters())}
         return tuple(name for name in self.names if name in by_adapter or name in by_themselves)
+
+
+def look_at(root: nn.Module, name: str | None = None) -> LiveModel:
+    """The model inside a LightningModule as it now stands (see ``find_model``)."""
+    for part in root.modules():
+        # After a forward pass without gradients the parameters of the outermost group stay gathered, as plain tensors.
+        if isinstance(part, FSDPModule):
+            part.reshard()
+    module = find_model(root, name)
+    return LoraModel(module) if isinstance(module, peft_kinds()) else LiveModel(module)
 
 
 def _is_tuner(module: nn.Module) -> bool:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as Sharded
 
@@ -154,7 +153,7 @@ def find_model(module: nn.Module, name: str | None = None) -> nn.Module:
         except AttributeError as error:
             children = [child for child, _ in module.named_children()]
             raise LataError(f"the LightningModule has no submodule {name!r}; its children are {children}") from error
-    for kinds in (_peft_kinds(), _transformers_kinds()):
+    for kinds in (peft_kinds(), _transformers_kinds()):
         found: dict[str, nn.Module] = {}
         for path, candidate in module.named_modules():
             if isinstance(candidate, kinds) and not any(path.startswith(outer + ".") or outer == "" for outer in found):
@@ -166,21 +165,8 @@ def find_model(module: nn.Module, name: str | None = None) -> nn.Module:
     return module
 
 
-def look_at(root: nn.Module, name: str | None = None) -> LiveModel:
-    """The model inside a LightningModule as it now stands (see ``find_model``)."""
-    for part in root.modules():
-        # After a forward pass without gradients the parameters of the outermost group stay gathered, as plain tensors.
-        if isinstance(part, FSDPModule):
-            part.reshard()
-    module = find_model(root, name)
-    if isinstance(module, _peft_kinds()):
-        from lata_lightning.callbacks.adapters import LoraModel
-
-        return LoraModel(module)
-    return LiveModel(module)
-
-
-def _peft_kinds() -> tuple[Any, ...]:
+def peft_kinds() -> tuple[Any, ...]:
+    """The class of models wrapped by peft; none as long as peft is not imported."""
     # What was never imported cannot have been used to build the module.
     peft = sys.modules.get("peft")
     return (peft.PeftModel,) if peft is not None else ()

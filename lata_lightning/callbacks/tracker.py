@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lata_lightning.callbacks.live_model import LiveModel, look_at
+from lata_lightning.callbacks.adapters import look_at
+from lata_lightning.callbacks.live_model import LiveModel
 from lata_lightning.callbacks.ranks import Ranks
 from lata_lightning.callbacks.start_weights import SPILL_NAME, StartWeights
 from lata_lightning.errors import BaseMismatchError, LataError, LayoutMismatchError, WeightingError, first_three
