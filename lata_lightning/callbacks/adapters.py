@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lata_lightning.callbacks.live_model import LiveModel, find_model, peft_kinds
+from lata_lightning.callbacks.live_model import COMPILED, LiveModel, find_model, peft_kinds
 from lata_lightning.errors import LataError
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
 
@@ -29,13 +29,13 @@ class LoraModel(LiveModel):
 
     def __init__(self, model: Any) -> None:
         base = model.get_base_model()
-        layers = {name: module for name, module in base.named_modules() if _is_tuner(module)}
+        layers = {name.replace(COMPILED, ""): module for name, module in base.named_modules() if _is_tuner(module)}
         for name, layer in layers.items():
             _check_layer(name, layer)
         adapters = set(model.active_adapters)
         found: dict[str, Tensor] = {}
         for name, parameter in base.named_parameters():
-            plain = _plain_name(name, adapters)
+            plain = _plain_name(name.replace(COMPILED, ""), adapters)
             if plain is not None and parameter.is_floating_point():
                 found[plain] = parameter
         if any(isinstance(parameter, DTensor) for parameter in base.parameters()):

@@ -58,12 +58,12 @@ def cut_history(path: Path, last_step: int) -> None:
         partial.replace(path)
 
 
-def log_layers(loggers: Sequence[Logger], prefix: str, alignment: Alignment, step: int) -> None:
-    """Send the figures of every layer to each logger: as metrics, and as a table where the logger has tables (W&B)."""
-    metrics: dict[str, float] = {}
+def log_figures(loggers: Sequence[Logger], prefix: str, figures: dict[str, float], alignment: Alignment, step: int) -> None:
+    """Send the figures of the model and of every layer to each logger: as metrics, and the layers as a table where it has tables (W&B)."""
+    metrics = {f"{prefix}/{figure}": value for figure, value in figures.items()}
     for layer, stats in alignment.layers.items():
-        figures = {"alignment": stats.alignment, "relative_norm": stats.relative_norm, "task_norm": stats.task_norm}
-        metrics |= {f"{prefix}/{figure}/{layer}": value for figure, value in figures.items() if value is not None}
+        of_layer = {"alignment": stats.alignment, "relative_norm": stats.relative_norm, "task_norm": stats.task_norm}
+        metrics |= {f"{prefix}/{figure}/{layer}": value for figure, value in of_layer.items() if value is not None}
     for logger in loggers:
         logger.log_metrics(metrics, step=step)
         log_table = getattr(logger, "log_table", None)

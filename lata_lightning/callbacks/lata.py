@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lata_lightning.alignment import Alignment, alignment_of
 from lata_lightning.callbacks.gathering import export, manifest_of
-from lata_lightning.callbacks.history import HISTORY_NAME, append_history, cut_history, log_layers, summary
+from lata_lightning.callbacks.history import HISTORY_NAME, append_history, cut_history, log_figures, read_history, summary
 from lata_lightning.callbacks.start_weights import SPILL_NAME
 from lata_lightning.callbacks.tracker import Fingerprint, Tracker
 from lata_lightning.errors import LataError, OutputError, first_three
@@ -146,8 +147,11 @@ class LATACallback(pl.Callback):
         self._restored: Fingerprint | None = None
         self._last_step: int | None = None
         self._directory: Path | None = None
-        self._settled = self._decided = self._begun = False
-        self._fresh = True
+        self._written: int | None = None
+        """Step of the last line in the history."""
+        self._epoch = 0
+        self._settled = self._decided = self._begun = self._finished = False
+        self._fresh, self._fitting, self._searched, self._at_fit_end = True, False, False, False
 
     @property
     def state_key(self) -> str:
@@ -156,15 +160,16 @@ class LATACallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Keep the weights tentatively: on one device and under DDP this is the last hook before a resumed run restores trained ones."""
-        if stage != "fit":
+        self._fitting = stage == "fit"
+        if not self._fitting:
             return
         if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
             raise LataError(
                 f"LATACallback cannot read the weights that {type(trainer.strategy).__name__} flattens and spreads over devices; "
                 "use ModelParallelStrategy (FSDP2), DDP or one device"
             )
-        self._restored = None
-        if self._settled and trainer.global_step > 0:
+        self._restored, self._searched, self._directory, self._finished = None, False, None, False
+        if self._settled and trainer.global_step > 0 and self._tracker is not None and self._tracker.root is pl_module:
             return  # Another fit of the same trainer goes on from the weights it has: the start stays what it was.
         self._last_step, self._settled, self.alignment = None, False, None
         self._tracker = Tracker(
@@ -183,8 +188,12 @@ class LATACallback(pl.Callback):
         log_dir = trainer.log_dir  # Every rank has to ask for it, or those that do wait for the others.
         if not getattr(trainer, "fast_dev_run", False):
             self._directory = Path(self.output_dir or Path(log_dir or trainer.default_root_dir) / self.name)
+        tracker = self._require_tracker()
+        # Under weight averaging the model ends with weights that only stand after every other callback's on_train_end.
+        averaged = any(isinstance(callback, WeightAveraging | StochasticWeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        self._at_fit_end = averaged and not trainer.strategy.restore_checkpoint_after_setup
         if not self._settled:
-            tracker = self._require_tracker()
+            tracker.ranks.agree(lambda: self._check_companions(trainer))
             tracker.ranks.agree(lambda: tracker.settle(self._directory))
             rank_zero_info(f"LATACallback: start weights: {tracker.kept.describe(tracker.live)}")
             tracker.check_instruction(self.level, weighted=self.weighting != "none")
@@ -193,20 +202,44 @@ class LATACallback(pl.Callback):
                 self._decide(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Drop what an interrupted run has measured after the checkpoint that is resumed; only now is its step known."""
+        """Take up the history where the checkpoint that is resumed leaves it; only now is its step known."""
         # Some strategies restore a checkpoint after on_fit_start; before, nothing tells that there is one.
         if not self._decided:
             self._decide(trainer)
         if trainer.is_global_zero and self._directory is not None:
             cut_history(self._directory / HISTORY_NAME, trainer.global_step)
+        self._load_written(trainer)
+        self._epoch = trainer.current_epoch
+        every, epochs = self.every_n_train_steps, trainer.fit_loop.epoch_progress.current
+        passed_over = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and epochs.ready == epochs.completed
+        if self._last_step is None:
+            self._last_step = trainer.global_step or None
+        elif (
+            passed_over
+            and self._last_step != trainer.global_step
+            and self.every_n_epochs
+            and trainer.current_epoch % self.every_n_epochs == 0
+        ):
+            # An exception ended the first run after the last batch of an epoch: Lightning takes it for done, but its end was not measured.
+            self._epoch = trainer.current_epoch - 1
+            self._measure(trainer, pl_module, on_step=None)
+            self._epoch = trainer.current_epoch
+        elif every is not None and trainer.global_step // every > self._last_step // every:
+            # The checkpoint was written in between a step and the measurement that was due after it.
+            self._measure(trainer, pl_module, on_step=None)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        """Keep what was unfrozen by a hook that ran after ours."""
+        self._require_tracker().capture_unfrozen()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Before the first step, look whether weights were loaded late; before any step, keep what was unfrozen since the last one."""
-        tracker = self._require_tracker()
+        tracker, self._epoch = self._require_tracker(), trainer.current_epoch
         if not self._begun:
             if self._fresh:
                 tracker.ranks.agree(tracker.capture_late)
             tracker.begin()
+            tracker.note_frozen()
             self._begun = True
         tracker.capture_unfrozen()
 
@@ -224,14 +257,14 @@ class LATACallback(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure once more if steps were taken since, then export."""
-        if self._last_step != trainer.global_step or self.alignment is None:
-            self._measure(trainer, pl_module, on_step=None)
-        tracker = self._require_tracker()
-        alignment = self.alignment if tracker.instruction is not None else None
-        manifest = manifest_of(tracker, alignment, trainer.global_step, trainer.current_epoch)
-        tracker.ranks.agree(lambda: export(tracker, self._finish, manifest))
-        if trainer.is_global_zero:
-            tracker.kept.close()
+        if not self._at_fit_end:
+            self._finish(trainer, pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Export the averaged weights of an averaged run, and what a run had no time to export that was killed after its last step."""
+        late = self._decided and not self._fresh and trainer.global_step > 0 and not self._exported()
+        if self._at_fit_end or (late and not self._finished):
+            self._finish(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Version, last measured step, and two sums over the bits of each start tensor; None before a fit has settled them."""
@@ -245,8 +278,11 @@ class LATACallback(pl.Callback):
             raise LataError(
                 f"the checkpoint's LATACallback state is of version {version}, this release reads up to {STATE_VERSION}. Upgrade it."
             )
+        if not self._fitting:
+            return  # Testing a checkpoint between two fits says nothing about the run.
         # The learning-rate and batch-size finders save and load once before a fresh run has started: that is no resume.
-        if state_dict.get("fingerprint") is not None:
+        self._searched = state_dict.get("fingerprint") is None
+        if not self._searched:
             self._restored = state_dict["fingerprint"]
             self._last_step = state_dict.get("last_step")
 
@@ -255,14 +291,24 @@ class LATACallback(pl.Callback):
             raise LataError("LATACallback was not set up: it has to be among the trainer's callbacks when fit is called")
         return self._tracker
 
+    def _check_companions(self, trainer: pl.Trainer) -> None:
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if (
+                isinstance(other, LATACallback)
+                and other is not self
+                and self._directory is not None
+                and other._directory == self._directory
+            ):
+                raise OutputError(f"two LATACallbacks would write to {self._directory}; give each an output_dir of its own")
+
     def _decide(self, trainer: pl.Trainer) -> None:
         """Fresh or resumed? A fresh run must not meet the output of another, a resumed one must have its first start weights."""
         tracker = self._require_tracker()
-        self._fresh = self._restored is None and trainer.ckpt_path is None
+        self._fresh = self._restored is None and (trainer.ckpt_path is None or self._searched)
         if self._fresh:
             tracker.ranks.agree(self._check_fresh)
         else:
-            tracker.ranks.agree(tracker.take_up)
+            tracker.ranks.agree(lambda: tracker.take_up(self._restored))
             if trainer.is_global_zero and self._directory is not None:
                 # What a killed run was about to write when it ended.
                 for partial in self._directory.glob(f".*{PARTIAL_MARK}*"):
@@ -270,35 +316,66 @@ class LATACallback(pl.Callback):
         tracker.note_fingerprint()
         if not self._fresh:
             tracker.verify(self._restored)
+        self._load_written(trainer)
         self._decided, self._begun = True, False
 
     def _check_fresh(self) -> None:
-        self._require_tracker().refuse_started_adapters()
-        if self._directory is not None:
-            held = [name for name in (HISTORY_NAME, VECTOR_NAME, SPILL_NAME) if (self._directory / name).exists()]
-            if held:
-                raise OutputError(
-                    f"{self._directory} holds the {held[0]} of another run. Give this run an output_dir of its own, or remove it."
-                )
+        tracker = self._require_tracker()
+        tracker.forget_frozen()
+        tracker.refuse_started_adapters()
+        if self._directory is None:
+            return
+        held = [name for name in (HISTORY_NAME, VECTOR_NAME, SPILL_NAME) if (self._directory / name).exists()]
+        if held:
+            raise OutputError(
+                f"{self._directory} holds the {held[0]} of another run. Give this run an output_dir of its own, or remove it."
+            )
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"the output_dir {self._directory} cannot be made: {error.strerror}") from error
+
+    def _load_written(self, trainer: pl.Trainer) -> None:
+        """Note the step of the last line in the history."""
+        rows = read_history(self._directory / HISTORY_NAME) if self._directory is not None and trainer.is_global_zero else []
+        self._written = rows[-1]["step"] if rows else None
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, on_step: bool | None) -> None:
-        """Take the sums and log; ``on_step`` is None where logging is not allowed any more."""
+        """Take the sums and log; ``on_step`` is None where logging through the module is not allowed any more."""
         tracker = self._require_tracker()
         names, sums = tracker.sums()
         table = moments_table(dict(zip(names, sums, strict=True)))
         alignment = alignment_of(table, tracker.places, self.level, self.start)
         figures = summary(total(table.values()), alignment, self.instruction_vector is not None)
-        again = self._last_step == trainer.global_step and self.alignment is not None
         self.alignment, self._last_step = alignment, trainer.global_step
         if not trainer.barebones and on_step is not None:
             logged = {f"{self.name}/{key}": value for key, value in figures.items()}
-            pl_module.log_dict(logged, on_step=on_step, on_epoch=not on_step, rank_zero_only=False, batch_size=1)
-        if trainer.is_global_zero and not again:
-            log_layers(trainer.loggers, self.name, alignment, trainer.global_step)
+            # For monitors only: loggers get the figures below, with the step they belong to.
+            pl_module.log_dict(logged, logger=False, on_step=on_step, on_epoch=not on_step, rank_zero_only=False, batch_size=1)
+        if trainer.is_global_zero and self._written != trainer.global_step:
+            log_figures(trainer.loggers, self.name, figures, alignment, trainer.global_step)
             if self._directory is not None:
-                append_history(self._directory / HISTORY_NAME, trainer.global_step, trainer.current_epoch, figures, alignment)
+                append_history(self._directory / HISTORY_NAME, trainer.global_step, self._epoch, figures, alignment)
+            self._written = trainer.global_step
 
-    def _finish(self, vector: TaskVector) -> None:
+    def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure what training ended with, and export it."""
+        if self._last_step != trainer.global_step or self.alignment is None or self._at_fit_end:
+            self._measure(trainer, pl_module, on_step=None)
+        tracker = self._require_tracker()
+        tracker.ranks.agree(tracker.kept.check_origin)
+        tracker.check_frozen()
+        alignment = self.alignment if tracker.instruction is not None else None
+        manifest = manifest_of(tracker, alignment, trainer.global_step, trainer.current_epoch)
+        tracker.ranks.agree(lambda: export(tracker, self._write, manifest))
+        self._finished = True
+        if trainer.is_global_zero:
+            tracker.kept.close()
+
+    def _exported(self) -> bool:
+        return self._directory is None or "vector" not in self.export or (self._directory / VECTOR_NAME).exists()
+
+    def _write(self, vector: TaskVector) -> None:
         """On rank zero: weight the vector, show it, and write it."""
         alignment, instruction = vector.manifest.alignment, self._require_tracker().instruction
         if alignment is not None and alignment.undefined and self.weighting != "none":

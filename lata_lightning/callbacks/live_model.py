@@ -14,7 +14,7 @@ from lata_lightning.errors import LataError, first_three
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
 from lata_lightning.store.sources import Source
 
-_COMPILED = "_orig_mod."
+COMPILED = "_orig_mod."
 
 
 class Shard(NamedTuple):
@@ -43,7 +43,7 @@ class LiveModel(Source):
     def __init__(self, module: nn.Module) -> None:
         persistent = module.state_dict(keep_vars=True).keys()
         buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
-        held = {name.replace(_COMPILED, ""): tensor for name, tensor in {**dict(module.named_parameters()), **buffers}.items()}
+        held = {name.replace(COMPILED, ""): tensor for name, tensor in {**dict(module.named_parameters()), **buffers}.items()}
         self._take(module, {name: tensor for name, tensor in held.items() if tensor.is_floating_point()})
 
     def _take(self, module: nn.Module, held: dict[str, Tensor]) -> None:

@@ -67,11 +67,17 @@ class StartWeights:
         """Whether the start value of a tensor is kept."""
         return name in self._copies or name in self._sourced or (self._spill is not None and name in self._spill)
 
+    def find(self, name: str, shard: Shard) -> bool:
+        """Whether the present value of a tensor lies in the origin, so that it costs nothing to keep."""
+        if self._origin is not None and (self._trusted or _same(self._from_origin(name, shard), shard.local)):
+            self._sourced.add(name)
+            return True
+        return False
+
     def capture(self, name: str, shard: Shard) -> None:
         """Keep the present value of a tensor, in place of what was kept of it before."""
         self.release(name)
-        if self._origin is not None and (self._trusted or _same(self._from_origin(name, shard), shard.local)):
-            self._sourced.add(name)
+        if self.find(name, shard):
             return
         copy = shard.local.detach().to("cpu", copy=True)
         # From pinned memory a GPU fetches without stopping for it.

@@ -51,7 +51,7 @@ class Tracker:
         base_weights: str = "auto",
         layers: LayerRule | str | None = None,
     ) -> None:
-        self._root, self._model = root, model
+        self.root, self._model = root, model
         self.instruction, self.start, self._base_weights, self._rule = instruction, start, base_weights, layers
         self.ranks = Ranks()
         self._live: LiveModel | None = None
@@ -59,6 +59,7 @@ class Tracker:
         self._changing: set[str] = set()
         self._squares: dict[str, float] = {}
         self._spill_to: Path | None = None
+        self._frozen: dict[str, list[int]] = {}
         self.places = LayerMap({}, ())
         self.fingerprint: dict[str, list[int]] = {}
         """Two sums over the bits of every start value, by tensor: the same for every number of processes."""
@@ -84,11 +85,16 @@ class Tracker:
 
     def capture_early(self) -> None:
         """Keep the weights as they are before a resumed run restores trained ones; nothing if the model has none yet."""
-        live = look_at(self._root, self._model)
+        live = look_at(self.root, self._model)
         if live.materialized:
             self._live = live
             self._kept = self._new_kept()
             self._capture(live.changing)
+            if not live.adapted:
+                # What is frozen now may have been trained before the checkpoint that is resumed.
+                for name in live.names:
+                    if name not in self._changing and self._counts(name):
+                        self._kept.find(name, live.shard(name))
 
     def settle(self, spill_to: Path | None) -> None:
         """Go through the start weights once more, now that the model has its final precision.
@@ -101,9 +107,6 @@ class Tracker:
             raise LataError("the model has no weights when the fit starts; build them in __init__, configure_model or setup")
         if self._kept is None:
             self._kept = self._new_kept()
-        for name in self._changing - set(live.changing):
-            self._kept.release(name)
-        self._changing &= set(live.changing)
         for name in self._changing:
             self._kept.cast(name, live.dtype(name))
         self._capture(name for name in live.changing if name not in self._changing)
@@ -119,28 +122,64 @@ class Tracker:
                 "Merge the adapter into its model first, or use the default initialisation of LoRA."
             )
 
-    def take_up(self) -> None:
-        """On a resumed run: let the start weights that the first run has spilled stand before those that were kept since."""
-        if self._base_weights == "spill" and self._spill_to is not None and (self._spill_to / SPILL_NAME).is_dir():
-            self.kept.adopt(self._spill_to / SPILL_NAME)
-
-    def verify(self, recorded: Fingerprint | None) -> None:
-        """Refuse start weights that are not those a resumed run first started from.
+    def take_up(self, recorded: Fingerprint | None) -> None:
+        """On a resumed run: keep what the first run has kept, its spilled start weights before those that were kept since.
 
         Args:
-            recorded: The fingerprint in its checkpoint; None if that holds none.
+            recorded: The fingerprint in the checkpoint; None if that holds none.
         """
+        if self._base_weights == "spill" and self._spill_to is not None and (self._spill_to / SPILL_NAME).is_dir():
+            self.kept.adopt(self._spill_to / SPILL_NAME)
+        if recorded is None:
+            return
+        for name in set(self.live.names) & set(recorded):
+            # Trained before the checkpoint, also if it is frozen now.
+            if name not in self._changing and self._base_weights not in PROVIDERS and self._counts(name):
+                self.kept.capture(name, self.live.shard(name))
+            self._changing.add(name)
+        for name in self._changing - set(recorded):
+            # Frozen until the checkpoint: what it restores is the start value.
+            if self._counts(name) and name not in self.live.adapted and self._base_weights in PROVIDERS:
+                self.kept.capture(name, self.live.shard(name))
+        lost = [name for name in self._changing if self._counts(name) and name not in self.live.adapted and not self.kept.has(name)]
+        if lost:
+            raise LataError(
+                f"the start values of {first_three(lost)} cannot be had any more: they are frozen now and were trained before. {_ADVICE}"
+            )
+
+    def forget_frozen(self) -> None:
+        """On a fresh run: what turned out to be frozen since the weights were first kept needs no start value."""
+        for name in self._changing - set(self.live.changing):
+            self.kept.release(name)
+        self._changing &= set(self.live.changing)
+
+    def verify(self, recorded: Fingerprint | None) -> None:
+        """Refuse start weights that are not those a resumed run first started from."""
         if self._base_weights not in PROVIDERS:
             return
         if recorded is None:
             raise LataError(
                 f"this run resumes from a checkpoint that holds no state of LATACallback, so the weights it first started from are unknown. {_ADVICE}"
             )
-        wrong = [name for name in self._changing if recorded.get(name) != self.fingerprint[name]]
+        wrong = [name for name in self._changing if name in recorded and list(recorded[name]) != self.fingerprint[name]]
         if wrong:
             raise LataError(
                 "the weights this run first started from cannot be had any more: the model was built with other values than at the first start in "
                 f"{first_three(wrong)} of {len(self._changing)} tensors. {_ADVICE}"
+            )
+
+    def note_frozen(self) -> None:
+        """Note the fingerprint of what is frozen, to see later whether it stayed so; not under adapters, whose base may be huge."""
+        self._frozen = {} if self.live.adapted else self._sums_of_bits([name for name in self.live.names if name not in self._changing])
+
+    def check_frozen(self) -> None:
+        """Refuse to pass tensors off as unchanged that were changed without gradients."""
+        now = self._sums_of_bits([name for name in self._frozen if name not in self._changing])
+        moved = [name for name, sums in now.items() if sums != self._frozen[name]]
+        if moved:
+            raise LataError(
+                f"tensors that ask for no gradient were changed while training ran: {first_three(moved)}. LATACallback follows what is trained; "
+                "extract the task vector from the saved model instead: lata extract START TUNED --output VECTOR"
             )
 
     def check_instruction(self, level: Level, *, weighted: bool) -> None:
@@ -212,7 +251,7 @@ class Tracker:
 
     def look(self) -> LiveModel:
         """The model as it now stands."""
-        self._live = look_at(self._root, self._model)
+        self._live = look_at(self.root, self._model)
         return self._live
 
     def owner(self, name: str) -> int:
@@ -241,14 +280,18 @@ class Tracker:
         return not torch.equal(shard.local.cpu(), self.kept.read(name, shard))
 
     def _take_fingerprint(self, names: Iterable[str]) -> None:
-        """Sum over the bits of start values; one reduction, and the same result whatever the sharding."""
+        self.fingerprint.update(self._sums_of_bits(names))
+
+    def _sums_of_bits(self, names: Iterable[str]) -> dict[str, list[int]]:
+        """Two sums over the bits of start values (of live ones, where nothing is kept): one reduction, the same result whatever the sharding."""
         listed = sorted(names)
         sums = torch.zeros(len(listed), 2, dtype=torch.int64)
         for index, name in enumerate(listed):
             if self._counts(name):
                 shard = self.live.shard(name)
-                sums[index] = value_sums(shard.local.cpu() if name in self.live.adapted else self.kept.read(name, shard))
-        self.fingerprint.update(zip(listed, self.ranks.total(sums).tolist(), strict=True))
+                is_live = name in self.live.adapted or name not in self._changing
+                sums[index] = value_sums(shard.local.cpu() if is_live else self.kept.read(name, shard))
+        return dict(zip(listed, self.ranks.total(sums).tolist(), strict=True))
 
     def _sums_of(self, name: str) -> Tensor:
         # Without an instruction vector there is nothing to take off, whatever the start was.
