@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lata_lightning.alignment import Alignment, alignment_of
@@ -97,7 +97,8 @@ class LATACallback(pl.Callback):
     ``fingerprint`` two sums over the bits of each start tensor, by which a resumed run knows its start again
     =============== =====================================================================================================
 
-    Works on one device, under DDP and under FSDP2 (``ModelParallelStrategy``). Only sums cross between processes, in one reduction per measurement;
+    Works on one device, under DDP (and DeepSpeed ZeRO-1 and 2, which hold parameters as DDP does) and under FSDP2
+    (``ModelParallelStrategy``). Only sums cross between processes, in one reduction per measurement;
     the export gathers one tensor at a time.
 
     Raises:
@@ -163,11 +164,7 @@ class LATACallback(pl.Callback):
         self._fitting = stage == "fit"
         if not self._fitting:
             return
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
-            raise LataError(
-                f"LATACallback cannot read the weights that {type(trainer.strategy).__name__} flattens and spreads over devices; "
-                "use ModelParallelStrategy (FSDP2), DDP or one device"
-            )
+        _refuse_flattened(trainer.strategy)
         self._restored, self._searched, self._directory, self._finished = None, False, None, False
         if self._settled and trainer.global_step > 0 and self._tracker is not None and self._tracker.root is pl_module:
             return  # Another fit of the same trainer goes on from the weights it has: the start stays what it was.
@@ -396,6 +393,17 @@ class LATACallback(pl.Callback):
             vector.save(partial, dtype=self.dtype)
             replace_directory(partial, self._directory / VECTOR_NAME)
             rank_zero_info(f"LATACallback: the task vector is in {self._directory / VECTOR_NAME}")
+
+
+def _refuse_flattened(strategy: Strategy) -> None:
+    """Refuse strategies under which parameters are not there whole, nor as shards that can be placed."""
+    if isinstance(strategy, FSDPStrategy):
+        what = "FSDPStrategy packs parameters into flat pieces"
+    elif isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
+        what = "DeepSpeed ZeRO-3 empties parameters between uses"
+    else:
+        return
+    raise LataError(f"{what}, which LATACallback cannot read; use ModelParallelStrategy (FSDP2), DDP, DeepSpeed ZeRO-1 or 2, or one device")
 
 
 def _open_instruction(given: str | Path | Sequence[str] | TaskVector | None) -> TaskVector | None:

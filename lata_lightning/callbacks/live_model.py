@@ -48,6 +48,12 @@ class LiveModel(Source):
 
     def _take(self, module: nn.Module, held: dict[str, Tensor]) -> None:
         """Hold these tensors of a module, named as the module names them."""
+        packed = [name for name, parameter in module.named_parameters() if not parameter.is_floating_point()]
+        if packed:
+            raise LataError(
+                f"LATACallback cannot measure quantised weights, whose parameters are integers: {first_three(packed)}. "
+                "Train a model in full or half precision."
+            )
         self.module = module
         config = getattr(module, "config", None)
         self.config = config.to_dict() if config is not None and hasattr(config, "to_dict") else None
