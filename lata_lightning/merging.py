@@ -18,8 +18,9 @@ from lata_lightning.store.cards import merge_card
 from lata_lightning.store.hashing import content_hash
 from lata_lightning.store.manifest import Identity, library_versions
 from lata_lightning.store.model_directory import MERGE_RECORD, copy_companions
+from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import named_like, pair
-from lata_lightning.store.sources import Fingerprinted, Source, View, open_source
+from lata_lightning.store.sources import Fingerprinted, Source, View
 from lata_lightning.store.task_vector import TaskVector
 from lata_lightning.store.writer import (
     MAX_SHARD_BYTES,

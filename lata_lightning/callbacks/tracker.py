@@ -17,8 +17,9 @@ from lata_lightning.errors import BaseMismatchError, LataError, LayoutMismatchEr
 from lata_lightning.layers import LayerMap, LayerRule, Level, layer_map
 from lata_lightning.moments import Start, moments_table, tensor_sums
 from lata_lightning.store.hashing import value_sums
+from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import pair
-from lata_lightning.store.sources import Source, open_source
+from lata_lightning.store.sources import Source
 from lata_lightning.store.task_vector import TaskVector
 
 PROVIDERS = ("auto", "lora", "source", "spill", "memory")

@@ -9,7 +9,8 @@ import torch
 
 from lata_lightning.layers import layer_map
 from lata_lightning.store.manifest import Identity, read_manifest
-from lata_lightning.store.sources import MANIFEST_NAME, open_source
+from lata_lightning.store.opening import open_source
+from lata_lightning.store.sources import MANIFEST_NAME
 
 
 def describe(path: str | Path) -> dict[str, Any]:

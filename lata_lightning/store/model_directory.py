@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lata_lightning.errors import CorruptFileError, SourceError, first_three
 from lata_lightning.store.hashing import hash_stored
-from lata_lightning.store.sources import MANIFEST_NAME, SafetensorsSource, Source, shard_files
+from lata_lightning.store.opening import shard_files
+from lata_lightning.store.sources import MANIFEST_NAME, SafetensorsSource, Source
 from lata_lightning.store.writer import write_json
 
 MERGE_RECORD = "merge.json"

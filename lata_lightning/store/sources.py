@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
-import re
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -16,13 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lata_lightning.errors import CorruptFileError, SourceError, first_three
+from lata_lightning.errors import CorruptFileError, SourceError
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
 from lata_lightning.store.hashing import hash_values
 
 MANIFEST_NAME = "task_vector.json"
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -229,126 +225,3 @@ class Fingerprinted(View):
     def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:  # noqa: D102
         # A part says nothing about the identity of the whole.
         return self.read(name) if slices is None else super().read_slice(name, slices)
-
-
-def open_source(weights: str | Path | nn.Module | Mapping[str, Tensor] | Source) -> Source:
-    """Weights to read from.
-
-    Args:
-        weights: A Hugging Face directory (one file or sharded), a ``.safetensors`` file, a Lightning ``.ckpt``, a hub id, a module or a state
-            dict.
-
-    Raises:
-        SourceError: The path is nothing of that kind, or would have to be unpickled.
-        CorruptFileError: A file is truncated or its index does not match.
-    """
-    if isinstance(weights, Source):
-        return weights
-    if isinstance(weights, nn.Module | Mapping):
-        return StateDictSource(weights)
-    path = Path(weights)
-    if path.is_dir():
-        return _open_directory(path, str(weights))
-    if path.is_file():
-        return _open_file(path)
-    if _HUB_ID.match(str(weights)):
-        return _open_hub(str(weights))
-    raise SourceError(
-        f"{weights} does not exist: expected a Hugging Face directory, a .safetensors or .ckpt file, or a hub id such as 'org/name'"
-    )
-
-
-def shard_files(directory: Path, stem: str) -> list[Path]:
-    """The files ``stem.safetensors``, or those its index lists; none if there is neither.
-
-    Raises:
-        CorruptFileError: The index is no JSON, or names a file outside the directory.
-    """
-    index, single = directory / f"{stem}.safetensors.index.json", directory / f"{stem}.safetensors"
-    if not index.is_file():
-        return [single] if single.is_file() else []
-    try:
-        listed = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CorruptFileError(f"{index} is no shard index ({error!r})") from error
-    foreign = [name for name in listed if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors")]
-    if foreign:
-        raise CorruptFileError(f"{index} may only name safetensors files beside it, it names {foreign[:3]}")
-    return [directory / name for name in listed]
-
-
-def _check_index(directory: Path, source: Source) -> None:
-    """Refuse a directory whose shards lack tensors that its index lists, as when they come from two downloads."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        missing = set(json.loads(index.read_text("utf-8"))["weight_map"]) - set(source.names)
-        if missing:
-            raise CorruptFileError(f"{index} lists tensors that its files do not hold, {first_three(missing)}. Copy the directory again.")
-
-
-def _open_directory(path: Path, location: str) -> Source:
-    if (path / MANIFEST_NAME).exists():
-        raise SourceError(f"{path} is a task vector, and a model is needed here")
-    if (path / "adapter_config.json").exists():
-        raise SourceError(
-            f"{path} is a peft adapter, not whole weights. Merge it into its base model first: "
-            "PeftModel.from_pretrained(…).merge_and_unload().save_pretrained(…)"
-        )
-    files = shard_files(path, "model")
-    if not files:
-        if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
-            raise SourceError(
-                f"{path} holds pickled weights only, which can run code when they are loaded. Convert them to safetensors first."
-            )
-        raise SourceError(f"{path} holds no model.safetensors and no model.safetensors.index.json")
-    source = SafetensorsSource(files)
-    _check_index(path, source)
-    source.location, source.directory = location, path
-    config = path / "config.json"
-    if config.is_file():
-        try:
-            source.config = json.loads(config.read_text("utf-8"))
-        except ValueError as error:
-            raise CorruptFileError(f"{config} is no JSON ({error})") from error
-        if not isinstance(source.config, dict):
-            raise CorruptFileError(f"{config} must hold a JSON object, it holds a {type(source.config).__name__}")
-    return source
-
-
-def _open_file(path: Path) -> Source:
-    if path.suffix == ".safetensors":
-        source = SafetensorsSource([path])
-        source.location = str(path)
-        return source
-    if path.suffix != ".ckpt":
-        raise SourceError(
-            f"{path} cannot be read: expected .safetensors or a Lightning .ckpt; other formats may run code when they are loaded"
-        )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise SourceError(
-            f"{path} holds objects that would have to be unpickled, which can run code; save it with plain tensors and primitives only "
-            "(in Lightning: save_hyperparameters() with plain values)"
-        ) from error
-    except (RuntimeError, ValueError, EOFError, OSError, LookupError, TypeError, AttributeError) as error:
-        # The last three are what a damaged pickle makes of the reader.
-        raise CorruptFileError(f"{path} is no readable checkpoint ({str(error).partition(chr(10))[0]}). Is it complete?") from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise SourceError(f"{path} is no Lightning checkpoint: it has no 'state_dict'")
-    return StateDictSource(checkpoint["state_dict"], str(path))
-
-
-def _open_hub(hub_id: str) -> Source:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        directory = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        raise SourceError(
-            f"{hub_id} is no local directory and could not be had from the hub ({type(error).__name__}). Check the spelling; offline, give a directory."
-        ) from error
-    source = _open_directory(directory, hub_id)
-    source.revision = directory.name
-    return source

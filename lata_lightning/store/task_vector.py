@@ -19,14 +19,9 @@ from lata_lightning.store.cards import vector_card
 from lata_lightning.store.differences import Difference, LossMeter, Scaled, Stored
 from lata_lightning.store.hashing import hash_stored
 from lata_lightning.store.manifest import Identity, Kind, Manifest, TensorEntry, read_manifest
+from lata_lightning.store.opening import open_source, shard_files
 from lata_lightning.store.pairing import pair
-from lata_lightning.store.sources import (
-    MANIFEST_NAME,
-    SafetensorsSource,
-    Source,
-    open_source,
-    shard_files,
-)
+from lata_lightning.store.sources import MANIFEST_NAME, SafetensorsSource, Source
 from lata_lightning.store.writer import (
     MAX_SHARD_BYTES,
     Progress,

@@ -17,7 +17,7 @@ from lata_lightning.errors import CorruptFileError, LataError, LayoutMismatchErr
 from lata_lightning.store import task_vector as module
 from lata_lightning.store.manifest import Identity, Manifest, TensorEntry, library_versions, read_manifest
 from lata_lightning.store.model_directory import copy_companions, verify_merged
-from lata_lightning.store.sources import open_source
+from lata_lightning.store.opening import open_source
 from lata_lightning.store.task_vector import TaskVector, verify
 from lata_lightning.store.writer import write_json
 

@@ -5,14 +5,8 @@ import torch
 
 from lata_lightning.errors import LataError
 from lata_lightning.quickstart.make_checkpoints import make_tokenizer
-from lata_lightning.training.data import (
-    ChatDataModule,
-    MixtureBatchSampler,
-    RawTextDataModule,
-    chat_rows,
-    collate,
-    raw_tokens,
-)
+from lata_lightning.training.data import ChatDataModule, RawTextDataModule
+from lata_lightning.training.rows import MixtureBatchSampler, chat_rows, collate, raw_tokens
 
 GROUPS = {"short": [("a", "b"), ("c", "d")], "long": [("question", "answer")]}
 
