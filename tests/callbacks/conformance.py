@@ -8,20 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from lightning_models import Module, batches, shifted, tiny_llama, trainer
+from lightning_models import Module, batches, make_models, trainer
 from tiny_models import read_back, same_bits
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
-from lata_lightning import LATACallback, TaskVector
-
-
-def make_models(directory):
-    base = tiny_llama()
-    base.save_pretrained(directory / "base")
-    shifted(base, 1).save_pretrained(directory / "instruct")
-    TaskVector.between(directory / "base", directory / "instruct", kind="instruction").save(directory / "instruction")
-    return directory
+from lata_lightning import LATACallback
 
 
 def instruct(models):

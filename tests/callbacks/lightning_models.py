@@ -7,6 +7,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lata_lightning import TaskVector
+
 CONFIG = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -33,6 +35,15 @@ def shifted(model, seed, size=0.02):
         for parameter in copy.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=size)
     return copy
+
+
+def make_models(directory, **changes):
+    """Saves base, instruct and their instruction vector; gives the directory."""
+    base = tiny_llama(**changes)
+    base.save_pretrained(directory / "base")
+    shifted(base, 1).save_pretrained(directory / "instruct")
+    TaskVector.between(directory / "base", directory / "instruct", kind="instruction").save(directory / "instruction")
+    return directory
 
 
 class Module(pl.LightningModule):

@@ -14,7 +14,6 @@ from conformance import (
     history,
     instruct,
     killed_runs,
-    make_models,
     no_leftovers,
     same_batches,
     steps,
@@ -41,11 +40,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return make_models(tmp_path_factory.mktemp("models"))
 
 
 # --- searches ------------------------------------------------------------------------------------------------------------------------------

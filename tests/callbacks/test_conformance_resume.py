@@ -13,7 +13,6 @@ from conformance import (
     fit,
     history,
     instruct,
-    make_models,
     same_batches,
     steps,
     values,
@@ -42,11 +41,6 @@ class Fail(pl.Callback):
     def fail(self, trainer, *args):
         if trainer.global_step == self.step:
             raise RuntimeError("the power went off")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return make_models(tmp_path_factory.mktemp("models"))
 
 
 def run(directory, models, *, keep=None, fail=None, **options):

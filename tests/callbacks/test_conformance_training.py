@@ -1,7 +1,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from conformance import Recorded, check, check_vector, expected_vector, fit, history, instruct, make_models, steps, values
+from conformance import Recorded, check, check_vector, expected_vector, fit, history, instruct, steps, values
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning_models import batches, tiny_llama, trainer
 
@@ -21,11 +21,6 @@ HELD = {
     "bf16-true": torch.bfloat16,
     "16-true": torch.float16,
 }
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return make_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning_models import Module, batches, shifted, tiny_llama, trainer
+from lightning_models import Module, batches, tiny_llama, trainer
 from transformers import LlamaForCausalLM
 
 from lata_lightning import LATACallback, LataError, TaskVector, align
@@ -19,16 +19,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("models")
-    base = tiny_llama()
-    base.save_pretrained(directory / "base")
-    shifted(base, 1).save_pretrained(directory / "instruct")
-    TaskVector.between(directory / "base", directory / "instruct", kind="instruction").save(directory / "instruction")
-    return directory
 
 
 @pytest.fixture

@@ -5,27 +5,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning_models import shifted, tiny_llama
 
 from lata_lightning import TaskVector, align
 
 
 @pytest.mark.parametrize("provider", ["auto", "memory"])
-def test_two_ddp_processes_give_the_figures_of_the_saved_models_on_both_ranks(tmp_path, provider):
-    base = tiny_llama()
-    base.save_pretrained(tmp_path / "base")
-    shifted(base, 1).save_pretrained(tmp_path / "instruct")
-    instruction = TaskVector.between(tmp_path / "base", tmp_path / "instruct", kind="instruction").save(tmp_path / "instruction")
+def test_two_ddp_processes_give_the_figures_of_the_saved_models_on_both_ranks(tmp_path, models, provider):
     script = Path(__file__).with_name("ddp_run.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, script, tmp_path, tmp_path, provider], env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, script, models, tmp_path, provider], env=environment, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "rank0").read_text() == (tmp_path / "rank1").read_text()
     exported = TaskVector.open(tmp_path / "lata/task_vector")
-    extracted = TaskVector.between(tmp_path / "instruct", tmp_path / "tuned")
+    extracted = TaskVector.between(models / "instruct", tmp_path / "tuned")
     assert all(torch.equal(exported[name], extracted[name]) for name in extracted)
-    measured = align(extracted, instruction)
+    measured = align(extracted, TaskVector.open(models / "instruction"))
     assert exported.manifest.alignment.values == pytest.approx(measured.values, rel=1e-12)
     assert len((tmp_path / "lata/history.jsonl").read_text().splitlines()) == 4

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning_models import shifted, tiny_llama
+from lightning_models import make_models
 
 from lata_lightning import TaskVector, align
 
@@ -18,12 +18,7 @@ UNEVEN = {"vocab_size": 33, "intermediate_size": 25}
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("models")
-    base = tiny_llama(**UNEVEN)
-    base.save_pretrained(directory / "base")
-    shifted(base, 1).save_pretrained(directory / "instruct")
-    TaskVector.between(directory / "base", directory / "instruct", kind="instruction").save(directory / "instruction")
-    return directory
+    return make_models(tmp_path_factory.mktemp("models"), **UNEVEN)
 
 
 def run(models, output, **options):

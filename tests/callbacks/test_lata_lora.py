@@ -4,7 +4,7 @@ import peft
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_models import Module, batches, shifted, tiny_llama, trainer
+from lightning_models import Module, batches, tiny_llama, trainer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from lata_lightning import LATACallback, LataError, TaskVector, align
@@ -25,16 +25,6 @@ CONFIGS = {
     "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
     "trained copies and biases": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "bias": "all"},
 }
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("models")
-    base = tiny_llama()
-    base.save_pretrained(directory / "base")
-    shifted(base, 1).save_pretrained(directory / "instruct")
-    TaskVector.between(directory / "base", directory / "instruct", kind="instruction").save(directory / "instruction")
-    return directory
 
 
 def wrapped(model, **options):

@@ -26,16 +26,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("models")
-    base = tiny_llama()
-    base.save_pretrained(directory / "base")
-    shifted(base, 1).save_pretrained(directory / "instruct")
-    TaskVector.between(directory / "base", directory / "instruct", kind="instruction").save(directory / "instruction")
-    return directory
-
-
 def fit(directory, models, provider, *callbacks, module=None, resume=None, **options):
     module = Module(LlamaForCausalLM.from_pretrained(models / "instruct")) if module is None else module
     callback = LATACallback(models / "instruction", base_weights=provider, output_dir=directory / "lata", table=False)
