@@ -258,9 +258,9 @@ class LATACallback(pl.Callback):
             self._finish(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Export the averaged weights of an averaged run, and what a run had no time to export that was killed after its last step."""
+        """Export the averaged weights of an averaged run that took steps, and what a run killed after its last step had no time to export."""
         late = self._decided and not self._fresh and trainer.global_step > 0 and not self._exported()
-        if self._at_fit_end or (late and not self._finished):
+        if (self._at_fit_end and self._begun) or (late and not self._finished):
             self._finish(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:

@@ -68,12 +68,13 @@ class LiveModel(Source):
                 f"LATACallback cannot measure {first_three(cut)} while sharded: a checkpoint stores them in other pieces than the module"
             )
         self._tensors = {name: tensor.detach() for name, tensor in named.items()}
+        self._names = tuple(self._tensors)
         self.index = {name: number for number, name in enumerate(self._tensors)}
         self._changing: tuple[tuple[bool, ...], tuple[str, ...]] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:  # noqa: D102
-        return tuple(self._tensors)
+        return self._names
 
     def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
         return tuple(self._tensors[name].shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 
 import torch
@@ -80,9 +80,9 @@ class Tracker:
         return self._kept
 
     @property
-    def changing(self) -> frozenset[str]:
-        """Names of the tensors whose start values are kept, by this process or another."""
-        return frozenset(self._changing)
+    def changing(self) -> Set[str]:
+        """Names of the tensors whose start values are kept, by this process or another; not to be changed."""
+        return self._changing
 
     def capture_early(self) -> None:
         """Keep the weights as they are before a resumed run restores trained ones; nothing if the model has none yet."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
@@ -69,12 +68,11 @@ def _term(options: Namespace, onto: str, path: str, scale: float, rule: Weightin
 
     from lata_lightning.alignment import align
     from lata_lightning.merging import Term
-    from lata_lightning.store.sources import MANIFEST_NAME
+    from lata_lightning.store.sources import holds_vector
     from lata_lightning.store.task_vector import TaskVector
     from lata_lightning.tables import flat_warning
 
-    saved = (Path(path) / MANIFEST_NAME).exists()
-    vector = TaskVector.open(path) if saved else TaskVector.between(onto, path, start_kind=options.start or "instruct")
+    vector = TaskVector.open(path) if holds_vector(path) else TaskVector.between(onto, path, start_kind=options.start or "instruct")
     if options.start is not None:
         vector = TaskVector(vector.tensors, replace(vector.manifest, start=options.start))
     if options.instruction is not None and options.weighting != "none":
@@ -95,14 +93,12 @@ def _term(options: Namespace, onto: str, path: str, scale: float, rule: Weightin
 
 def _reweighted(vector: TaskVector, options: Namespace) -> TaskVector:
     """A vector under another rule without measuring again, from the alignment it stores."""
-    from dataclasses import replace
-
     from lata_lightning.store.task_vector import TaskVector
 
     if options.weighting is None:
         return vector
     if options.weighting == "none":
-        plain = TaskVector(vector.tensors, replace(vector.manifest, coefficients=None, weighting="none"))
+        plain = vector.unweighted()
         if vector.start == "base" and options.instruction is not None:
             return plain.without(TaskVector.open(options.instruction))
         return plain

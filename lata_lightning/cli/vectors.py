@@ -103,11 +103,11 @@ def _text(value: Any) -> str:
 
 def _verify(options: Namespace, command: str) -> None:
     from lata_lightning.store.model_directory import verify_merged
-    from lata_lightning.store.sources import MANIFEST_NAME
+    from lata_lightning.store.sources import holds_vector
     from lata_lightning.store.task_vector import verify
 
     path = Path(options.path)
-    count = verify(path) if (path / MANIFEST_NAME).exists() else verify_merged(path)
+    count = verify(path) if holds_vector(path) else verify_merged(path)
     sys.stdout.write(f"{options.path}: all {count} tensors are what was written\n")
 
 

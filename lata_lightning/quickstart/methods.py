@@ -17,10 +17,6 @@ def _rule(weighting: Weighting) -> Method:
     return lambda vector: vector.weighted(_measured(vector), weighting)
 
 
-def _plain(vector: TaskVector) -> TaskVector:
-    return TaskVector(vector.tensors, replace(vector.manifest, coefficients=None, weighting="none"))
-
-
 def _blocks_only(vector: TaskVector) -> TaskVector:
     uniform = vector.weighted(_measured(vector), "none")
     return TaskVector(uniform.tensors, replace(uniform.manifest, outside=0.0))
@@ -41,7 +37,7 @@ def _measured(vector: TaskVector) -> Alignment:
 
 TASK_ARITHMETIC = "task arithmetic"
 METHODS: Mapping[str, Method] = {
-    TASK_ARITHMETIC: _plain,
+    TASK_ARITHMETIC: TaskVector.unweighted,
     "LATA linear": _rule("linear"),
     "LATA log": _rule("log"),
     "LATA threshold": _rule("threshold"),

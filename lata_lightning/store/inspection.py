@@ -10,7 +10,7 @@ import torch
 from lata_lightning.layers import layer_map
 from lata_lightning.store.manifest import Identity, read_manifest
 from lata_lightning.store.opening import open_source
-from lata_lightning.store.sources import MANIFEST_NAME
+from lata_lightning.store.sources import holds_vector
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     Raises:
         SourceError, CorruptFileError: The path holds neither, or cannot be read.
     """
-    return _describe_vector(Path(path)) if (Path(path) / MANIFEST_NAME).exists() else _describe_weights(path)
+    return _describe_vector(Path(path)) if holds_vector(path) else _describe_weights(path)
 
 
 def _describe_vector(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lata_lightning.errors import CorruptFileError, SourceError, first_three
-from lata_lightning.store.sources import MANIFEST_NAME, SafetensorsSource, Source, StateDictSource
+from lata_lightning.store.sources import SafetensorsSource, Source, StateDictSource, holds_vector
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -74,7 +74,7 @@ def _check_index(directory: Path, source: Source) -> None:
 
 
 def _open_directory(path: Path, location: str) -> Source:
-    if (path / MANIFEST_NAME).exists():
+    if holds_vector(path):
         raise SourceError(f"{path} is a task vector, and a model is needed here")
     if (path / "adapter_config.json").exists():
         raise SourceError(

@@ -25,6 +25,11 @@ DTYPES = {
 }  # fmt: skip
 
 
+def holds_vector(path: str | Path) -> bool:
+    """Whether a path is a saved task vector (and not, say, a model)."""
+    return (Path(path) / MANIFEST_NAME).exists()
+
+
 class Source(ABC):
     """Tensors by name, each read when it is asked for.
 

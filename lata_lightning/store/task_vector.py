@@ -206,6 +206,10 @@ class TaskVector(Mapping[str, Tensor]):
         )
         return TaskVector(self.tensors, manifest)
 
+    def unweighted(self) -> TaskVector:
+        """The same vector without coefficients, as plain task arithmetic takes it."""
+        return TaskVector(self.tensors, replace(self.manifest, coefficients=None, weighting="none"))
+
     def pure(self) -> TaskVector:
         """The pure vector: each layer times its coefficient.
 

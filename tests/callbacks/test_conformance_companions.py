@@ -202,3 +202,9 @@ def test_early_stopping_needs_patience_for_the_epochs_without_measurement(tmp_pa
     # The figure of epoch 1 is seen again in epoch 2, where it is no improvement.
     assert run.trainer.current_epoch == 3
     check(run, models, [4, 6])
+
+
+def test_an_averaged_fit_of_no_steps_leaves_no_artefact(tmp_path, models):
+    run = fit(tmp_path, models, after=[EMAWeightAveraging(decay=0.9)], max_epochs=0)
+    assert not (run.directory / "task_vector").exists()
+    assert not (run.directory / "history.jsonl").exists()
