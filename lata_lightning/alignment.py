@@ -136,7 +136,7 @@ def measure(task_vector: TaskVector, instruction_vector: TaskVector, start: Star
         CorruptFileError: NaN or infinite weights.
     """
     check_same_tensors(task_vector, instruction_vector)
-    sums = {name: tensor_sums(task_vector[name], instruction_vector[name], start=start) for name in task_vector}
+    sums = {name: tensor_sums(task_vector.held(name), instruction_vector.held(name), start=start) for name in task_vector}
     return moments_table(sums)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lata_lightning.alignment import check_same_start
 from lata_lightning.errors import CorruptFileError, LataError
+from lata_lightning.low_rank import LowRank
 from lata_lightning.store.cards import merge_card
 from lata_lightning.store.hashing import content_hash
 from lata_lightning.store.manifest import Identity, library_versions
@@ -136,7 +137,7 @@ def merge(
                     writer.write(name, source.read(name))
                 else:
                     acting = [(reader, factor) for reader, term in zip(readers, terms, strict=True) if (factor := term.factor(name)) != 0]
-                    parts = [(reader.read(name), factor) for reader, factor in acting]
+                    parts = [(reader.low_rank(name) or reader.read(name), factor) for reader, factor in acting]
                     try:
                         merged = combine(onto_weights.read(name), parts, layout[name][0])
                     except CorruptFileError as error:
@@ -174,12 +175,12 @@ def forget(target: str | Path | nn.Module | Mapping[str, Tensor] | Source, term:
     return merge(target, [Term(term.vector, -term.scale)], output, **options)
 
 
-def combine(onto: Tensor, parts: Sequence[tuple[Tensor, float]], dtype: torch.dtype) -> Tensor:
+def combine(onto: Tensor, parts: Sequence[tuple[Tensor | LowRank, float]], dtype: torch.dtype) -> Tensor:
     """Onto + Σ factor · vector, summed in float64, chunk by chunk, and rounded once.
 
     Args:
         onto: Weights of one tensor.
-        parts: Differences of the same shape, each with its factor.
+        parts: Differences of the same shape, dense or low-rank, each with its factor.
         dtype: Of the result. Without parts and with the dtype of ``onto``, the result is bit for bit ``onto``.
 
     Raises:
@@ -188,15 +189,20 @@ def combine(onto: Tensor, parts: Sequence[tuple[Tensor, float]], dtype: torch.dt
     flat = onto.reshape(-1)
     merged = torch.empty(flat.shape, dtype=dtype)
     untouched = not parts and dtype == onto.dtype
-    for begin in range(0, flat.numel(), _CHUNK):
-        piece = slice(begin, begin + _CHUNK)
+    factored = next((vector for vector, _ in parts if isinstance(vector, LowRank)), None)
+    if factored is None:
+        pieces = [slice(begin, begin + _CHUNK) for begin in range(0, flat.numel(), _CHUNK)]
+    else:
+        pieces = [slice(begin * factored.columns, end * factored.columns) for begin, end in factored.blocks()]
+    streams = [_stream(vector, pieces) for vector, _ in parts]
+    for piece in pieces:
         total = flat[piece]
         if not untouched:
             # Opposite terms must cancel exactly. Hence the vectors are summed before the weights come in, and each product is rounded before it is
             # added (in add_(…, alpha=…) it would not be). The sum has the opposite sign, as a weight of -0.0 survives minus zero, but not plus zero.
             taken = torch.zeros_like(total, dtype=torch.float64)
-            for vector, factor in parts:
-                taken.sub_(vector.reshape(-1)[piece].double() * factor)
+            for stream, (_, factor) in zip(streams, parts, strict=True):
+                taken.sub_(next(stream) * factor)
             total = total.double() - taken
         merged[piece] = total if untouched else _ready_to_round(total, dtype)
         # The sum is finite where every value is, and far cheaper to look at.
@@ -204,6 +210,13 @@ def combine(onto: Tensor, parts: Sequence[tuple[Tensor, float]], dtype: torch.dt
             overflow = torch.isfinite(total).all()
             raise CorruptFileError(f"values too large for {dtype}" if overflow else "NaN or infinite values")
     return merged.reshape(onto.shape)
+
+
+def _stream(vector: Tensor | LowRank, pieces: Sequence[slice]) -> Iterator[Tensor]:
+    """The pieces of a flattened tensor, in float64; of factors the pieces must be their blocks."""
+    if isinstance(vector, LowRank):
+        return (values.reshape(-1) for _, _, values in vector.rows())
+    return (vector.reshape(-1)[piece].double() for piece in pieces)
 
 
 def _ready_to_round(total: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,7 @@
 
 ⟨τ, τ_instr⟩, ‖τ‖² and ‖τ_instr‖² of a tensor add up over tensors, layers and shards, so they are measured once, at tensor level. Subtraction
 happens at the precision the weights are held in (never below float32), products and sums in float64, chunk by chunk, so that no
-temporary of the size of a tensor is made.
+temporary of the size of a tensor is made. Of a difference held as factors (LoRA) the sums come from the factors.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lata_lightning.errors import CorruptFileError, LataError, LayoutMismatchError, first_three
+from lata_lightning.low_rank import LowRank
 
 Start = Literal["instruct", "base"]
 STARTS: tuple[Start, ...] = ("instruct", "base")
@@ -79,18 +80,21 @@ def difference(tuned: Tensor, start: Tensor) -> Tensor:
     return tuned.to(wide) - start.to(wide)
 
 
-def tensor_sums(vector: Tensor, instruction: Tensor | None = None, *, subtract: Tensor | None = None, start: Start = "instruct") -> Tensor:
+def tensor_sums(
+    vector: Tensor | LowRank, instruction: Tensor | LowRank | None = None, *, subtract: Tensor | None = None, start: Start = "instruct"
+) -> Tensor:
     """The three sums of one tensor.
 
     Args:
-        vector: Tuned minus start, of any shape and floating dtype; or the tuned weights, when ``subtract`` is given.
-        instruction: Instruct minus base, of the same shape.
+        vector: Tuned minus start, of any shape and floating dtype, or its factors; or the tuned weights, when ``subtract`` is given.
+        instruction: Instruct minus base, of the same shape, or its factors.
         subtract: The start weights, for a vector that does not exist yet.
         start: ``"base"`` if the vector started from the base model. Then it is the complex vector, and the task vector is what remains after
             the instruction vector is taken off.
 
     Returns:
-        Float64 tensor of shape (3,) on the device of ``vector``: inner, task, instruction. No input changes.
+        Float64 tensor of shape (3,) on the device of ``vector``: inner, task, instruction. No input changes. Where one side is given as
+        factors, no dense matrix of it is made.
 
     Raises:
         LayoutMismatchError: The shapes differ.
@@ -100,8 +104,10 @@ def tensor_sums(vector: Tensor, instruction: Tensor | None = None, *, subtract: 
     if start == "base" and instruction is None:
         raise LataError("a vector that started from base needs the instruction vector: without it there is no task vector to measure")
     for other in (instruction, subtract):
-        if other is not None and other.shape != vector.shape:
+        if other is not None and tuple(other.shape) != tuple(vector.shape):
             raise LayoutMismatchError(f"tensors of one name must have one shape, got {tuple(vector.shape)} and {tuple(other.shape)}")
+    if isinstance(vector, LowRank) or isinstance(instruction, LowRank):
+        return _factored_sums(vector, instruction, subtract, start)
     flat, device = vector.detach().reshape(-1), vector.device
     flat_instruction, flat_start = (None if tensor is None else tensor.detach().reshape(-1) for tensor in (instruction, subtract))
     chunk = min(_CPU_CHUNK if device.type == "cpu" else _DEVICE_CHUNK, flat.numel())
@@ -121,6 +127,27 @@ def tensor_sums(vector: Tensor, instruction: Tensor | None = None, *, subtract: 
             sums[2] += torch.dot(direction, direction)
         sums[1] += torch.dot(task, task)
     return sums
+
+
+def _factored_sums(vector: Tensor | LowRank, instruction: Tensor | LowRank | None, subtract: Tensor | None, start: Start) -> Tensor:
+    """The three sums where at least one side is given as factors."""
+    if isinstance(vector, LowRank):
+        task = vector.square()
+    else:
+        vector = vector if subtract is None else difference(vector, subtract.to(vector.device))
+        task = tensor_sums(vector)[1]
+    zero = torch.zeros_like(task)
+    if instruction is None:
+        return torch.stack([zero, task, zero])
+    square = (instruction.square() if isinstance(instruction, LowRank) else tensor_sums(instruction)[1]).to(task.device)
+    if isinstance(vector, LowRank):
+        inner = vector.inner(instruction) if isinstance(instruction, LowRank) else vector.inner_dense(instruction)
+    elif isinstance(instruction, LowRank):
+        inner = instruction.inner_dense(vector).to(task.device)
+    if start == "base":
+        # Of the complex vector v and the instruction vector i: ‖v − i‖² and ⟨v − i, i⟩.
+        inner, task = inner - square, (task - 2 * inner + square).clamp_min(0.0)
+    return torch.stack([inner, task, square])
 
 
 def moments_table(sums: Mapping[str, Tensor]) -> dict[str, Moments]:

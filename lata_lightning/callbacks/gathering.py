@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from lata_lightning.alignment import Alignment
 from lata_lightning.callbacks.tracker import Tracker
+from lata_lightning.low_rank import LowRank
 from lata_lightning.store.differences import Difference
 from lata_lightning.store.hashing import hash_values
 from lata_lightning.store.manifest import Identity, Manifest, TensorEntry
@@ -55,9 +56,10 @@ def _task_vector(tracker: Tracker, manifest: Manifest) -> TaskVector:
     sides = {side: _Gathered(tracker, side) for side in _SIDES}
     frozen = [name for name in live.names if name not in tracker.changing]
     # Of tensors that are not written, the identity of the start is to be known all the same.
-    still = {name: hash_values(sides["start"].read(name)) for name in [*frozen, *live.adapted]}
+    still = {name: hash_values(sides["start"].read(name)) for name in [*frozen, *live.adapted] if name not in tracker.unhashable}
     entries = {name: TensorEntry(live.shape(name), "float32", unchanged=True) for name in frozen}
-    manifest = replace(manifest, start_identity=Identity(tracker.kept.location or live.location), tensors=entries)
+    location = (tracker.kept.location or live.location) if tracker.start_is_located else None
+    manifest = replace(manifest, start_identity=Identity(location), tensors=entries)
     return TaskVector(_LiveDifference(tracker, sides["start"], sides["live"], still), manifest)
 
 
@@ -89,12 +91,14 @@ class _LiveDifference(Difference):
 
     def __init__(self, tracker: Tracker, start: Source, live: Source, still: Mapping[str, str]) -> None:
         super().__init__(start, live, start.names, known=still)
-        self._model = tracker.live
+        self._model, self._tracker = tracker.live, tracker
 
     def read(self, name: str) -> Tensor:
-        if name in self._model.adapted:
-            return self._model.added(name).cpu().to(self.dtype(name))
-        return super().read(name)
+        factors = self.low_rank(name)
+        return super().read(name) if factors is None else factors.dense(self.dtype(name))
+
+    def low_rank(self, name: str) -> LowRank | None:
+        return self._tracker.added(name).copy() if name in self._model.adapted else None
 
     def content_hashes(self) -> tuple[str | None, str | None]:
         start, tuned = super().content_hashes()

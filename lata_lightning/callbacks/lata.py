@@ -319,7 +319,6 @@ class LATACallback(pl.Callback):
     def _check_fresh(self) -> None:
         tracker = self._require_tracker()
         tracker.forget_frozen()
-        tracker.refuse_started_adapters()
         if self._directory is None:
             return
         held = [name for name in (HISTORY_NAME, VECTOR_NAME, SPILL_NAME) if (self._directory / name).exists()]

@@ -11,7 +11,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as Sharded
 
 from lata_lightning.errors import LataError, first_three
+from lata_lightning.low_rank import LowRank
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
+from lata_lightning.store.lora import peft_kinds
 from lata_lightning.store.sources import Source
 
 COMPILED = "_orig_mod."
@@ -44,16 +46,16 @@ class LiveModel(Source):
         persistent = module.state_dict(keep_vars=True).keys()
         buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
         held = {name.replace(COMPILED, ""): tensor for name, tensor in {**dict(module.named_parameters()), **buffers}.items()}
-        self._take(module, {name: tensor for name, tensor in held.items() if tensor.is_floating_point()})
-
-    def _take(self, module: nn.Module, held: dict[str, Tensor]) -> None:
-        """Hold these tensors of a module, named as the module names them."""
         packed = [name for name, parameter in module.named_parameters() if not parameter.is_floating_point()]
         if packed:
             raise LataError(
                 f"LATACallback cannot measure quantised weights, whose parameters are integers: {first_three(packed)}. "
-                "Train a model in full or half precision."
+                "Train a model in full or half precision, or LoRA on top of the quantised one."
             )
+        self._take(module, {name: tensor for name, tensor in held.items() if tensor.is_floating_point()})
+
+    def _take(self, module: nn.Module, held: dict[str, Tensor]) -> None:
+        """Hold these tensors of a module, named as the module names them."""
         self.module = module
         config = getattr(module, "config", None)
         self.config = config.to_dict() if config is not None and hasattr(config, "to_dict") else None
@@ -110,14 +112,23 @@ class LiveModel(Source):
         """Names of the tensors that an adapter adds to; none here."""
         return frozenset()
 
-    def added(self, name: str) -> Tensor:
+    def added(self, name: str) -> LowRank:
         """What adapters add to a tensor."""
         raise KeyError(name)
 
     @property
+    def quantised(self) -> frozenset[str]:
+        """Names of the tensors whose values are packed away; none here."""
+        return frozenset()
+
+    def bits(self, name: str) -> Tensor:
+        """The local values of a tensor as they are held."""
+        return self.shard(name).local
+
+    @property
     def materialized(self) -> bool:
         """Whether there are weights at all: not before ``configure_model`` has built them, not on the meta device."""
-        return bool(self._tensors) and not any(tensor.is_meta for tensor in self._tensors.values())
+        return bool(self._tensors) and not any(tensor.is_meta for name, tensor in self._tensors.items() if name not in self.quantised)
 
 
 def _shard_of(name: str, tensor: DTensor) -> Shard:
@@ -170,13 +181,6 @@ def find_model(module: nn.Module, name: str | None = None) -> nn.Module:
         if found:
             return next(iter(found.values()))
     return module
-
-
-def peft_kinds() -> tuple[Any, ...]:
-    """The class of models wrapped by peft; none as long as peft is not imported."""
-    # What was never imported cannot have been used to build the module.
-    peft = sys.modules.get("peft")
-    return (peft.PeftModel,) if peft is not None else ()
 
 
 def _transformers_kinds() -> tuple[Any, ...]:

@@ -9,12 +9,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lata_lightning.callbacks.adapters import look_at
+from lata_lightning.callbacks.adapters import LoraModel, look_at
 from lata_lightning.callbacks.live_model import LiveModel
 from lata_lightning.callbacks.ranks import Ranks
 from lata_lightning.callbacks.start_weights import SPILL_NAME, StartWeights
 from lata_lightning.errors import BaseMismatchError, LataError, LayoutMismatchError, WeightingError, first_three
 from lata_lightning.layers import LayerMap, LayerRule, Level, layer_map
+from lata_lightning.low_rank import LowRank
 from lata_lightning.moments import Start, moments_table, tensor_sums
 from lata_lightning.store.hashing import value_sums
 from lata_lightning.store.opening import open_source
@@ -58,6 +59,8 @@ class Tracker:
         self._live: LiveModel | None = None
         self._kept: StartWeights | None = None
         self._changing: set[str] = set()
+        # What adapters add when training starts, where that is not zero: by their initialisation, or from earlier training.
+        self._start_factors: dict[str, LowRank] = {}
         self._squares: dict[str, float] = {}
         self._spill_to: Path | None = None
         self._frozen: dict[str, list[int]] = {}
@@ -110,18 +113,11 @@ class Tracker:
             self._kept = self._new_kept()
         for name in self._changing:
             self._kept.cast(name, live.dtype(name))
+            if name in self._start_factors:
+                self._start_factors[name] = self._start_factors[name].stored_as(live.added(name).parts[0].left.dtype)
         self._capture(name for name in live.changing if name not in self._changing)
         self._check_provider(live)
         self.places = layer_map(live.names, structure=live.module, rule=self._rule)
-
-    def refuse_started_adapters(self) -> None:
-        """Refuse, on a fresh run, adapters that add something before the first step."""
-        started = [name for name in self.live.adapted if self.live.added(name).any()]
-        if started:
-            raise LataError(
-                f"an adapter must add nothing when training starts; these do, by their initialisation or from earlier training: {first_three(started)}. "
-                "Merge the adapter into its model first, or use the default initialisation of LoRA."
-            )
 
     def take_up(self, recorded: Fingerprint | None) -> None:
         """On a resumed run: keep what the first run has kept, its spilled start weights before those that were kept since.
@@ -133,6 +129,10 @@ class Tracker:
             self.kept.adopt(self._spill_to / SPILL_NAME)
         if recorded is None:
             return
+        for name in list(self._start_factors):
+            # The first run's adapters started at zero: what they add now was trained before the checkpoint.
+            if list(recorded.get(name, ())) == value_sums(self.live.bits(name).cpu()).tolist():
+                del self._start_factors[name]
         for name in set(self.live.names) & set(recorded):
             # Trained before the checkpoint, also if it is frozen now.
             if name not in self._changing and self._base_weights not in PROVIDERS and self._counts(name):
@@ -156,7 +156,7 @@ class Tracker:
 
     def verify(self, recorded: Fingerprint | None) -> None:
         """Refuse start weights that are not those a resumed run first started from."""
-        if self._base_weights not in PROVIDERS:
+        if self._base_weights not in PROVIDERS and not self._start_factors:
             return
         if recorded is None:
             raise LataError(
@@ -208,7 +208,7 @@ class Tracker:
     def capture_late(self) -> None:
         """Before the first step of a fresh run: take weights that were loaded since as the start, and say so."""
         self.look()
-        changed = [name for name in sorted(self._changing) if self._counts(name) and self._moved(name)]
+        changed = [name for name in sorted(self._changing) if (self._counts(name) or name in self.live.adapted) and self._moved(name)]
         if changed and self._base_weights not in PROVIDERS:
             raise BaseMismatchError(
                 f"the model does not start from {self._base_weights}: it has other values in {first_three(changed)}. Pass the weights it starts from."
@@ -218,8 +218,7 @@ class Tracker:
             rank_zero_warn(
                 f"weights were loaded after the fit had started ({first_three(changed)}); LATACallback takes those as the start weights"
             )
-        for name in changed:
-            self.kept.capture(name, self.live.shard(name))
+        self._capture(changed)
 
     def note_fingerprint(self) -> None:
         """Note the fingerprint of all start values."""
@@ -266,8 +265,34 @@ class Tracker:
     def _capture(self, names: Iterable[str]) -> None:
         for name in list(names):
             self._changing.add(name)
-            if self._counts(name) and name not in self.live.adapted:
+            if name in self.live.adapted:
+                self._capture_factors(name)
+            elif self._counts(name):
                 self.kept.capture(name, self.live.shard(name))
+
+    def _capture_factors(self, name: str) -> None:
+        # On every process, as any of them may be asked to export: factors are small.
+        added = self.live.added(name)
+        self._start_factors.pop(name, None)
+        if added.any():
+            self._start_factors[name] = added.copy()
+
+    def added(self, name: str) -> LowRank:
+        """What adapters have added to a tensor since training started."""
+        added, before = self.live.added(name), self._start_factors.get(name)
+        if before is None:
+            return added
+        return LowRank(added.shape, ()) if added.equals(before) else added.minus(before)
+
+    @property
+    def start_is_located(self) -> bool:
+        """Whether the start weights are those of the place the model was loaded from, as far as adapters are concerned."""
+        return not self._start_factors or (isinstance(self.live, LoraModel) and self.live.residual)
+
+    @property
+    def unhashable(self) -> frozenset[str]:
+        """Tensors whose start value no single tensor in memory holds: quantised ones, and those whose adapters did not start at zero."""
+        return self.live.quantised | frozenset(self._start_factors)
 
     def _spill(self) -> None:
         if self._base_weights == "spill" and self._spill_to is not None:
@@ -276,7 +301,9 @@ class Tracker:
 
     def _moved(self, name: str) -> bool:
         if name in self.live.adapted:
-            return False
+            before = self._start_factors.get(name)
+            added = self.live.added(name)
+            return added.any() if before is None else not added.equals(before)
         shard = self.live.shard(name)
         return not torch.equal(shard.local.cpu(), self.kept.read(name, shard))
 
@@ -289,9 +316,11 @@ class Tracker:
         sums = torch.zeros(len(listed), 2, dtype=torch.int64)
         for index, name in enumerate(listed):
             if self._counts(name):
-                shard = self.live.shard(name)
                 is_live = name in self.live.adapted or name not in self._changing
-                sums[index] = value_sums(shard.local.cpu() if is_live else self.kept.read(name, shard))
+                sums[index] = value_sums(self.live.bits(name).cpu() if is_live else self.kept.read(name, self.live.shard(name)))
+                before = self._start_factors.get(name)
+                for part in () if before is None else before.parts:
+                    sums[index] += value_sums(part.left) + value_sums(part.right)
         return dict(zip(listed, self.ranks.total(sums).tolist(), strict=True))
 
     def _sums_of(self, name: str) -> Tensor:
@@ -300,7 +329,7 @@ class Tracker:
         shard = self.live.shard(name)
         direction = None if self.instruction is None else self.instruction.read_slice(name, shard.slices)
         if name in self.live.adapted:
-            return tensor_sums(self.live.added(name), direction, start=start).cpu()
+            return tensor_sums(self.added(name), direction, start=start).cpu()
         return tensor_sums(shard.local, direction, subtract=self.kept.read(name, shard), start=start).cpu()
 
     def _frozen_sums(self, name: str) -> Tensor:

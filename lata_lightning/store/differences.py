@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from lata_lightning.low_rank import Factors, LowRank
 from lata_lightning.moments import difference
 from lata_lightning.store.hashing import content_hash
-from lata_lightning.store.manifest import Manifest, PrecisionLoss
+from lata_lightning.store.manifest import Manifest, PrecisionLoss, factor_names
 from lata_lightning.store.sources import Fingerprinted, SafetensorsSource, Source
 
 
@@ -48,6 +49,10 @@ class Difference(Source):
             return self.read(name)
         return difference(self._tuned.read_slice(name, slices).cpu(), self._start.read_slice(name, slices).cpu())
 
+    def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
+        one, other = self._start.low_rank(name), self._tuned.low_rank(name)
+        return None if one is None or other is None else other.minus(one)
+
     def content_hashes(self) -> tuple[str | None, str | None]:
         """Content hash of start and tuned; None as long as not every tensor has been read."""
         sides = ({**self._known, **side.hashes} if isinstance(side, Fingerprinted) else {} for side in (self._start, self._tuned))
@@ -73,13 +78,23 @@ class Stored(Source):
         return torch.float32
 
     def read(self, name: str) -> Tensor:  # noqa: D102
-        entry = self._entries[name]
+        entry, factors = self._entries[name], self.low_rank(name)
+        if factors is not None:
+            return factors.dense()
         return torch.zeros(entry.shape) if entry.unchanged else self._files.read(name).float()
 
     def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:  # noqa: D102
-        if slices is None or self._entries[name].unchanged:
+        if slices is None or self._entries[name].unchanged or self._entries[name].factors is not None:
             return super().read_slice(name, slices)
         return self._files.read_slice(name, slices).float()
+
+    def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
+        entry = self._entries[name]
+        if entry.factors is None:
+            return None
+        sides = [tuple(self._files.read(stored).float() for stored in factor_names(name, index)) for index in range(len(entry.factors))]
+        parts = (Factors(left, right, held.scale) for (left, right), held in zip(sides, entry.factors, strict=True))
+        return LowRank(entry.shape, tuple(parts))
 
 
 class Scaled(Source):
@@ -102,6 +117,10 @@ class Scaled(Source):
     def read(self, name: str) -> Tensor:  # noqa: D102
         return self._source.read(name) * self._factor_of(name)
 
+    def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
+        factors = self._source.low_rank(name)
+        return None if factors is None else factors.scaled(self._factor_of(name))
+
 
 class LossMeter:
     """Sums for PrecisionLoss over all tensors, in float64."""
@@ -120,6 +139,17 @@ class LossMeter:
         self._lower += torch.dot(other, other).item()
         self._nonzero += int(torch.count_nonzero(one))
         self._lost += int(torch.count_nonzero((one != 0) & (other == 0)))
+
+    def add_factors(self, full: LowRank, lower: LowRank) -> None:
+        """Take in one tensor held as factors; entries that became zero are counted in the factors."""
+        self._used = True
+        self._inner += full.inner(lower).item()
+        self._full += full.square().item()
+        self._lower += lower.square().item()
+        for one, other in zip(full.parts, lower.parts, strict=True):
+            for before, after in ((one.left, other.left), (one.right, other.right)):
+                self._nonzero += int(torch.count_nonzero(before))
+                self._lost += int(torch.count_nonzero((before != 0) & (after == 0)))
 
     def result(self) -> PrecisionLoss | None:
         """The loss over all tensors; None if none was stored below its precision."""

@@ -33,7 +33,7 @@ def value_sums(tensor: Tensor) -> Tensor:
     The sums of parts add up to the sums of the whole, so shards can be compared with it. They tell weights apart, but are no cryptographic hash.
     """
     flat = tensor.detach().contiguous().reshape(-1)
-    integers = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+    integers = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
     sums = torch.zeros(2, dtype=torch.int64)
     # Chunk by chunk, as the wide integers of a whole tensor take up to four times its room.
     for part in torch.split(integers, _CHUNK):

@@ -1,4 +1,4 @@
-"""What stands beside the tensors of a task vector: ``task_vector.json``, format version 1."""
+"""What stands beside the tensors of a task vector: ``task_vector.json``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from lata_lightning.weighting import DEFAULT_THRESHOLD, WEIGHTINGS, Weighting
 
 Kind = Literal["task", "instruction"]
 FORMAT = "lata_lightning.task_vector"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 2 has tensors that are stored as factors; version 1 is read as well."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,27 @@ class Identity:
     content_hash: str | None = None
 
 
+def factor_names(name: str, index: int) -> tuple[str, str]:
+    """Names under which the left and right factor of a part of a tensor are stored."""
+    return f"{name}.left.{index}", f"{name}.right.{index}"
+
+
+@dataclass(frozen=True)
+class FactorEntry:
+    """One part scale · left @ right of a tensor that is stored as factors.
+
+    Attributes:
+        rank: Columns of the left factor.
+        scale: Its multiplier.
+        left_hash, right_hash: Hashes of the stored bytes of both factors.
+    """
+
+    rank: int
+    scale: float
+    left_hash: str
+    right_hash: str
+
+
 @dataclass(frozen=True)
 class TensorEntry:
     """One tensor of the artefact.
@@ -44,14 +66,29 @@ class TensorEntry:
     Attributes:
         shape: Its shape.
         dtype: Name of the dtype it is stored in, such as ``float32``.
-        hash: Hash of its stored bytes; None if it is not stored.
+        hash: Hash of its stored bytes; None if it is not stored, or stored as factors.
         unchanged: The tensor was frozen: its difference is zero, and it takes no room in the file.
+        factors: The parts it is stored as, if it is a sum of products of factors (of a LoRA run).
     """
 
     shape: tuple[int, ...]
     dtype: str
     hash: str | None = None
     unchanged: bool = False
+    factors: tuple[FactorEntry, ...] | None = None
+
+    def stored(self, name: str) -> dict[str, tuple[tuple[int, ...], str | None]]:
+        """Shape and hash by the names under which the tensor of this name lies in the files."""
+        if self.unchanged:
+            return {}
+        if self.factors is None:
+            return {name: (self.shape, self.hash)}
+        found: dict[str, tuple[tuple[int, ...], str | None]] = {}
+        for index, part in enumerate(self.factors):
+            left, right = factor_names(name, index)
+            found[left] = ((self.shape[0], part.rank), part.left_hash)
+            found[right] = ((part.rank, math.prod(self.shape[1:])), part.right_hash)
+        return found
 
 
 @dataclass(frozen=True)
@@ -184,7 +221,13 @@ class Manifest:
             epoch=data["epoch"],
             precision_loss=None if data["precision_loss"] is None else PrecisionLoss(**data["precision_loss"]),
             tensors={
-                name: TensorEntry(tuple(entry["shape"]), entry["dtype"], entry["hash"], entry["unchanged"])
+                name: TensorEntry(
+                    tuple(entry["shape"]),
+                    entry["dtype"],
+                    entry["hash"],
+                    entry["unchanged"],
+                    None if entry.get("factors") is None else tuple(FactorEntry(**part) for part in entry["factors"]),
+                )
                 for name, entry in entries.items()
             },
         )

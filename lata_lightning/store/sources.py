@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lata_lightning.errors import CorruptFileError, SourceError
+from lata_lightning.low_rank import LowRank
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
 from lata_lightning.store.hashing import hash_values
 
@@ -67,6 +68,10 @@ class Source(ABC):
     def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:
         """A part of a tensor; all of it for None."""
         return self.read(name) if slices is None else self.read(name)[slices]
+
+    def low_rank(self, name: str) -> LowRank | None:
+        """The tensor as factors, where the source holds it so; None otherwise."""
+        return None
 
     @property
     def label(self) -> str:
@@ -212,6 +217,9 @@ class View(Source):
 
     def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:  # noqa: D102
         return self.source.read_slice(self._name_of[name], slices)
+
+    def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
+        return self.source.low_rank(self._name_of[name])
 
 
 class Fingerprinted(View):

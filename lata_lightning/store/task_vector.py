@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from lata_lightning.alignment import Alignment, check_same_tensors
 from lata_lightning.errors import CorruptFileError, LataError, LayoutMismatchError, first_three
 from lata_lightning.layers import LayerMap, LayerRule, layer_map, skeleton
+from lata_lightning.low_rank import LowRank
 from lata_lightning.moments import Start, check_start
 from lata_lightning.store.cards import vector_card
 from lata_lightning.store.differences import Difference, LossMeter, Scaled, Stored
 from lata_lightning.store.hashing import hash_stored
-from lata_lightning.store.manifest import Identity, Kind, Manifest, TensorEntry, read_manifest
+from lata_lightning.store.manifest import FactorEntry, Identity, Kind, Manifest, TensorEntry, factor_names, read_manifest
 from lata_lightning.store.opening import open_source, shard_files
 from lata_lightning.store.pairing import pair
 from lata_lightning.store.sources import MANIFEST_NAME, SafetensorsSource, Source
@@ -107,9 +108,9 @@ class TaskVector(Mapping[str, Tensor]):
         manifest = read_manifest(directory)
         stored = SafetensorsSource(shard_files(directory, STEM))
         stored.location = str(path)
-        expected = {name: entry for name, entry in manifest.tensors.items() if not entry.unchanged}
+        expected = {held: shape for name, entry in manifest.tensors.items() for held, (shape, _) in entry.stored(name).items()}
         wrong = set(stored.names) ^ set(expected)
-        wrong |= {name for name in expected if name in stored.names and stored.shape(name) != expected[name].shape}
+        wrong |= {name for name in expected if name in stored.names and stored.shape(name) != expected[name]}
         if wrong:
             raise CorruptFileError(
                 f"the tensors of {directory} are not those of its manifest; different are {first_three(wrong)}. Copy it again."
@@ -137,6 +138,15 @@ class TaskVector(Mapping[str, Tensor]):
     def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:
         """A part of a tensor; all of it for None. Of a saved vector only that part is read."""
         return self.tensors.read_slice(name, slices)
+
+    def low_rank(self, name: str) -> LowRank | None:
+        """A tensor as factors, if it is held so, as that of a LoRA run; None otherwise."""
+        return self.tensors.low_rank(name)
+
+    def held(self, name: str) -> Tensor | LowRank:
+        """A tensor in the form it is held in, for sums that do not need the dense one."""
+        factors = self.low_rank(name)
+        return self[name] if factors is None else factors
 
     @property
     def label(self) -> str:
@@ -267,31 +277,50 @@ class TaskVector(Mapping[str, Tensor]):
         target, stored = Path(path), float_dtype(dtype)
         check_free(target)
         frozen = self.unchanged
-        layout = {name: (stored, self.shape(name)) for name in self if name not in frozen}
+        factors = {name: found for name in self if name not in frozen and (found := self.low_rank(name)) is not None}
+        layout = {name: (stored, self.shape(name)) for name in self if name not in frozen and name not in factors}
+        parts: dict[str, Tensor] = {}
+        for name, found in factors.items():
+            for index, part in enumerate(found.parts):
+                parts.update(zip(factor_names(name, index), (part.left, part.right), strict=True))
+        layout |= {name: (stored, tuple(side.shape)) for name, side in parts.items()}
         loss = LossMeter()
         size = layout_size(layout)
         with atomic_directory(target, size) as directory:
             with ShardWriter(directory, STEM, layout, max_shard_bytes=max_shard_bytes, metadata={"format": "pt"}) as writer:
                 for name in writer.order:
-                    full = self[name]
-                    lower = full.to(stored)
-                    if not torch.isfinite(lower).all():
-                        what = (
-                            "holds NaN or infinite values"
-                            if not torch.isfinite(full).all()
-                            else f"does not fit {dtype}; use bfloat16 or float32"
-                        )
-                        raise CorruptFileError(f"{name} of {self.label} {what}")
-                    if full.dtype != stored:
+                    full = parts[name] if name in parts else self[name]
+                    lower = full.to("cpu", stored)
+                    self._check_stored(name, full, lower)
+                    if full.dtype != stored and name not in parts:
                         loss.add(full, lower)
                     writer.write(name, lower)
                     if progress is not None:
                         progress(writer.written, size)
-            entries = {name: TensorEntry(self.shape(name), dtype, writer.hashes.get(name), unchanged=name in frozen) for name in self}
+            for found in factors.values():
+                if any(torch.promote_types(side.dtype, stored) != stored for part in found.parts for side in (part.left, part.right)):
+                    loss.add_factors(found, found.stored_as(stored))
+            entries = {
+                name: TensorEntry(
+                    self.shape(name),
+                    dtype,
+                    writer.hashes.get(name),
+                    unchanged=name in frozen,
+                    factors=_factor_entries(name, factors[name], writer.hashes) if name in factors else None,
+                )
+                for name in self
+            }
             manifest = replace(self.manifest, tensors=entries, precision_loss=loss.result(), **self._identities())
             write_json(directory / MANIFEST_NAME, manifest.to_json())
             (directory / "README.md").write_text(vector_card(manifest, target.name), "utf-8")
         return TaskVector.open(path)
+
+    def _check_stored(self, name: str, full: Tensor, lower: Tensor) -> None:
+        if torch.isfinite(lower).all():
+            return
+        held = str(lower.dtype).removeprefix("torch.")
+        what = "holds NaN or infinite values" if not torch.isfinite(full).all() else f"does not fit {held}; use bfloat16 or float32"
+        raise CorruptFileError(f"{name} of {self.label} {what}")
 
     def _identities(self) -> dict[str, Any]:
         """Identities of both sides with the hashes that reading them has brought."""
@@ -304,6 +333,14 @@ class TaskVector(Mapping[str, Tensor]):
         }
 
 
+def _factor_entries(name: str, factors: LowRank, hashes: Mapping[str, str]) -> tuple[FactorEntry, ...]:
+    entries = []
+    for index, part in enumerate(factors.parts):
+        left, right = factor_names(name, index)
+        entries.append(FactorEntry(part.rank, part.scale, hashes[left], hashes[right]))
+    return tuple(entries)
+
+
 def verify(path: str | Path) -> int:
     """Compare the bytes of a saved task vector with the hashes in its manifest; the number of tensors compared.
 
@@ -312,7 +349,7 @@ def verify(path: str | Path) -> int:
     """
     vector = TaskVector.open(path)
     stored = SafetensorsSource(shard_files(Path(path), STEM))
-    expected = {name: entry.hash for name, entry in vector.manifest.tensors.items() if not entry.unchanged}
+    expected = {held: digest for name, entry in vector.manifest.tensors.items() for held, (_, digest) in entry.stored(name).items()}
     wrong = [name for name, digest in expected.items() if hash_stored(stored.read(name)) != digest]
     if wrong:
         raise CorruptFileError(

@@ -246,7 +246,7 @@ def test_everything_in_the_manifest_survives_the_round_trip(tmp_path):
     again = TaskVector.open(tmp_path / "vector").save(tmp_path / "again")
     assert again.manifest == manifest
     data = json.loads((tmp_path / "vector" / "task_vector.json").read_text())
-    assert (data["format"], data["format_version"]) == ("lata_lightning.task_vector", 1)
+    assert (data["format"], data["format_version"]) == ("lata_lightning.task_vector", 2)
     assert data["alignment_too_flat_to_rank"] == manifest.alignment.flat
     assert data["alignment_spread"] == manifest.alignment.spread
     assert data["tensors"]["lm_head.weight"]["part"] == "head"
@@ -423,8 +423,8 @@ def test_a_directory_without_a_manifest_is_no_task_vector(tmp_path):
 
 
 def test_a_manifest_of_a_newer_version_or_another_format_is_refused(tmp_path, saved):
-    edit(tmp_path / "vector", lambda data: data.update(format_version=2))
-    with pytest.raises(SourceError, match=r"format version 2, this lata_lightning reads up to 1. Upgrade it"):
+    edit(tmp_path / "vector", lambda data: data.update(format_version=3))
+    with pytest.raises(SourceError, match=r"format version 3, this lata_lightning reads up to 2. Upgrade it"):
         TaskVector.open(tmp_path / "vector")
     edit(tmp_path / "vector", lambda data: data.update(format="safetensors"))
     with pytest.raises(SourceError, match="is of format 'safetensors', expected 'lata_lightning.task_vector'"):

@@ -1,0 +1,141 @@
+"""Differences held as factors, as LoRA trains them: inner products and rows of them without the dense matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Elements of a block of rows. Blocks lie on a fixed grid: what is computed of a row then never depends on who asks for which rows.
+_BLOCK = 1 << 16
+
+
+class Factors(NamedTuple):
+    """One summand scale · left @ right.
+
+    Attributes:
+        left: Floating, of shape (rows, rank).
+        right: Floating, of shape (rank, columns).
+        scale: Dimensionless.
+    """
+
+    left: Tensor
+    right: Tensor
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of ``left``."""
+        return self.left.shape[1]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A tensor that is a sum of products of factors: its first axis as rows, all others flattened to columns.
+
+    Attributes:
+        shape: Of the tensor; at least two axes.
+        parts: The summands; none for zero. They are not copied, and never changed here.
+    """
+
+    shape: tuple[int, ...]
+    parts: tuple[Factors, ...]
+
+    @property
+    def columns(self) -> int:
+        """Elements per row."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def rank(self) -> int:
+        """Sum of the ranks of the parts: no less than the rank of the matrix."""
+        return sum(part.rank for part in self.parts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the factors lie."""
+        return self.parts[0].left.device if self.parts else torch.device("cpu")
+
+    def scaled(self, factor: float) -> LowRank:
+        """The same tensor times a number."""
+        return LowRank(self.shape, tuple(Factors(part.left, part.right, part.scale * factor) for part in self.parts))
+
+    def minus(self, other: LowRank) -> LowRank:
+        """The difference of two tensors of one shape, of the sum of their ranks."""
+        return LowRank(self.shape, (*self.parts, *other.scaled(-1.0).parts))
+
+    def copy(self) -> LowRank:
+        """The same tensor with factors of its own, on the CPU."""
+        return LowRank(self.shape, tuple(Factors(_own(part.left), _own(part.right), part.scale) for part in self.parts))
+
+    def equals(self, other: LowRank) -> bool:
+        """Whether both have the very same factors."""
+        if len(self.parts) != len(other.parts):
+            return False
+        pairs = zip(self.parts, other.parts, strict=True)
+        return all(
+            one.scale == two.scale and torch.equal(one.left.cpu(), two.left.cpu()) and torch.equal(one.right.cpu(), two.right.cpu())
+            for one, two in pairs
+        )
+
+    def any(self) -> bool:
+        """Whether a part is not zero (parts that cancel count as not zero)."""
+        return any(bool(part.left.any()) and bool(part.right.any()) for part in self.parts)
+
+    def stored_as(self, dtype: torch.dtype) -> LowRank:
+        """The tensor that factors rounded to a dtype make."""
+        return LowRank(self.shape, tuple(Factors(part.left.to(dtype), part.right.to(dtype), part.scale) for part in self.parts))
+
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """All parts as one product left @ right, in float64, scales taken into ``left``."""
+        if not self.parts:
+            return torch.zeros(self.shape[0], 0, dtype=torch.float64), torch.zeros(0, self.columns, dtype=torch.float64)
+        left = torch.cat([part.left.detach().to(self.device, torch.float64) * part.scale for part in self.parts], dim=1)
+        return left, torch.cat([part.right.detach().to(self.device, torch.float64) for part in self.parts], dim=0)
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """First and last row (exclusive) of every block of rows."""
+        step = max(1, _BLOCK // max(self.columns, 1))
+        for begin in range(0, self.shape[0], step):
+            yield begin, min(begin + step, self.shape[0])
+
+    def rows(self) -> Iterator[tuple[int, int, Tensor]]:
+        """The blocks of rows with their values, float64 of shape (rows, columns)."""
+        left, right = self.joined()
+        for begin, end in self.blocks():
+            yield begin, end, left[begin:end] @ right
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The tensor itself: products and sums in float64, rounded to the dtype."""
+        found = torch.empty(self.shape[0], self.columns, dtype=dtype, device=self.device)
+        for begin, end, values in self.rows():
+            found[begin:end] = values
+        return found.reshape(self.shape)
+
+    def square(self) -> Tensor:
+        """‖self‖², a float64 scalar, at a cost of rank² · (rows + columns)."""
+        # Where parts nearly cancel, rounding may leave less than nothing.
+        return self.inner(self).clamp_min(0.0)
+
+    def inner(self, other: LowRank) -> Tensor:
+        """⟨self, other⟩ of two tensors of one shape, a float64 scalar: Σ (leftᵀ left') ∘ (right right'ᵀ)."""
+        (left, right), (other_left, other_right) = self.joined(), other.joined()
+        device = left.device
+        return ((left.T @ other_left.to(device)) * (right @ other_right.to(device).T)).sum()
+
+    def inner_dense(self, other: Tensor) -> Tensor:
+        """⟨self, other⟩ with a tensor of the same shape and any floating dtype, a float64 scalar; rank · elements multiplications."""
+        left, right = self.joined()
+        turned, matrix = right.T.contiguous(), other.detach().reshape(self.shape[0], -1)
+        found = torch.zeros((), dtype=torch.float64, device=left.device)
+        for begin, end in self.blocks():
+            found += ((matrix[begin:end].to(left.device).double() @ turned) * left[begin:end]).sum()
+        return found
+
+
+def _own(side: Tensor) -> Tensor:
+    return side.detach().to("cpu", copy=True)

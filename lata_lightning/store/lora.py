@@ -1,0 +1,154 @@
+"""The LoRA layers of a peft model, as what they add to the tensors of the checkpoint that is adapted."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lata_lightning.errors import LataError
+from lata_lightning.low_rank import Factors, LowRank
+from lata_lightning.store.checkpoint_names import under_checkpoint_names
+
+_COMPILED = "_orig_mod."
+# Initialisations that take what the factors start with off the base weight, so that the sum is still the original weight.
+RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+class AdaptedModel:
+    """A model wrapped by peft with LoRA, under the names of the checkpoint it adapts.
+
+    Args:
+        model: A ``peft.PeftModel``.
+
+    Attributes:
+        module: The model inside, whose layers peft has replaced.
+        plain: Parameters by the name the module would give them without peft: trained copies (``modules_to_save``) stand in the place of what
+            they copy, weights that are quantised are empty (meta tensors) in their full shape.
+        quantised: The packed parameter behind each quantised weight, by name in a checkpoint.
+        adapted: Names, in a checkpoint, of the tensors that an adapter adds to.
+
+    Raises:
+        LataError: An adapter is no plain LoRA, or is merged.
+    """
+
+    def __init__(self, model: Any) -> None:
+        for adapter in model.active_adapters:
+            kind = str(getattr(model.peft_config[adapter].peft_type, "value", model.peft_config[adapter].peft_type))
+            if kind != "LORA":
+                raise LataError(_refusal(f"the adapter {adapter!r} is of the type {kind}"))
+        base = self.module = model.get_base_model()
+        found = {name.replace(_COMPILED, ""): layer for name, layer in base.named_modules() if _is_tuner(layer)}
+        for name, layer in found.items():
+            _check_layer(name, layer)
+        active = set(model.active_adapters)
+        self.plain: dict[str, Tensor] = {}
+        packed: dict[str, Tensor] = {}
+        for name, parameter in base.named_parameters():
+            plain = _plain_name(name.replace(_COMPILED, ""), active)
+            if plain is None:
+                continue
+            if parameter.is_floating_point():
+                self.plain[plain] = parameter
+                continue
+            owner = base.get_submodule(name.rpartition(".")[0])
+            if not plain.endswith("weight") or not hasattr(owner, "out_features"):
+                raise LataError(_refusal(f"{plain} is quantised in a way that does not tell its shape"))
+            packed[plain] = parameter
+            self.plain[plain] = torch.empty(owner.out_features, owner.in_features, device="meta")
+        self._layers: dict[str, Any] = {}
+        self.quantised: dict[str, Tensor] = {}
+        for name, layer in found.items():
+            self._layers[self._saved_name(f"{name}.weight")] = layer
+        for name, parameter in packed.items():
+            self.quantised[self._saved_name(name)] = parameter
+        self.adapted = frozenset(self._layers)
+        self.residual = all(str(model.peft_config[adapter].init_lora_weights).startswith(RESIDUAL) for adapter in active)
+        """Whether base weight plus what the factors start with is the original weight, by their initialisation."""
+
+    def added(self, name: str) -> LowRank:
+        """What the active adapters add to a tensor, in its shape; the factors are those in training, not copies."""
+        layer = self._layers[name]
+        shape = tuple(self.plain_shape(layer))
+        return LowRank(shape, tuple(_factors(layer, adapter) for adapter in layer.active_adapters if adapter in layer.scaling))
+
+    def trains(self, name: str) -> bool:
+        """Whether a factor of a tensor's adapter asks for gradients."""
+        return any(parameter.requires_grad for parameter in self._layers[name].parameters())
+
+    @staticmethod
+    def plain_shape(layer: Any) -> tuple[int, ...]:
+        """Shape of the weight under an adapter, also if it is quantised."""
+        weight = layer.get_base_layer().weight
+        return tuple(weight.shape) if weight.is_floating_point() else (layer.out_features, layer.in_features)
+
+    def _saved_name(self, name: str) -> str:
+        saved = list(under_checkpoint_names(self.module, {name: self.plain[name]}))
+        if len(saved) != 1:
+            raise LataError(_refusal(f"a checkpoint stores the adapted weight {name} in {len(saved)} pieces"))
+        return saved[0]
+
+
+def peft_kinds() -> tuple[Any, ...]:
+    """The class of models wrapped by peft; none as long as peft is not imported."""
+    # What was never imported cannot have been used to build the module.
+    peft = sys.modules.get("peft")
+    return (peft.PeftModel,) if peft is not None else ()
+
+
+def _is_tuner(module: nn.Module) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(module, BaseTunerLayer)
+
+
+def _check_layer(name: str, layer: Any) -> None:
+    from peft.tuners import lora
+
+    kind = type(layer)
+    what = None
+    if not kind.__module__.startswith("peft.tuners.lora") or not isinstance(layer, lora.LoraLayer):
+        what = f"is a {kind.__module__.split('.')[2]} adapter ({kind.__name__})"
+    elif kind.__name__ in ("ParamWrapper", "MultiheadAttention"):
+        what = f"adapts a parameter that is no weight of a layer ({kind.__name__})"
+    elif getattr(layer, "lora_variant", {}) or any(getattr(layer, "lora_bias", {}).values()):
+        what = "is a variant of LoRA (DoRA, or one with a bias)"
+    elif layer.merged:
+        what = "is merged into its base weight; call unmerge_adapter() first"
+    elif getattr(layer.get_base_layer(), "groups", 1) > 1:
+        what = "adapts a grouped convolution, which peft cannot merge"
+    elif layer.get_base_layer().weight.requires_grad:
+        what = "trains the weight under it as well"
+    if what is not None:
+        raise LataError(_refusal(f"the adapter on {name} {what}"))
+
+
+def _refusal(what: str) -> str:
+    return (
+        f"LoRA is measured in its factors, and {what}. Where peft can merge it, save what merge_and_unload() gives and take the vector from that: "
+        "lata extract START MERGED --output VECTOR"
+    )
+
+
+def _factors(layer: Any, adapter: str) -> Factors:
+    scale = float(layer.scaling[adapter])
+    if adapter in layer.lora_embedding_A:
+        # peft multiplies B @ A and turns the product over.
+        return Factors(layer.lora_embedding_A[adapter].detach().T, layer.lora_embedding_B[adapter].detach().T, scale)
+    first, second = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
+    # Of a convolution the second factor has a kernel of one entry.
+    first, second = first.reshape(first.shape[0], -1), second.reshape(second.shape[0], -1)
+    return Factors(first.T, second.T, scale) if getattr(layer, "fan_in_fan_out", False) else Factors(second, first, scale)
+
+
+def _plain_name(name: str, adapters: set[str]) -> str | None:
+    """Name of a parameter in the module without peft; None for factors of an adapter and for originals that a trained copy replaces."""
+    if ".lora_" in name or ".original_module." in name:
+        return None
+    parts = name.split(".")
+    if "modules_to_save" in parts:
+        place = parts.index("modules_to_save")
+        return ".".join(parts[:place] + parts[place + 2 :]) if parts[place + 1] in adapters else None
+    return ".".join(part for part in parts if part != "base_layer")
