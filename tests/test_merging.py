@@ -30,8 +30,9 @@ from tiny_models import (
 )
 
 from lata_lightning.alignment import align
+from lata_lightning.combining import combine
 from lata_lightning.errors import BaseMismatchError, CorruptFileError, LataError, LayoutMismatchError, OutputError, SourceError
-from lata_lightning.merging import Term, combine, forget, merge
+from lata_lightning.merging import Term, forget, merge
 from lata_lightning.store import writer
 from lata_lightning.store.manifest import TensorEntry
 from lata_lightning.store.task_vector import TaskVector

@@ -58,10 +58,13 @@ class AdaptedModel:
                 raise LataError(_refusal(f"{plain} is quantised in a way that does not tell its shape"))
             packed[plain] = parameter
             self.plain[plain] = torch.empty(owner.out_features, owner.in_features, device="meta")
-        self._layers: dict[str, Any] = {}
+        first_name = {id(parameter): name for name, parameter in base.named_parameters()}
+        self._layers: dict[str, list[Any]] = {}
         self.quantised: dict[str, Tensor] = {}
-        for name, layer in found.items():
-            self._layers[self._saved_name(f"{name}.weight")] = layer
+        for layer in found.values():
+            # Tied weights may stand under several layers, and merging adds what each of their adapters adds.
+            name = first_name[id(layer.get_base_layer().weight)].replace(_COMPILED, "")
+            self._layers.setdefault(self._saved_name(name.replace(".base_layer.", ".")), []).append(layer)
         for name, parameter in packed.items():
             self.quantised[self._saved_name(name)] = parameter
         self.adapted = frozenset(self._layers)
@@ -70,19 +73,13 @@ class AdaptedModel:
 
     def added(self, name: str) -> LowRank:
         """What the active adapters add to a tensor, in its shape; the factors are those in training, not copies."""
-        layer = self._layers[name]
-        shape = tuple(self.plain_shape(layer))
-        return LowRank(shape, tuple(_factors(layer, adapter) for adapter in layer.active_adapters if adapter in layer.scaling))
+        layers = self._layers[name]
+        parts = [_factors(layer, adapter) for layer in layers for adapter in layer.active_adapters if adapter in layer.scaling]
+        return LowRank(_weight_shape(layers[0]), tuple(parts))
 
     def trains(self, name: str) -> bool:
         """Whether a factor of a tensor's adapter asks for gradients."""
-        return any(parameter.requires_grad for parameter in self._layers[name].parameters())
-
-    @staticmethod
-    def plain_shape(layer: Any) -> tuple[int, ...]:
-        """Shape of the weight under an adapter, also if it is quantised."""
-        weight = layer.get_base_layer().weight
-        return tuple(weight.shape) if weight.is_floating_point() else (layer.out_features, layer.in_features)
+        return any(parameter.requires_grad for layer in self._layers[name] for parameter in layer.parameters())
 
     def _saved_name(self, name: str) -> str:
         saved = list(under_checkpoint_names(self.module, {name: self.plain[name]}))
@@ -130,6 +127,11 @@ def _refusal(what: str) -> str:
         f"LoRA is measured in its factors, and {what}. Where peft can merge it, save what merge_and_unload() gives and take the vector from that: "
         "lata extract START MERGED --output VECTOR"
     )
+
+
+def _weight_shape(layer: Any) -> tuple[int, ...]:
+    weight = layer.get_base_layer().weight
+    return tuple(weight.shape) if weight.is_floating_point() else (layer.out_features, layer.in_features)
 
 
 def _factors(layer: Any, adapter: str) -> Factors:

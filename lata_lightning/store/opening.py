@@ -12,6 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from lata_lightning.errors import CorruptFileError, SourceError, first_three
+from lata_lightning.store.adapters import (
+    CONFIG_NAME,
+    AdaptedWeights,
+    AdapterDifference,
+    adapted_model,
+    check_same_base,
+    holds_adapter,
+    named_base,
+)
+from lata_lightning.store.lora import AdaptedModel, peft_kinds
 from lata_lightning.store.sources import SafetensorsSource, Source, StateDictSource, holds_vector
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -23,7 +33,7 @@ def open_source(weights: str | Path | nn.Module | Mapping[str, Tensor] | Source)
 
     Args:
         weights: A Hugging Face directory (one file or sharded), a ``.safetensors`` file, a Lightning ``.ckpt``, a hub id, a module or a state
-            dict.
+            dict, or a peft adapter directory, which stands for the weights it names as its base plus what it adds.
 
     Raises:
         SourceError: The path is nothing of that kind, or would have to be unpickled.
@@ -31,15 +41,58 @@ def open_source(weights: str | Path | nn.Module | Mapping[str, Tensor] | Source)
     """
     if isinstance(weights, Source):
         return weights
+    if isinstance(weights, peft_kinds()):
+        raise SourceError(
+            "a model wrapped by peft stands for its base weights plus its adapters: give it as TUNED, or the directory of its base as START"
+        )
     if isinstance(weights, nn.Module | Mapping):
         return StateDictSource(weights)
     path = Path(weights)
-    if path.is_dir():
-        return _open_directory(path, str(weights))
     if path.is_file():
         return _open_file(path)
+    directory, revision = find_directory(weights)
+    source = _open_adapted(directory, str(weights)) if holds_adapter(directory) else _open_directory(directory, str(weights))
+    source.revision = revision
+    return source
+
+
+def open_difference(weights: object, start: Source) -> AdapterDifference | None:
+    """What a peft adapter adds to the weights it was trained on; None for weights that stand for themselves.
+
+    An adapter is a directory, a hub id of one, or a model wrapped by peft.
+
+    Args:
+        weights: As for ``open_source``.
+        start: The weights the adapter was trained on.
+
+    Raises:
+        BaseMismatchError: The adapter names other weights as its base, and they can be read and differ.
+        SourceError, CorruptFileError, LayoutMismatchError: The adapter cannot be read as factors over ``start``.
+    """
+    if isinstance(weights, peft_kinds()):
+        return AdapterDifference(start, AdaptedModel(weights), None)
+    if not isinstance(weights, str | Path) or Path(weights).is_file():
+        return None
+    directory, revision = find_directory(weights)
+    if not holds_adapter(directory):
+        return None
+    _check_base(start, directory, str(weights))
+    added = AdapterDifference(start, adapted_model(start, directory), str(weights))
+    added.revision = revision
+    return added
+
+
+def find_directory(weights: str | Path) -> tuple[Path, str | None]:
+    """A local directory, or the snapshot of a hub repository with its commit.
+
+    Raises:
+        SourceError: There is neither.
+    """
+    path = Path(weights)
+    if path.is_dir():
+        return path, None
     if _HUB_ID.match(str(weights)):
-        return _open_hub(str(weights))
+        return _download(str(weights))
     raise SourceError(
         f"{weights} does not exist: expected a Hugging Face directory, a .safetensors or .ckpt file, or a hub id such as 'org/name'"
     )
@@ -76,11 +129,6 @@ def _check_index(directory: Path, source: Source) -> None:
 def _open_directory(path: Path, location: str) -> Source:
     if holds_vector(path):
         raise SourceError(f"{path} is a task vector, and a model is needed here")
-    if (path / "adapter_config.json").exists():
-        raise SourceError(
-            f"{path} is a peft adapter, not whole weights. Merge it into its base model first: "
-            "PeftModel.from_pretrained(…).merge_and_unload().save_pretrained(…)"
-        )
     files = shard_files(path, "model")
     if not files:
         if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
@@ -123,10 +171,36 @@ def _open_file(path: Path) -> Source:
         raise CorruptFileError(f"{path} is no readable checkpoint ({str(error).partition(chr(10))[0]}). Is it complete?") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise SourceError(f"{path} is no Lightning checkpoint: it has no 'state_dict'")
+    wrapped = [name for name in checkpoint["state_dict"] if ".lora_A." in name or ".lora_embedding_A." in name]
+    if wrapped:
+        raise SourceError(
+            f"{path} is the checkpoint of a model wrapped by peft, {first_three(wrapped)}, and does not hold the scaling of its adapters. Save the "
+            "adapter with save_pretrained and give that directory."
+        )
     return StateDictSource(checkpoint["state_dict"], str(path))
 
 
-def _open_hub(hub_id: str) -> Source:
+def _open_adapted(directory: Path, location: str) -> Source:
+    named = named_base(directory)
+    if named is None:
+        raise SourceError(
+            f"{directory / CONFIG_NAME} names no base_model_name_or_path, so the whole weights cannot be put together. Write the base model's path there."
+        )
+    start = open_source(named)
+    return AdaptedWeights(start, AdapterDifference(start, adapted_model(start, directory), location))
+
+
+def _check_base(start: Source, directory: Path, location: str) -> None:
+    """Refuse a start with other weights than those the adapter names, if these are at hand."""
+    named = named_base(directory)
+    if named is None or start.location is None or named == start.location:
+        return
+    path = Path(named)
+    if path.is_dir() and start.directory is not None and not path.samefile(start.directory):
+        check_same_base(start, open_source(path), location)
+
+
+def _download(hub_id: str) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -136,6 +210,4 @@ def _open_hub(hub_id: str) -> Source:
         raise SourceError(
             f"{hub_id} is no local directory and could not be had from the hub ({type(error).__name__}). Check the spelling; offline, give a directory."
         ) from error
-    source = _open_directory(directory, hub_id)
-    source.revision = directory.name
-    return source
+    return directory, directory.name

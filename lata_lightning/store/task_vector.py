@@ -16,11 +16,12 @@ from lata_lightning.errors import CorruptFileError, LataError, LayoutMismatchErr
 from lata_lightning.layers import LayerMap, LayerRule, layer_map, skeleton
 from lata_lightning.low_rank import LowRank
 from lata_lightning.moments import Start, check_start
+from lata_lightning.store.adapters import AdapterDifference
 from lata_lightning.store.cards import vector_card
 from lata_lightning.store.differences import Difference, LossMeter, Scaled, Stored
 from lata_lightning.store.hashing import hash_stored
 from lata_lightning.store.manifest import FactorEntry, Identity, Kind, Manifest, TensorEntry, factor_names, read_manifest
-from lata_lightning.store.opening import open_source, shard_files
+from lata_lightning.store.opening import open_difference, open_source, shard_files
 from lata_lightning.store.pairing import pair
 from lata_lightning.store.sources import MANIFEST_NAME, SafetensorsSource, Source
 from lata_lightning.store.writer import (
@@ -68,7 +69,8 @@ class TaskVector(Mapping[str, Tensor]):
 
         Args:
             start: Where the fine-tune started: directory, ``.ckpt``, hub id, module or state dict. For an instruction vector, base.
-            tuned: Where it ended; for an instruction vector, instruct.
+            tuned: Where it ended; for an instruction vector, instruct. May be a peft adapter directory with LoRA trained on ``start``: the vector
+                then is what the adapter adds, held as its factors.
             kind: ``"task"``, or ``"instruction"`` for instruct − base.
             start_kind: Whether ``start`` is the instruct model or the base model.
             layers: Rule that names the blocks, for modules of no known layout (see ``layer_map``).
@@ -80,21 +82,26 @@ class TaskVector(Mapping[str, Tensor]):
             LayoutMismatchError: The two sides differ in names, shapes, vocabulary or integer tensors.
             SourceError, CorruptFileError: One side cannot be read.
         """
-        start_source, tuned_source = pair(open_source(start), open_source(tuned))
-        floating = [name for name in start_source.names if start_source.dtype(name).is_floating_point]
-        for name in set(start_source.names) - set(floating):
-            if not torch.equal(start_source.read(name), tuned_source.read(name)):
-                raise LayoutMismatchError(f"{name} holds integers, which must be equal in {start_source.label} and {tuned_source.label}")
+        start_source = open_source(start)
+        added = open_difference(tuned, start_source)
+        tuned_source: Source
+        difference: Source
+        if added is not None:
+            tuned_source, difference, unchanged = added, added, added.unchanged
+        else:
+            start_source, tuned_source = pair(start_source, open_source(tuned))
+            difference, unchanged = Difference(start_source, tuned_source, _floating(start_source, tuned_source)), frozenset()
         structure = start if isinstance(start, nn.Module) else skeleton(start_source.config) if start_source.config else None
-        places = layer_map(floating, structure=structure, rule=layers)
+        places = layer_map(difference.names, structure=structure, rule=layers)
         manifest = Manifest(
             kind=kind,
             start=check_start("base" if kind == "instruction" else start_kind),
             layers=places,
             start_identity=Identity(start_source.location, start_source.revision),
             tuned_identity=Identity(tuned_source.location, tuned_source.revision),
+            tensors={name: TensorEntry(difference.shape(name), "float32", unchanged=True) for name in unchanged},
         )
-        return cls(Difference(start_source, tuned_source, floating), manifest)
+        return cls(difference, manifest)
 
     @classmethod
     def open(cls, path: str | Path) -> TaskVector:
@@ -324,13 +331,22 @@ class TaskVector(Mapping[str, Tensor]):
 
     def _identities(self) -> dict[str, Any]:
         """Identities of both sides with the hashes that reading them has brought."""
-        if not isinstance(self.tensors, Difference):
+        if not isinstance(self.tensors, Difference | AdapterDifference):
             return {}
         start, tuned = self.tensors.content_hashes()
         return {
             "start_identity": replace(self.manifest.start_identity, content_hash=self.manifest.start_identity.content_hash or start),
             "tuned_identity": replace(self.manifest.tuned_identity, content_hash=self.manifest.tuned_identity.content_hash or tuned),
         }
+
+
+def _floating(start: Source, tuned: Source) -> list[str]:
+    """Names of the floating tensors of two paired sources; the others must be equal."""
+    found = [name for name in start.names if start.dtype(name).is_floating_point]
+    for name in set(start.names) - set(found):
+        if not torch.equal(start.read(name), tuned.read(name)):
+            raise LayoutMismatchError(f"{name} holds integers, which must be equal in {start.label} and {tuned.label}")
+    return found
 
 
 def _factor_entries(name: str, factors: LowRank, hashes: Mapping[str, str]) -> tuple[FactorEntry, ...]:

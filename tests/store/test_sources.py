@@ -256,13 +256,6 @@ def test_a_hub_id_is_opened_from_the_cache_with_its_revision(tmp_path, monkeypat
     assert (source.location, source.revision, source.directory) == ("org/name", "0123abc", snapshot)
 
 
-def test_an_adapter_is_refused_with_the_way_out(tmp_path):
-    write_model(tmp_path / "adapter", weights())
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    with pytest.raises(SourceError, match=r"is a peft adapter.*merge_and_unload"):
-        open_source(tmp_path / "adapter")
-
-
 def test_a_task_vector_is_refused_where_a_model_is_needed(tmp_path):
     write_model(tmp_path / "vector", weights())
     (tmp_path / "vector" / "task_vector.json").write_text("{}")
