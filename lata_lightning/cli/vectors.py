@@ -98,7 +98,7 @@ def _text(value: Any) -> str:
         return "–"
     if isinstance(value, dict):
         return ", ".join(f"{key}: {_text(entry)}" for key, entry in value.items())
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _verify(options: Namespace, command: str) -> None:

@@ -34,7 +34,7 @@ def holds_adapter(path: str | Path) -> bool:
 
 def named_base(directory: Path) -> str | None:
     """Where, by its config, the weights lie that an adapter was trained on; None if it does not say."""
-    return _read_config(directory).get("base_model_name_or_path") or None
+    return read_config(directory).get("base_model_name_or_path") or None
 
 
 class AdapterDifference(Source):
@@ -145,7 +145,12 @@ def check_same_base(start: Source, base: Source, adapter: str) -> None:
         )
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
+    """The config of an adapter directory.
+
+    Raises:
+        CorruptFileError: It is no JSON object.
+    """
     path = directory / CONFIG_NAME
     try:
         config = json.loads(path.read_text("utf-8"))
@@ -165,7 +170,7 @@ def adapted_model(start: Source, directory: Path) -> AdaptedModel:
         LayoutMismatchError: It belongs to a model of another layout.
         CorruptFileError: Its files cannot be read, or lack tensors.
     """
-    config = _read_config(directory)
+    config = read_config(directory)
     if config.get("peft_type") != "LORA":
         raise SourceError(
             f"{directory} is a peft adapter of the type {config.get('peft_type')}, and LoRA is what can be read as factors. Where peft can merge it, save "

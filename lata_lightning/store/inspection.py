@@ -8,18 +8,21 @@ from typing import Any
 import torch
 
 from lata_lightning.layers import layer_map
+from lata_lightning.store.adapters import holds_adapter, read_config
 from lata_lightning.store.manifest import Identity, read_manifest
-from lata_lightning.store.opening import open_source
-from lata_lightning.store.sources import holds_vector
+from lata_lightning.store.opening import open_source, shard_files
+from lata_lightning.store.sources import SafetensorsSource, holds_vector
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """Facts about a task vector or about whole weights, as plain types.
+    """Facts about a task vector, a peft adapter or whole weights, as plain types.
 
     Raises:
         SourceError, CorruptFileError: The path holds neither, or cannot be read.
     """
-    return _describe_vector(Path(path)) if holds_vector(path) else _describe_weights(path)
+    if holds_vector(path):
+        return _describe_vector(Path(path))
+    return _describe_adapter(Path(path)) if holds_adapter(path) else _describe_weights(path)
 
 
 def _describe_vector(path: Path) -> dict[str, Any]:
@@ -31,6 +34,7 @@ def _describe_vector(path: Path) -> dict[str, Any]:
         "tuned": _where(manifest.tuned_identity),
         "tensors": len(manifest.tensors),
         "unchanged tensors": sum(entry.unchanged for entry in manifest.tensors.values()),
+        "tensors in factors": sum(entry.factors is not None for entry in manifest.tensors.values()),
         "parameters": sum(torch.Size(entry.shape).numel() for entry in manifest.tensors.values()),
         "dtype": ", ".join(sorted({entry.dtype for entry in manifest.tensors.values()})),
         "blocks": len(manifest.layers.blocks),
@@ -41,6 +45,20 @@ def _describe_vector(path: Path) -> dict[str, Any]:
         "level": None if manifest.coefficients is None else manifest.level,
         "alignment spread": None if alignment is None else round(alignment.spread, 6),
         "too flat to rank": None if alignment is None else alignment.flat,
+    }
+
+
+def _describe_adapter(path: Path) -> dict[str, Any]:
+    config, source = read_config(path), SafetensorsSource(shard_files(path, "adapter_model"))
+    return {
+        "holds": "peft adapter",
+        "type": config.get("peft_type"),
+        "base": config.get("base_model_name_or_path"),
+        "rank": config.get("r"),
+        "initialisation": config.get("init_lora_weights"),
+        "tensors": len(source.names),
+        "parameters": sum(torch.Size(source.shape(name)).numel() for name in source.names),
+        "dtype": ", ".join(sorted({str(source.dtype(name)).removeprefix("torch.") for name in source.names})),
     }
 
 
