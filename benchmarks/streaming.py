@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import save_file
 
 from lata_lightning.merging import Term, merge
-from lata_lightning.moments import tensor_sums
 from lata_lightning.store.manifest import library_versions
 from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.sums import tensor_sums
 
 RESULTS = Path(__file__).parent / "results"
 BLOCK = 1 << 22

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lata_lightning.errors import BaseMismatchError, LayoutMismatchError, first_three
 from lata_lightning.layers import LayerMap, Level, check_level
-from lata_lightning.moments import Moments, Start, check_start, moments_table, tensor_sums, total
+from lata_lightning.moments import Moments, Start, check_start, total
 
 if TYPE_CHECKING:
     from lata_lightning.store.task_vector import TaskVector
@@ -135,6 +135,9 @@ def measure(task_vector: TaskVector, instruction_vector: TaskVector, start: Star
         LayoutMismatchError: A tensor is on one side only, or has two shapes.
         CorruptFileError: NaN or infinite weights.
     """
+    # What reads a stored alignment needs no torch, which takes a second to import.
+    from lata_lightning.sums import moments_table, tensor_sums
+
     check_same_tensors(task_vector, instruction_vector)
     sums = {name: tensor_sums(task_vector.held(name), instruction_vector.held(name), start=start) for name in task_vector}
     return moments_table(sums)

@@ -12,11 +12,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast, get_args
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 from lata_lightning.errors import LataError, first_three
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Level = Literal["block", "submodule", "tensor"]
 LEVELS: tuple[Level, ...] = get_args(Level)
@@ -123,6 +124,7 @@ def skeleton(config: Mapping[str, Any]) -> nn.Module | None:
     """The empty model (meta tensors) that a Hugging Face config describes; None where transformers cannot build it."""
     import torch
     import transformers
+    from torch import nn
 
     architectures = config.get("architectures") or []
     model_class = getattr(transformers, str(architectures[0]), None) if architectures else None
@@ -176,11 +178,17 @@ def _lists_below(names: Iterable[str], root: str, modules: Mapping[str, nn.Modul
             if not parts[position].isdigit():
                 continue
             path, child = ".".join(parts[:position]), ".".join(parts[: position + 1])
-            if modules and not isinstance(modules.get(path), nn.ModuleList | nn.Sequential):
+            if modules and not _is_list(modules.get(path)):
                 continue
             found.setdefault(path, _List(path, {})).children.setdefault(child, set()).add(".".join(parts[position + 1 :]))
             break
     return found
+
+
+def _is_list(module: nn.Module | None) -> bool:
+    from torch import nn
+
+    return isinstance(module, nn.ModuleList | nn.Sequential)
 
 
 def _find_blocks(names: list[str], modules: Mapping[str, nn.Module]) -> list[str]:

@@ -14,9 +14,10 @@ from lata_lightning.alignment import check_same_start
 from lata_lightning.combining import combine
 from lata_lightning.errors import CorruptFileError, LataError
 from lata_lightning.store.cards import merge_card
+from lata_lightning.store.directories import MERGE_RECORD
 from lata_lightning.store.hashing import content_hash
 from lata_lightning.store.manifest import Identity, library_versions
-from lata_lightning.store.model_directory import MERGE_RECORD, copy_companions
+from lata_lightning.store.model_directory import copy_companions
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import named_like, pair
 from lata_lightning.store.sources import Fingerprinted, Source, View

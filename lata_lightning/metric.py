@@ -12,7 +12,8 @@ from torchmetrics import Metric
 from lata_lightning.alignment import layer_alignment
 from lata_lightning.errors import LayoutMismatchError, first_three
 from lata_lightning.layers import LayerMap, Level
-from lata_lightning.moments import Start, check_start, moments_table, tensor_sums
+from lata_lightning.moments import Start, check_start
+from lata_lightning.sums import moments_table, tensor_sums
 
 
 class LayerAlignment(Metric):

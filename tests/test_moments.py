@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from lata_lightning.errors import CorruptFileError, LataError, LayoutMismatchError
-from lata_lightning.moments import Moments, check_start, difference, moments_table, tensor_sums, total
+from lata_lightning.moments import Moments, check_start, total
+from lata_lightning.sums import difference, moments_table, tensor_sums
 
 
 def closed_form(task, instruction):

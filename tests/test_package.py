@@ -11,7 +11,7 @@ PACKAGE = Path(lata_lightning.__file__).parent
 # From the top of the house down; imports may only point further down.
 ROOMS = [
     "cli", "quickstart", "training", "evaluation", "callbacks", "exports", "merging", "metric", "tables", "store", "combining", "weighting",
-    "alignment", "moments", "low_rank", "layers", "errors",
+    "alignment", "sums", "low_rank", "moments", "layers", "errors",
 ]  # fmt: skip
 
 

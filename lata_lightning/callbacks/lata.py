@@ -19,9 +19,10 @@ from lata_lightning.callbacks.start_weights import SPILL_NAME
 from lata_lightning.callbacks.tracker import Fingerprint, Tracker
 from lata_lightning.errors import LataError, OutputError, first_three
 from lata_lightning.layers import LayerRule, Level, check_level
-from lata_lightning.moments import Start, check_start, moments_table, total
+from lata_lightning.moments import Start, check_start, total
 from lata_lightning.store.task_vector import TaskVector
 from lata_lightning.store.writer import PARTIAL_MARK, float_dtype, replace_directory
+from lata_lightning.sums import moments_table
 from lata_lightning.tables import alignment_table, flat_warning, show
 from lata_lightning.weighting import DEFAULT_THRESHOLD, Weighting, check_weighting
 

@@ -16,12 +16,13 @@ from lata_lightning.callbacks.start_weights import SPILL_NAME, StartWeights
 from lata_lightning.errors import BaseMismatchError, LataError, LayoutMismatchError, WeightingError, first_three
 from lata_lightning.layers import LayerMap, LayerRule, Level, layer_map
 from lata_lightning.low_rank import LowRank
-from lata_lightning.moments import Start, moments_table, tensor_sums
+from lata_lightning.moments import Start
 from lata_lightning.store.hashing import value_sums
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import pair
 from lata_lightning.store.sources import Source
 from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.sums import moments_table, tensor_sums
 
 PROVIDERS = ("auto", "lora", "source", "spill", "memory")
 _ADVICE = "Pass base_weights=<directory or checkpoint of the start weights>, or train with base_weights='spill' from the start."

@@ -68,7 +68,7 @@ def _term(options: Namespace, onto: str, path: str, scale: float, rule: Weightin
 
     from lata_lightning.alignment import align
     from lata_lightning.merging import Term
-    from lata_lightning.store.sources import holds_vector
+    from lata_lightning.store.directories import holds_vector
     from lata_lightning.store.task_vector import TaskVector
     from lata_lightning.tables import flat_warning
 

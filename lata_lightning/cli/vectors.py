@@ -102,8 +102,8 @@ def _text(value: Any) -> str:
 
 
 def _verify(options: Namespace, command: str) -> None:
+    from lata_lightning.store.directories import holds_vector
     from lata_lightning.store.model_directory import verify_merged
-    from lata_lightning.store.sources import holds_vector
     from lata_lightning.store.task_vector import verify
 
     path = Path(options.path)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,24 +15,19 @@ from lata_lightning.combining import combine
 from lata_lightning.errors import BaseMismatchError, CorruptFileError, LataError, LayoutMismatchError, SourceError, first_three
 from lata_lightning.layers import skeleton
 from lata_lightning.low_rank import LowRank
-from lata_lightning.moments import difference
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
+from lata_lightning.store.directories import ADAPTER_CONFIG, read_object
 from lata_lightning.store.hashing import content_hash, hash_values
 from lata_lightning.store.lora import RESIDUAL, AdaptedModel
 from lata_lightning.store.sources import Source
+from lata_lightning.sums import difference
 
-CONFIG_NAME = "adapter_config.json"
 _WEIGHTS_NAME = "adapter_model.safetensors"
-
-
-def holds_adapter(path: str | Path) -> bool:
-    """Whether a path is a peft adapter directory."""
-    return (Path(path) / CONFIG_NAME).is_file()
 
 
 def named_base(directory: Path) -> str | None:
     """Where, by its config, the weights lie that an adapter was trained on; None if it does not say."""
-    return read_config(directory).get("base_model_name_or_path") or None
+    return read_object(directory / ADAPTER_CONFIG).get("base_model_name_or_path") or None
 
 
 class AdapterDifference(Source):
@@ -145,22 +138,6 @@ def check_same_base(start: Source, base: Source, adapter: str) -> None:
         )
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """The config of an adapter directory.
-
-    Raises:
-        CorruptFileError: It is no JSON object.
-    """
-    path = directory / CONFIG_NAME
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise CorruptFileError(f"{path} is no JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise CorruptFileError(f"{path} must hold a JSON object, it holds a {type(config).__name__}")
-    return config
-
-
 def adapted_model(start: Source, directory: Path) -> AdaptedModel:
     """The empty model that a start's config describes, with an adapter directory's own tensors in place.
 
@@ -170,7 +147,7 @@ def adapted_model(start: Source, directory: Path) -> AdaptedModel:
         LayoutMismatchError: It belongs to a model of another layout.
         CorruptFileError: Its files cannot be read, or lack tensors.
     """
-    config = read_config(directory)
+    config = read_object(directory / ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA":
         raise SourceError(
             f"{directory} is a peft adapter of the type {config.get('peft_type')}, and LoRA is what can be read as factors. Where peft can merge it, save "

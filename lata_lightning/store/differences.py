@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lata_lightning.low_rank import Factors, LowRank
-from lata_lightning.moments import difference
 from lata_lightning.store.hashing import content_hash
 from lata_lightning.store.manifest import Manifest, PrecisionLoss, factor_names
 from lata_lightning.store.sources import Fingerprinted, SafetensorsSource, Source
+from lata_lightning.sums import difference
 
 
 class Difference(Source):

@@ -14,7 +14,7 @@ from lata_lightning.alignment import Alignment
 from lata_lightning.errors import CorruptFileError, SourceError
 from lata_lightning.layers import LEVELS, LayerMap, Level, Place
 from lata_lightning.moments import STARTS, Start
-from lata_lightning.store.sources import MANIFEST_NAME
+from lata_lightning.store.directories import MANIFEST_NAME
 from lata_lightning.weighting import DEFAULT_THRESHOLD, WEIGHTINGS, Weighting
 
 Kind = Literal["task", "instruction"]

@@ -7,12 +7,11 @@ import shutil
 from pathlib import Path
 
 from lata_lightning.errors import CorruptFileError, SourceError, first_three
+from lata_lightning.store.directories import MANIFEST_NAME, MERGE_RECORD, shard_files
 from lata_lightning.store.hashing import hash_stored
-from lata_lightning.store.opening import shard_files
-from lata_lightning.store.sources import MANIFEST_NAME, SafetensorsSource, Source
+from lata_lightning.store.sources import SafetensorsSource, Source
 from lata_lightning.store.writer import write_json
 
-MERGE_RECORD = "merge.json"
 _COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 
 

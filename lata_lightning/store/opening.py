@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import pickle
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,20 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lata_lightning.errors import CorruptFileError, SourceError, first_three
-from lata_lightning.store.adapters import (
-    CONFIG_NAME,
-    AdaptedWeights,
-    AdapterDifference,
-    adapted_model,
-    check_same_base,
-    holds_adapter,
-    named_base,
-)
+from lata_lightning.store.adapters import AdaptedWeights, AdapterDifference, adapted_model, check_same_base, named_base
+from lata_lightning.store.directories import ADAPTER_CONFIG, check_index, find_directory, holds_adapter, model_config, weight_files
 from lata_lightning.store.lora import AdaptedModel, peft_kinds
-from lata_lightning.store.sources import SafetensorsSource, Source, StateDictSource, holds_vector
-
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+from lata_lightning.store.sources import SafetensorsSource, Source, StateDictSource
 
 
 def open_source(weights: str | Path | nn.Module | Mapping[str, Tensor] | Source) -> Source:
@@ -82,71 +70,10 @@ def open_difference(weights: object, start: Source) -> AdapterDifference | None:
     return added
 
 
-def find_directory(weights: str | Path) -> tuple[Path, str | None]:
-    """A local directory, or the snapshot of a hub repository with its commit.
-
-    Raises:
-        SourceError: There is neither.
-    """
-    path = Path(weights)
-    if path.is_dir():
-        return path, None
-    if _HUB_ID.match(str(weights)):
-        return _download(str(weights))
-    raise SourceError(
-        f"{weights} does not exist: expected a Hugging Face directory, a .safetensors or .ckpt file, or a hub id such as 'org/name'"
-    )
-
-
-def shard_files(directory: Path, stem: str) -> list[Path]:
-    """The files ``stem.safetensors``, or those its index lists; none if there is neither.
-
-    Raises:
-        CorruptFileError: The index is no JSON, or names a file outside the directory.
-    """
-    index, single = directory / f"{stem}.safetensors.index.json", directory / f"{stem}.safetensors"
-    if not index.is_file():
-        return [single] if single.is_file() else []
-    try:
-        listed = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CorruptFileError(f"{index} is no shard index ({error!r})") from error
-    foreign = [name for name in listed if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors")]
-    if foreign:
-        raise CorruptFileError(f"{index} may only name safetensors files beside it, it names {foreign[:3]}")
-    return [directory / name for name in listed]
-
-
-def _check_index(directory: Path, source: Source) -> None:
-    """Refuse a directory whose shards lack tensors that its index lists, as when they come from two downloads."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        missing = set(json.loads(index.read_text("utf-8"))["weight_map"]) - set(source.names)
-        if missing:
-            raise CorruptFileError(f"{index} lists tensors that its files do not hold, {first_three(missing)}. Copy the directory again.")
-
-
 def _open_directory(path: Path, location: str) -> Source:
-    if holds_vector(path):
-        raise SourceError(f"{path} is a task vector, and a model is needed here")
-    files = shard_files(path, "model")
-    if not files:
-        if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
-            raise SourceError(
-                f"{path} holds pickled weights only, which can run code when they are loaded. Convert them to safetensors first."
-            )
-        raise SourceError(f"{path} holds no model.safetensors and no model.safetensors.index.json")
-    source = SafetensorsSource(files)
-    _check_index(path, source)
-    source.location, source.directory = location, path
-    config = path / "config.json"
-    if config.is_file():
-        try:
-            source.config = json.loads(config.read_text("utf-8"))
-        except ValueError as error:
-            raise CorruptFileError(f"{config} is no JSON ({error})") from error
-        if not isinstance(source.config, dict):
-            raise CorruptFileError(f"{config} must hold a JSON object, it holds a {type(source.config).__name__}")
+    source = SafetensorsSource(weight_files(path))
+    check_index(path, set(source.names))
+    source.location, source.directory, source.config = location, path, model_config(path)
     return source
 
 
@@ -184,7 +111,7 @@ def _open_adapted(directory: Path, location: str) -> Source:
     named = named_base(directory)
     if named is None:
         raise SourceError(
-            f"{directory / CONFIG_NAME} names no base_model_name_or_path, so the whole weights cannot be put together. Write the base model's path there."
+            f"{directory / ADAPTER_CONFIG} names no base_model_name_or_path, so there are no whole weights. Write the base model's path there."
         )
     start = open_source(named)
     return AdaptedWeights(start, AdapterDifference(start, adapted_model(start, directory), location))
@@ -198,16 +125,3 @@ def _check_base(start: Source, directory: Path, location: str) -> None:
     path = Path(named)
     if path.is_dir() and start.directory is not None and not path.samefile(start.directory):
         check_same_base(start, open_source(path), location)
-
-
-def _download(hub_id: str) -> tuple[Path, str]:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        directory = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        raise SourceError(
-            f"{hub_id} is no local directory and could not be had from the hub ({type(error).__name__}). Check the spelling; offline, give a directory."
-        ) from error
-    return directory, directory.name

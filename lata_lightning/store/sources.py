@@ -11,24 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lata_lightning.errors import CorruptFileError, SourceError
 from lata_lightning.low_rank import LowRank
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
+from lata_lightning.store.directories import file_layout
 from lata_lightning.store.hashing import hash_values
 
-MANIFEST_NAME = "task_vector.json"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-
-
-def holds_vector(path: str | Path) -> bool:
-    """Whether a path is a saved task vector (and not, say, a model)."""
-    return (Path(path) / MANIFEST_NAME).exists()
 
 
 class Source(ABC):
@@ -90,21 +84,14 @@ class SafetensorsSource(Source):
         self._layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self._place: dict[str, tuple[int, int]] = {}
         for path in files:
+            entries = file_layout(path)
             try:
-                # The library checks the header; only where the tensors begin is asked of the file itself.
-                with safe_open(path, framework="pt") as handle:
-                    entries = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
-                    layout = {name: (tuple(entry.get_shape()), DTYPES[entry.get_dtype()]) for name, entry in entries.items()}
-                descriptor = os.open(path, os.O_RDONLY)
-            except FileNotFoundError as error:
-                raise CorruptFileError(f"{path} is missing, though its index names it. Copy the directory again.") from error
-            except (SafetensorError, OSError) as error:
-                raise CorruptFileError(
-                    f"{path} is no readable safetensors file ({error}). Is it complete? Copy or download it again."
-                ) from error
+                layout = {name: (entry.shape, DTYPES[entry.code]) for name, entry in entries.items()}
             except KeyError as error:
                 raise SourceError(f"{path} holds tensors of dtype {error}, which are not supported") from error
+            descriptor = os.open(path, os.O_RDONLY)
             weakref.finalize(self, os.close, descriptor)
+            # Where the tensors begin the library does not tell.
             length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
             header = json.loads(os.pread(descriptor, length, 8))
             self._layout |= layout

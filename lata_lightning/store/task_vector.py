@@ -19,11 +19,12 @@ from lata_lightning.moments import Start, check_start
 from lata_lightning.store.adapters import AdapterDifference
 from lata_lightning.store.cards import vector_card
 from lata_lightning.store.differences import Difference, LossMeter, Scaled, Stored
+from lata_lightning.store.directories import MANIFEST_NAME, shard_files
 from lata_lightning.store.hashing import hash_stored
 from lata_lightning.store.manifest import FactorEntry, Identity, Kind, Manifest, TensorEntry, factor_names, read_manifest
-from lata_lightning.store.opening import open_difference, open_source, shard_files
+from lata_lightning.store.opening import open_difference, open_source
 from lata_lightning.store.pairing import pair
-from lata_lightning.store.sources import MANIFEST_NAME, SafetensorsSource, Source
+from lata_lightning.store.sources import SafetensorsSource, Source
 from lata_lightning.store.writer import (
     MAX_SHARD_BYTES,
     Progress,

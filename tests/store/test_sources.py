@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 from tiny_models import llama, same_bits, tied_to_embedding, weights, write_checkpoint, write_model
 
 from lata_lightning.errors import CorruptFileError, LayoutMismatchError, SourceError
+from lata_lightning.store.directories import shard_files
 from lata_lightning.store.hashing import content_hash, hash_stored, hash_values
-from lata_lightning.store.opening import open_source, shard_files
+from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import named_like, pair
 from lata_lightning.store.sources import Fingerprinted, StateDictSource, View
 
