@@ -1,14 +1,17 @@
 """The pass over the weights: the three sums of each tensor.
 
-Subtraction happens at the precision the weights are held in (never below float32), products and sums in float64, chunk by chunk, so that no
-temporary of the size of a tensor is made. Of a difference held as factors (LoRA) the sums come from the factors.
+Subtraction happens at the precision the weights are held in (never below float32). Sums are accumulated in float64, chunk by chunk, so that no
+temporary of the size of a tensor is made; on a CPU, float32 products are first summed in rows of 1024, which keeps the relative error near
+1e-9 at the speed of the memory. Of a difference held as factors (LoRA) the sums come from the factors.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,9 +19,15 @@ from lata_lightning.errors import CorruptFileError, LataError, LayoutMismatchErr
 from lata_lightning.low_rank import LowRank
 from lata_lightning.moments import Moments, Start, check_start
 
-# Elements per chunk: on a CPU the float64 copies of a chunk stay in its cache, on an accelerator launches must not dominate.
-_CPU_CHUNK = 1 << 16
+# Entries whose float32 products are summed in float32: rows of a chunk. Their roundings average out over the rows of a whole chunk.
+_ROW = 1 << 10
+# Entries per chunk: on a CPU a chunk of both vectors stays in the cache, on an accelerator launches must not dominate.
+_CPU_CHUNK = 128 * _ROW
 _DEVICE_CHUNK = 1 << 22
+# Sums of a row outside have products that float32 rounds away, or that overflow it.
+_SAFE = (1e-20, 1e30)
+Load = Callable[[int, int], Tensor]
+"""Gives the entries from one number to another of a flattened tensor; what it gives may be overwritten by the next call."""
 
 
 def difference(tuned: Tensor, start: Tensor) -> Tensor:
@@ -28,7 +37,12 @@ def difference(tuned: Tensor, start: Tensor) -> Tensor:
 
 
 def tensor_sums(
-    vector: Tensor | LowRank, instruction: Tensor | LowRank | None = None, *, subtract: Tensor | None = None, start: Start = "instruct"
+    vector: Tensor | LowRank,
+    instruction: Tensor | LowRank | None = None,
+    *,
+    subtract: Tensor | None = None,
+    start: Start = "instruct",
+    instruction_squared: float | None = None,
 ) -> Tensor:
     """The three sums of one tensor.
 
@@ -38,6 +52,7 @@ def tensor_sums(
         subtract: The start weights, for a vector that does not exist yet.
         start: ``"base"`` if the vector started from the base model. Then it is the complex vector, and the task vector is what remains after
             the instruction vector is taken off.
+        instruction_squared: The last of the sums, where it is known: it does not change while a model trains.
 
     Returns:
         Float64 tensor of shape (3,) on the device of ``vector``: inner, task, instruction. No input changes. Where one side is given as
@@ -54,29 +69,98 @@ def tensor_sums(
         if other is not None and tuple(other.shape) != tuple(vector.shape):
             raise LayoutMismatchError(f"tensors of one name must have one shape, got {tuple(vector.shape)} and {tuple(other.shape)}")
     if isinstance(vector, LowRank) or isinstance(instruction, LowRank):
-        return _factored_sums(vector, instruction, subtract, start)
+        return _factored_sums(vector, instruction, subtract, start, instruction_squared)
+    loads = [None if tensor is None else _slices(tensor) for tensor in (vector, instruction, subtract)]
+    if vector.device.type != "cpu":
+        return _device_sums(vector, instruction, subtract, start)
+    return streamed_sums(vector.numel(), loads[0], loads[1], subtract=loads[2], start=start, instruction_squared=instruction_squared)
+
+
+def streamed_sums(
+    count: int,
+    vector: Load,
+    instruction: Load | None = None,
+    *,
+    subtract: Load | None = None,
+    start: Start = "instruct",
+    instruction_squared: float | None = None,
+) -> Tensor:
+    """The three sums of a tensor on the CPU that is given piece by piece; as ``tensor_sums``.
+
+    Args:
+        count: Number of its entries.
+        vector, instruction, subtract: Give the pieces, in order.
+    """
+    chunks = []
+    room = torch.empty(min(_CPU_CHUNK, count))
+    for begin in range(0, count, _CPU_CHUNK):
+        end = min(begin + _CPU_CHUNK, count)
+        task = vector(begin, end)
+        if subtract is not None:
+            origin = subtract(begin, end)
+            plain = task.dtype == origin.dtype == torch.float32
+            task = torch.sub(task, origin, out=room[: end - begin]) if plain else difference(task, origin)
+        direction = None if instruction is None else instruction(begin, end)
+        if start == "base" and direction is not None:
+            # What is left of two long vectors may be short: in float64, as long as they are not subtracted yet.
+            task = task.double() - direction.double()
+        inner = 0.0 if direction is None else _dot(task, direction)
+        square = 0.0 if direction is None or instruction_squared is not None else _dot(direction, direction)
+        chunks.append((inner, _dot(task, task), square))
+    sums = [math.fsum(column) for column in zip(*chunks, strict=True)] if chunks else [0.0, 0.0, 0.0]
+    if instruction is not None and instruction_squared is not None:
+        sums[2] = instruction_squared
+    return torch.tensor(sums, dtype=torch.float64)
+
+
+def _slices(tensor: Tensor) -> Load:
+    flat = tensor.detach().reshape(-1)
+    return lambda begin, end: flat[begin:end]
+
+
+def _dot(one: Tensor, other: Tensor) -> float:
+    """Sum of products of the entries of a chunk; the same whatever the number of threads."""
+    square = one is other
+    a = (one if one.dtype in (torch.float32, torch.float64) else one.float()).numpy()
+    b = a if square else (other if other.dtype in (torch.float32, torch.float64) else other.float()).numpy()
+    if len(a) < _CPU_CHUNK or a.dtype != np.float32 or b.dtype != np.float32:
+        # Of few rows the roundings would not average out.
+        return _exact_dot(a, b)
+    rows = np.vecdot(a.reshape(-1, _ROW), b.reshape(-1, _ROW))
+    found = float(rows.sum(dtype=np.float64))
+    if not math.isfinite(found) or (square and not (_SAFE[0] < rows.min() and rows.max() < _SAFE[1])):
+        return _exact_dot(a, b)
+    return found
+
+
+def _exact_dot(a: np.ndarray[Any, np.dtype[Any]], b: np.ndarray[Any, np.dtype[Any]]) -> float:
+    # Piece by piece, as BLAS shares out longer products among its threads, and the sum would depend on their number.
+    pieces = (slice(begin, begin + 4 * _ROW) for begin in range(0, len(a), 4 * _ROW))
+    return math.fsum(float(np.dot(a[piece].astype(np.float64), b[piece].astype(np.float64))) for piece in pieces)
+
+
+def _device_sums(vector: Tensor, instruction: Tensor | None, subtract: Tensor | None, start: Start) -> Tensor:
+    """The three sums where the vector lies on an accelerator; other sides are brought there chunk by chunk."""
     flat, device = vector.detach().reshape(-1), vector.device
     flat_instruction, flat_start = (None if tensor is None else tensor.detach().reshape(-1) for tensor in (instruction, subtract))
-    chunk = min(_CPU_CHUNK if device.type == "cpu" else _DEVICE_CHUNK, flat.numel())
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    # Float64 copies of one chunk of task and instruction, made once: new memory for each chunk costs as much as the sums.
-    rows = torch.empty(2, chunk, dtype=torch.float64, device=device)
-    for begin in range(0, flat.numel(), max(chunk, 1)):
-        piece = slice(begin, begin + chunk)
-        part = flat[piece] if flat_start is None else difference(flat[piece], flat_start[piece].to(device, non_blocking=True))
-        task, direction = rows[0, : part.numel()], rows[1, : part.numel()]
-        task.copy_(part)
+    for begin in range(0, flat.numel(), _DEVICE_CHUNK):
+        piece = slice(begin, begin + _DEVICE_CHUNK)
+        task = flat[piece] if flat_start is None else difference(flat[piece], flat_start[piece].to(device, non_blocking=True))
+        task = task.double()
         if flat_instruction is not None:
-            direction.copy_(flat_instruction[piece], non_blocking=True)
+            direction = flat_instruction[piece].to(device, non_blocking=True).double()
             if start == "base":
-                task.sub_(direction)
+                task = task - direction
             sums[0] += torch.dot(task, direction)
             sums[2] += torch.dot(direction, direction)
         sums[1] += torch.dot(task, task)
     return sums
 
 
-def _factored_sums(vector: Tensor | LowRank, instruction: Tensor | LowRank | None, subtract: Tensor | None, start: Start) -> Tensor:
+def _factored_sums(
+    vector: Tensor | LowRank, instruction: Tensor | LowRank | None, subtract: Tensor | None, start: Start, known: float | None
+) -> Tensor:
     """The three sums where at least one side is given as factors."""
     if isinstance(vector, LowRank):
         task = vector.square()
@@ -86,7 +170,10 @@ def _factored_sums(vector: Tensor | LowRank, instruction: Tensor | LowRank | Non
     zero = torch.zeros_like(task)
     if instruction is None:
         return torch.stack([zero, task, zero])
-    square = (instruction.square() if isinstance(instruction, LowRank) else tensor_sums(instruction)[1]).to(task.device)
+    if known is not None:
+        square = torch.tensor(known, dtype=torch.float64, device=task.device)
+    else:
+        square = (instruction.square() if isinstance(instruction, LowRank) else tensor_sums(instruction)[1]).to(task.device)
     if isinstance(vector, LowRank):
         inner = vector.inner(instruction) if isinstance(instruction, LowRank) else vector.inner_dense(instruction)
     elif isinstance(instruction, LowRank):
