@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from lata_lightning.store.hashing import content_hash
 from lata_lightning.store.manifest import Identity, library_versions
 from lata_lightning.store.model_directory import copy_companions
 from lata_lightning.store.opening import open_source
-from lata_lightning.store.pairing import named_like, pair
+from lata_lightning.store.pairing import named_like, pair, pair_names
+from lata_lightning.store.shared_rows import Fitted, Vocabulary, check_vocabulary, fit_vocabularies
 from lata_lightning.store.sources import Fingerprinted, Source, View
 from lata_lightning.store.task_vector import TaskVector
 from lata_lightning.store.writer import (
@@ -41,10 +42,12 @@ class Term:
     Attributes:
         vector: Its coefficients, if it has any, weight its layers.
         scale: Multiplier of the whole vector, dimensionless; any finite number.
+        tuned: The tuned model itself, if it is at hand: a merge over different vocabularies compares its tokens and takes new rows from it.
     """
 
     vector: TaskVector
     scale: float = 1.0
+    tuned: str | Path | nn.Module | Mapping[str, Tensor] | Source | None = None
 
     def __post_init__(self) -> None:
         if not isfinite(self.scale):
@@ -84,8 +87,10 @@ def merge(
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     check_base: bool = True,
+    vocabulary: Vocabulary | None = None,
     command: str | None = None,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Path:
     """Write onto + Σ scale · coefficient · vector as a model directory.
 
@@ -98,32 +103,41 @@ def merge(
         dtype: ``float32``, ``bfloat16`` or ``float16``; by default each tensor keeps the dtype it has in ``onto``.
         max_shard_bytes: Bytes of tensors per file.
         check_base: Refuse vectors that are known to start from different weights.
+        vocabulary: What to do where the vocabularies differ; by default that is refused. ``"onto"`` keeps the rows of ``onto`` and drops those
+            that only a vector has. ``"union"`` adds them with the values of the tuned model (``Term.tuned``), whatever scale and coefficients
+            are, together with its tokenizer. Rows that only ``onto`` has stay as they are. Nothing else changes where the vocabulary is one.
         command: Recorded in the card as how the model was made.
         progress: Called after each tensor.
+        note: Called before anything is written with each sentence about rows that are not shared; they are in the record and card as well.
 
     Returns:
         The output directory. Nothing else changes.
 
     Raises:
-        LayoutMismatchError: A vector does not hold the tensors of ``onto``.
+        LayoutMismatchError: A vector does not hold the tensors of ``onto``; or, with ``vocabulary``, a row is another token on each side, or a
+            union would need rows that are not at hand.
         BaseMismatchError: Two vectors start from different weights.
         OutputError: The output exists, or the disk is full.
         CorruptFileError: Weights are not finite.
-        LataError: No vector is given, or the dtype is unknown.
+        LataError: No vector is given, or the dtype or the vocabulary is unknown.
 
     Source: LATA, arXiv:2502.20186, task learning; with all coefficients 1, task arithmetic, arXiv:2212.04089.
     """
     target = Path(output)
     check_free(target)
     cast_to = None if dtype is None else float_dtype(dtype)
+    rows_of = None if vocabulary is None else check_vocabulary(vocabulary)
     if not terms:
         raise LataError("there is nothing to merge: give at least one vector")
     if check_base:
         check_same_start([term.vector for term in terms])
     source = named_like(open_source(onto), terms[0].vector.tensors)
-    onto_weights, readers = _match(source, terms)
+    onto_weights, fitted = _match(source, terms, rows_of)
+    if note is not None:
+        for sentence in fitted.notes:
+            note(sentence)
     integers = {name for name in source.names if not source.dtype(name).is_floating_point}
-    layout = {name: (cast_to or onto_weights.dtype(name), onto_weights.shape(name)) for name in onto_weights.names}
+    layout = {name: (cast_to or onto_weights.dtype(name), fitted.onto.shape(name)) for name in onto_weights.names}
     layout |= {name: (source.dtype(name), source.shape(name)) for name in source.names if name in integers}
     size = layout_size(layout)
     with atomic_directory(target, size) as directory:
@@ -132,10 +146,12 @@ def merge(
                 if name in integers:
                     writer.write(name, source.read(name))
                 else:
-                    acting = [(reader, factor) for reader, term in zip(readers, terms, strict=True) if (factor := term.factor(name)) != 0]
+                    acting = [
+                        (reader, factor) for reader, term in zip(fitted.vectors, terms, strict=True) if (factor := term.factor(name)) != 0
+                    ]
                     parts = [(reader.low_rank(name) or reader.read(name), factor) for reader, factor in acting]
                     try:
-                        merged = combine(onto_weights.read(name), parts, layout[name][0])
+                        merged = combine(fitted.onto.read(name), parts, layout[name][0])
                     except CorruptFileError as error:
                         among = ", ".join([source.label, *(reader.label for reader, _ in acting)])
                         raise CorruptFileError(f"{name}: {error} in one of {among}") from error
@@ -146,12 +162,15 @@ def merge(
         record = {
             "onto": asdict(identity),
             "terms": [term.record() for term in terms],
+            "vocabulary": None
+            if fitted.rows is None
+            else {"rows_of": vocabulary, "before": fitted.rows[0], "after": fitted.rows[1], "notes": list(fitted.notes)},
             "command": command,
             "content_hash": content_hash(writer.hashes),
             "tensors": writer.hashes,
             "versions": library_versions(),
         }
-        copy_companions(source, directory, dtype)
+        copy_companions(source, directory, dtype, config=fitted.config, tokenizer=fitted.tokenizer)
         write_json(directory / MERGE_RECORD, record)
         (directory / "README.md").write_text(merge_card(target.name, record), "utf-8")
     return target
@@ -168,14 +187,20 @@ def forget(target: str | Path | nn.Module | Mapping[str, Tensor] | Source, term:
 
     Source: LATA, arXiv:2502.20186, task forgetting.
     """
-    return merge(target, [Term(term.vector, -term.scale)], output, **options)
+    return merge(target, [replace(term, scale=-term.scale)], output, **options)
 
 
-def _match(source: Source, terms: Sequence[Term]) -> tuple[Fingerprinted, list[Source]]:
-    """The floating weights to add to, and every vector, under one set of names."""
+def _match(source: Source, terms: Sequence[Term], vocabulary: Vocabulary | None) -> tuple[Fingerprinted, Fitted]:
+    """The floating weights to add to, and every vector, under one set of names and with one set of rows."""
     weights: Source = View(source, {name: name for name in source.names if source.dtype(name).is_floating_point})
+    bring = pair if vocabulary is None else pair_names
     readers: list[Source] = []
+    models: list[Source | None] = []
     for term in terms:
-        weights, reader = pair(weights, term.vector.tensors)
+        weights, reader = bring(weights, term.vector.tensors)
         readers.append(reader)
-    return Fingerprinted(weights), readers
+        models.append(None if vocabulary is None or term.tuned is None else pair_names(weights, open_source(term.tuned))[1])
+    onto = Fingerprinted(weights)
+    if vocabulary is None:
+        return onto, Fitted(onto, readers, None, onto, source.config, ())
+    return onto, fit_vocabularies(onto, readers, models, vocabulary)

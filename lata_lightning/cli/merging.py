@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -40,6 +40,12 @@ def _common_arguments(parser: ArgumentParser, rule: str) -> None:
     parser.add_argument(
         "--dtype", type=Literal["float32", "bfloat16", "float16"] | None, help="Precision of the output; by default that of the model."
     )
+    parser.add_argument(
+        "--vocabulary",
+        type=Literal["union", "onto"] | None,
+        help="Where vocabularies differ: 'onto' keeps the tokens of the model and drops others, 'union' adds those that only a tuned model has, with "
+        "its rows and tokenizer. By default such models are refused.",
+    )
 
 
 def _merge(options: Namespace, command: str) -> None:
@@ -50,7 +56,7 @@ def _merge(options: Namespace, command: str) -> None:
         raise LataError(f"give one scale for all vectors or one for each: got {len(scales)} scales for {len(options.vectors)} vectors")
     terms = [_term(options, options.onto, path, scale, "linear") for path, scale in zip(options.vectors, scales, strict=True)]
     with progress_bar("merge") as progress:
-        merge(options.onto, terms, options.output, dtype=options.dtype, check_base=options.check_base, command=command, progress=progress)
+        merge(options.onto, terms, options.output, command=command, progress=progress, **_settings(options))
     sys.stdout.write(f"{options.output}\n")
 
 
@@ -59,8 +65,12 @@ def _forget(options: Namespace, command: str) -> None:
 
     term = _term(options, options.target, options.vector, options.scale, "threshold")
     with progress_bar("forget") as progress:
-        forget(options.target, term, options.output, dtype=options.dtype, check_base=options.check_base, command=command, progress=progress)
+        forget(options.target, term, options.output, command=command, progress=progress, **_settings(options))
     sys.stdout.write(f"{options.output}\n")
+
+
+def _settings(options: Namespace) -> dict[str, Any]:
+    return {"dtype": options.dtype, "check_base": options.check_base, "vocabulary": options.vocabulary, "note": note}
 
 
 def _term(options: Namespace, onto: str, path: str, scale: float, rule: Weighting) -> Term:
@@ -69,14 +79,22 @@ def _term(options: Namespace, onto: str, path: str, scale: float, rule: Weightin
     from lata_lightning.alignment import align
     from lata_lightning.merging import Term
     from lata_lightning.store.directories import holds_vector
+    from lata_lightning.store.shared_rows import between_vocabularies
     from lata_lightning.store.task_vector import TaskVector
     from lata_lightning.tables import flat_warning
 
-    vector = TaskVector.open(path) if holds_vector(path) else TaskVector.between(onto, path, start_kind=options.start or "instruct")
+    tuned = None if holds_vector(path) else path
+    if tuned is None:
+        vector = TaskVector.open(path)
+    elif options.vocabulary is None:
+        vector = TaskVector.between(onto, tuned, start_kind=options.start or "instruct")
+    else:
+        # What became of the rows is said by the merge, which knows all vectors.
+        vector, _ = between_vocabularies(onto, tuned, "start", start_kind=options.start or "instruct")
     if options.start is not None:
         vector = TaskVector(vector.tensors, replace(vector.manifest, start=options.start))
     if options.instruction is not None and options.weighting != "none":
-        instruction = TaskVector.open(options.instruction)
+        instruction = _instruction(options, onto, vector)
         alignment = align(vector, instruction, options.level, check_base=options.check_base)
         weighted = vector.weighted(
             alignment,
@@ -87,20 +105,28 @@ def _term(options: Namespace, onto: str, path: str, scale: float, rule: Weightin
         )
         if alignment.flat:
             note(f"{path}: {flat_warning(alignment)}")
-        return Term(weighted.without(instruction) if vector.start == "base" else weighted, scale)
-    return Term(_reweighted(vector, options), scale)
+        return Term(weighted.without(instruction) if vector.start == "base" else weighted, scale, tuned)
+    return Term(_reweighted(vector, options, onto), scale, tuned)
 
 
-def _reweighted(vector: TaskVector, options: Namespace) -> TaskVector:
-    """A vector under another rule without measuring again, from the alignment it stores."""
+def _instruction(options: Namespace, onto: str, vector: TaskVector) -> TaskVector:
+    """The instruction vector, with the rows of the vector where vocabularies may differ."""
+    from lata_lightning.store.opening import open_source
+    from lata_lightning.store.shared_rows import resized
     from lata_lightning.store.task_vector import TaskVector
 
+    instruction = TaskVector.open(options.instruction)
+    return instruction if options.vocabulary is None else resized(instruction, vector, open_source(onto).config)
+
+
+def _reweighted(vector: TaskVector, options: Namespace, onto: str) -> TaskVector:
+    """A vector under another rule without measuring again, from the alignment it stores."""
     if options.weighting is None:
         return vector
     if options.weighting == "none":
         plain = vector.unweighted()
         if vector.start == "base" and options.instruction is not None:
-            return plain.without(TaskVector.open(options.instruction))
+            return plain.without(_instruction(options, onto, vector))
         return plain
     stored = vector.manifest.alignment
     if stored is None or stored.level != options.level:

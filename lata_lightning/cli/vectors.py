@@ -21,15 +21,26 @@ def _extract_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="Precision to store the vector in."
     )
+    parser.add_argument(
+        "--vocabulary",
+        type=Literal["start", "tuned"] | None,
+        help="Where vocabularies differ: whose tokens the vector has. Tokens that one side lacks get no difference: they are zero, or left out. By "
+        "default such models are refused.",
+    )
     parser.add_argument("--layers", type=str | None, help="Regular expression that finds the block in a tensor name, for unknown layouts.")
 
 
 def _extract(options: Namespace, command: str) -> None:
+    from lata_lightning.store.shared_rows import between_vocabularies
     from lata_lightning.store.task_vector import TaskVector
 
-    vector = TaskVector.between(
-        options.start_model, options.tuned_model, kind=options.kind, start_kind=options.start, layers=options.layers
-    )
+    settings = {"kind": options.kind, "start_kind": options.start, "layers": options.layers}
+    if options.vocabulary is None:
+        vector = TaskVector.between(options.start_model, options.tuned_model, **settings)
+    else:
+        vector, sentences = between_vocabularies(options.start_model, options.tuned_model, options.vocabulary, **settings)
+        for sentence in sentences:
+            note(sentence)
     with progress_bar("extract") as progress:
         saved = vector.save(options.output, dtype=options.dtype, progress=progress)
     blocks = len(saved.layers.blocks)

@@ -69,6 +69,9 @@ def merge_card(name: str, record: Mapping[str, Any]) -> str:
     lines += ["| | location | content hash |", "|---|---|---|", f"| onto | {_cell(**onto)}", ""]
     lines += ["| vector | scale | weighting | outside the layers |", "|---|---|---|---|"]
     lines += [f"| {term['vector']} | {term['scale']:g} | {term['weighting']} | {term['outside']:g} |" for term in record["terms"]]
+    if record.get("vocabulary"):
+        lines += ["", f"Vocabulary: {record['vocabulary']['before']} rows before, {record['vocabulary']['after']} after."]
+        lines += [f"- {note}" for note in record["vocabulary"]["notes"]]
     count = len(record["tensors"])
     lines += [
         "",

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lata_lightning.errors import CorruptFileError, SourceError, first_three
 from lata_lightning.store.directories import MANIFEST_NAME, MERGE_RECORD, shard_files
@@ -13,27 +16,50 @@ from lata_lightning.store.sources import SafetensorsSource, Source
 from lata_lightning.store.writer import write_json
 
 _COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
+_TOKENIZER = re.compile(
+    r"^(tokenizer|vocab|merges|special_tokens_map|added_tokens|chat_template)[\w-]*\.|^normalizer\.json$|\.(model|tiktoken)$"
+)
 
 
-def copy_companions(source: Source, directory: Path, dtype: str | None = None) -> None:
+def copy_companions(
+    source: Source,
+    directory: Path,
+    dtype: str | None = None,
+    *,
+    config: Mapping[str, Any] | None = None,
+    tokenizer: Source | None = None,
+) -> None:
     """Copy config, tokenizer and other small files of a source's directory; weights, shard indices, cards and records stay behind.
 
     Args:
         source: Weights; nothing is copied if they lie in no directory.
         directory: Where to.
         dtype: Written into config.json, if the weights were cast to it.
+        config: Written as config.json in place of that of the source, where the weights have another shape.
+        tokenizer: Whose tokenizer files are copied in place of those of the source.
     """
     if source.directory is None:
         return
-    for file in sorted(source.directory.iterdir()):
-        if not file.is_file() or file.suffix not in _COMPANION_SUFFIXES or file.name.endswith(".index.json"):
+    listed = [file for file in sorted(source.directory.iterdir()) if file.is_file()]
+    if tokenizer is not None and tokenizer.directory is not None:
+        own = tokenizer_files(source.directory)
+        listed = [file for file in listed if file not in own] + tokenizer_files(tokenizer.directory)
+    for file in listed:
+        if file.suffix not in _COMPANION_SUFFIXES or file.name.endswith(".index.json"):
             continue
         if file.name in (MANIFEST_NAME, MERGE_RECORD):
             continue
         shutil.copyfile(file, directory / file.name)
-    if dtype is not None and source.config is not None:
-        config = {key: value for key, value in source.config.items() if key != "torch_dtype"}
-        write_json(directory / "config.json", {**config, "dtype": dtype})
+    written = source.config if config is None else config
+    if written is not None and (dtype is not None or written != source.config):
+        if dtype is not None:
+            written = {**{key: value for key, value in written.items() if key != "torch_dtype"}, "dtype": dtype}
+        write_json(directory / "config.json", written)
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The files of a model directory that are its tokenizer and chat template, in order."""
+    return sorted(file for file in directory.iterdir() if file.is_file() and _TOKENIZER.search(file.name))
 
 
 def verify_merged(path: Path) -> int:

@@ -22,6 +22,20 @@ def pair(start: Source, tuned: Source) -> tuple[Source, Source]:
     Raises:
         LayoutMismatchError: Names or shapes differ otherwise.
     """
+    start, tuned = pair_names(start, tuned)
+    odd = [name for name in start.names if start.shape(name) != tuned.shape(name)]
+    if odd:
+        raise LayoutMismatchError(_shape_message(start, tuned, odd))
+    return start, tuned
+
+
+def pair_names(start: Source, tuned: Source) -> tuple[Source, Source]:
+    """As ``pair``, but the tensors may differ in shape.
+
+    Raises:
+        LayoutMismatchError: Names differ otherwise.
+        SourceError: A tensor is of a dtype that cannot be read.
+    """
     tuned = named_like(tuned, start)
     start = named_like(start, tuned)
     start_only, tuned_only = set(start.names) - set(tuned.names), set(tuned.names) - set(start.names)
@@ -32,9 +46,6 @@ def pair(start: Source, tuned: Source) -> tuple[Source, Source]:
             f"{start.label} and {tuned.label} must hold the same tensors; on one side only are {first_three(lone)}. Are both of one architecture?"
         )
     common = [name for name in start.names if name not in start_only]
-    odd = [name for name in common if start.shape(name) != tuned.shape(name)]
-    if odd:
-        raise LayoutMismatchError(_shape_message(start, tuned, odd))
     kinds = [(name, side.dtype(name)) for name in common for side in (start, tuned)]
     unusable = {name for name, dtype in kinds if dtype not in DTYPES.values()}
     if unusable:
@@ -57,7 +68,7 @@ def _shape_message(start: Source, tuned: Source, odd: list[str]) -> str:
     if len(one) == len(other) == 2 and one[1:] == other[1:] and re.search("embed|wte|shared|head", name):
         return (
             f"{start.label} and {tuned.label} must have the same vocabulary; {name} has {one[0]} rows in one and {other[0]} in the other. "
-            "Resize the token embeddings of one of them first."
+            "Resize the token embeddings of one of them first, or say whose rows to keep (--vocabulary of lata extract, merge and forget)."
         )
     return f"{start.label} and {tuned.label} must have the same shapes; different are {first_three(odd)}, {name} with {one} and {other}"
 

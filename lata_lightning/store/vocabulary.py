@@ -1,0 +1,223 @@
+"""Models of different vocabularies: which tensors hold a row for each token, and which rows are the same token on both sides.
+
+Rows are never moved: a token keeps its number. Where both sides have a tokenizer, a row is shared if it is the same token on both, or padding on
+both; where one has none, if its number exists on both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lata_lightning.errors import LayoutMismatchError, first_three
+from lata_lightning.layers import layer_map, skeleton
+from lata_lightning.store.checkpoint_names import under_checkpoint_names
+from lata_lightning.store.model_directory import tokenizer_files
+from lata_lightning.store.sources import Source
+
+_KEY = "vocab_size"
+_ROLES = ("embedding", "head", "other")
+
+
+class Tokens(NamedTuple):
+    """What the tokenizer of a model says: token by row, or None and why that is not known."""
+
+    by_row: Mapping[int, str] | None
+    unknown: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The rows of two models, called one and other.
+
+    Attributes:
+        axes: Axis of the vocabulary by tensor name; empty where every row is shared.
+        rows: Number of rows of both.
+        shared: Rows that are the same token, or padding, on both sides.
+        extra: Rows that only the other has, in order.
+        own: Rows that only the one has, in order.
+        tokens: Tokens of the rows that are not shared, as far as they are known.
+        unknown: Why rows were compared by number; empty where they were compared by token.
+    """
+
+    axes: Mapping[str, int]
+    rows: tuple[int, int] = (0, 0)
+    shared: tuple[int, ...] = ()
+    extra: tuple[int, ...] = ()
+    own: tuple[int, ...] = ()
+    tokens: Mapping[int, str] | None = None
+    unknown: str = ""
+
+
+def read_tokens(source: Source) -> Tokens:
+    """Token by row, from the tokenizer files beside the weights."""
+    if source.directory is None or not tokenizer_files(source.directory):
+        return Tokens(None, f"{source.label} has no tokenizer files")
+    from transformers import AutoTokenizer
+
+    try:
+        # Code that comes with a tokenizer is never run.
+        tokenizer = AutoTokenizer.from_pretrained(source.directory, local_files_only=True, trust_remote_code=False)
+        return Tokens({row: token for token, row in tokenizer.get_vocab().items()})
+    except Exception as error:
+        # Every library below raises errors of its own kind; what was not understood is told to the user.
+        reason = str(error).strip().partition("\n")[0]
+        return Tokens(None, f"the tokenizer of {source.label} cannot be read ({type(error).__name__}: {reason})")
+
+
+def vocabulary_axes(one: Source, other: Source, config: Mapping[str, Any] | None = None) -> tuple[dict[str, int], tuple[int, int]]:
+    """Axis of the vocabulary by tensor name, where the two sides differ in size along it; and both sizes.
+
+    Args:
+        one: Weights.
+        other: Under the same names.
+        config: Of the model both are of, where neither side has its own.
+
+    Returns:
+        Nothing and (0, 0) where all shapes are equal.
+
+    Raises:
+        LayoutMismatchError: Something else than the vocabulary differs, or no config tells that it is the vocabulary.
+    """
+    odd = [name for name in one.names if one.shape(name) != other.shape(name)]
+    if not odd:
+        return {}, (0, 0)
+    roles = layer_map(one.names).outside()
+    axes, sizes = {}, set()
+    for name in odd:
+        shapes = (one.shape(name), other.shape(name))
+        different = [axis for axis, (left, right) in enumerate(zip(*shapes, strict=False)) if left != right]
+        if len(shapes[0]) == len(shapes[1]) and len(different) == 1 and roles.get(name) in _ROLES:
+            axes[name] = different[0]
+            sizes.add((shapes[0][different[0]], shapes[1][different[0]]))
+    foreign = set(odd) - set(axes)
+    if foreign or len(sizes) > 1:
+        raise LayoutMismatchError(
+            f"{one.label} and {other.label} may differ along the vocabulary only; otherwise different are {first_three(foreign or odd)}, "
+            f"{min(foreign or odd)} with {one.shape(min(foreign or odd))} and {other.shape(min(foreign or odd))}"
+        )
+    size = sizes.pop()
+    stated = [(side.label, length, side.config) for side, length in zip((one, other), size, strict=True) if side.config is not None]
+    for label, length, own in stated:
+        if length not in stated_sizes(own).values():
+            raise LayoutMismatchError(
+                f"{first_three(odd)} differ in size, and {length} is not the {_KEY} in the config of {label}, so it is not their vocabulary that differs"
+            )
+    if not stated and not set(size) & set(stated_sizes(config or {}).values()):
+        raise LayoutMismatchError(
+            f"no config.json of {one.label} or {other.label} names {size[0]} or {size[1]} as {_KEY}, so nothing tells that the vocabulary is what "
+            f"differs in {first_three(odd)}. Give one of them as a Hugging Face directory."
+        )
+    return axes, size
+
+
+def compare(one: Source, other: Source, tokens: tuple[Tokens, Tokens], config: Mapping[str, Any] | None = None) -> Comparison:
+    """Which rows two models share.
+
+    Args:
+        one: Weights.
+        other: Under the same names.
+        tokens: Of both.
+        config: As for ``vocabulary_axes``.
+
+    Raises:
+        LayoutMismatchError: A row is another token on each side, or something else than the vocabulary differs.
+    """
+    axes, rows = vocabulary_axes(one, other, config)
+    left, right = (side.by_row for side in tokens)
+    if left is None or right is None:
+        both = min(rows)
+        extra, own = range(rows[0], rows[1]), range(rows[1], rows[0])
+        known = None if left is None and right is None else {**(left or {}), **(right or {})}
+        unknown = "; ".join(side.unknown for side in tokens if side.unknown)
+        return Comparison(axes, rows, tuple(range(both)), tuple(extra), tuple(own), known, unknown if axes else "")
+    if axes:
+        left, right = within(left, rows[0]), within(right, rows[1])
+    check_same_meaning([(one.label, left), (other.label, right)])
+    if not axes:
+        if set(left) == set(right):
+            return Comparison({})
+        # Both have room for the token that only one knows, so no shape tells where the vocabulary lies.
+        axes, length = _probed_axes(one, other)
+        rows = (length, length)
+    extra_rows = {row for row in right if row < rows[1]} - set(left)
+    own_rows = {row for row in left if row < rows[0]} - set(right)
+    lone = extra_rows | own_rows
+    shared = tuple(row for row in range(min(rows)) if row not in lone)
+    return Comparison(axes, rows, shared, tuple(sorted(extra_rows)), tuple(sorted(own_rows)), {**left, **right})
+
+
+def within(by_row: Mapping[int, str], size: int) -> dict[int, str]:
+    """The tokens that a model of so many rows has a row for; tokenizers may know more."""
+    return {row: token for row, token in by_row.items() if row < size}
+
+
+def check_same_meaning(sides: Sequence[tuple[str, Mapping[int, str]]]) -> None:
+    """Refuse tokenizers in which one row is two tokens.
+
+    Args:
+        sides: Name and token by row of each model.
+    """
+    seen: dict[int, tuple[str, str]] = {}
+    for label, tokens in sides:
+        clashes = [row for row, token in tokens.items() if row in seen and seen[row][1] != token]
+        if clashes:
+            first = min(clashes)
+            shown = ", ".join(f"{row} is {seen[row][1]!r} and {tokens[row]!r}" for row in sorted(clashes)[:3])
+            raise LayoutMismatchError(
+                f"{seen[first][0]} and {label} must mean the same token by the same row; {len(clashes)} rows differ, first: {shown}. Rows are not "
+                "moved: give both models the same tokens at the same rows before training them."
+            )
+        for row, token in tokens.items():
+            seen.setdefault(row, (label, token))
+
+
+def stated_sizes(config: Mapping[str, Any]) -> dict[tuple[str, ...], int]:
+    """Every vocabulary size in a config, by where it stands: at the top, or in the config of a part such as the text model."""
+    found: dict[tuple[str, ...], int] = {}
+    for key, value in config.items():
+        if key == _KEY and isinstance(value, int):
+            found[(key,)] = value
+        elif isinstance(value, Mapping):
+            found |= {(key, *rest): size for rest, size in stated_sizes(value).items()}
+    return found
+
+
+def resized_config(config: Mapping[str, Any], places: Iterable[tuple[str, ...]], size: int) -> dict[str, Any]:
+    """A copy of a config with another vocabulary size at the given places."""
+    changed = deepcopy(dict(config))
+    for *parents, key in places:
+        part = changed
+        for parent in parents:
+            part = part[parent]
+        part[key] = size
+    return changed
+
+
+def _probed_axes(one: Source, other: Source) -> tuple[dict[str, int], int]:
+    """Axis of the vocabulary by tensor name, from what changes in the empty model when its config asks for one row more; and the rows."""
+    config = one.config or other.config or {}
+    stated = stated_sizes(config)
+    if len(set(stated.values())) == 1:
+        length = next(iter(stated.values()))
+        shapes = [_shapes(settings) for settings in (config, resized_config(config, stated, length + 1))]
+        axes = {
+            name: next(axis for axis, size in enumerate(shape) if size != shapes[1][name][axis])
+            for name, shape in shapes[0].items()
+            if name in one.names and name in shapes[1] and shape != shapes[1][name]
+        }
+        if axes and all(one.shape(name)[axis] == length for name, axis in axes.items()):
+            return axes, length
+    raise LayoutMismatchError(
+        f"the tokenizers of {one.label} and {other.label} differ, their numbers of rows do not, and the config does not tell which tensors hold the "
+        "vocabulary. Resize the token embeddings of one of them."
+    )
+
+
+def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    module = skeleton(config)
+    if module is None:
+        return {}
+    return {name: tuple(tensor.shape) for name, tensor in under_checkpoint_names(module, module.state_dict()).items()}
