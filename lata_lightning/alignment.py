@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from lata_lightning.layers import LayerMap, Level, check_level
 from lata_lightning.moments import Moments, Start, check_start, total
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lata_lightning.store.task_vector import TaskVector
 
 FLAT_SPREAD = 0.05
@@ -129,18 +132,27 @@ def layer_alignment(table: Mapping[str, Moments]) -> dict[str, float]:
 
 
 def measure(task_vector: TaskVector, instruction_vector: TaskVector, start: Start = "instruct") -> dict[str, Moments]:
-    """Moments by tensor name; one tensor of each vector is in memory at a time.
+    """Moments by tensor name; the tensors are read piece by piece, by several threads.
 
     Raises:
         LayoutMismatchError: A tensor is on one side only, or has two shapes.
         CorruptFileError: NaN or infinite weights.
     """
     # What reads a stored alignment needs no torch, which takes a second to import.
-    from lata_lightning.sums import moments_table, tensor_sums
+    from lata_lightning.pieces import in_parallel, worker_count
+    from lata_lightning.sums import moments_table, streamed_sums, tensor_sums
 
     check_same_tensors(task_vector, instruction_vector)
-    sums = {name: tensor_sums(task_vector.held(name), instruction_vector.held(name), start=start) for name in task_vector}
-    return moments_table(sums)
+
+    def sums_of(name: str) -> Tensor:
+        if task_vector.low_rank(name) is not None or instruction_vector.low_rank(name) is not None:
+            return tensor_sums(task_vector.held(name), instruction_vector.held(name), start=start)
+        sides = task_vector.tensors.load(name), instruction_vector.tensors.load(name)
+        return streamed_sums(math.prod(task_vector.shape(name)), *sides, start=start)
+
+    parallel = task_vector.tensors.parallel and instruction_vector.tensors.parallel
+    names = list(task_vector)
+    return moments_table(dict(zip(names, in_parallel(sums_of, names, worker_count(None) if parallel else 1), strict=True)))
 
 
 def align(

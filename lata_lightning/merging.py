@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import isfinite
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from lata_lightning.alignment import check_same_start
-from lata_lightning.combining import combine
+from lata_lightning.combining import Part, combined
 from lata_lightning.errors import CorruptFileError, LataError
+from lata_lightning.pieces import in_parallel, worker_count
 from lata_lightning.store.cards import merge_card
 from lata_lightning.store.directories import MERGE_RECORD
 from lata_lightning.store.hashing import content_hash
@@ -89,6 +90,7 @@ def merge(
     check_base: bool = True,
     vocabulary: Vocabulary | None = None,
     command: str | None = None,
+    workers: int | None = None,
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Path:
@@ -107,7 +109,8 @@ def merge(
             that only a vector has. ``"union"`` adds them with the values of the tuned model (``Term.tuned``), whatever scale and coefficients
             are, together with its tokenizer. Rows that only ``onto`` has stay as they are. Nothing else changes where the vocabulary is one.
         command: Recorded in the card as how the model was made.
-        progress: Called after each tensor.
+        workers: Threads that merge a tensor each; by default one per core, at most 4. The result does not depend on it.
+        progress: Called after each piece that is written, with the bytes written so far and the bytes in all.
         note: Called before anything is written with each sentence about rows that are not shared; they are in the record and card as well.
 
     Returns:
@@ -127,6 +130,7 @@ def merge(
     check_free(target)
     cast_to = None if dtype is None else float_dtype(dtype)
     rows_of = None if vocabulary is None else check_vocabulary(vocabulary)
+    threads = worker_count(workers)
     if not terms:
         raise LataError("there is nothing to merge: give at least one vector")
     if check_base:
@@ -141,23 +145,26 @@ def merge(
     layout |= {name: (source.dtype(name), source.shape(name)) for name in source.names if name in integers}
     size = layout_size(layout)
     with atomic_directory(target, size) as directory:
-        with ShardWriter(directory, "model", layout, max_shard_bytes=max_shard_bytes, metadata={"format": "pt"}) as writer:
-            for name in writer.order:
+        metadata = {"format": "pt"}
+        with ShardWriter(directory, "model", layout, max_shard_bytes=max_shard_bytes, metadata=metadata, progress=progress) as writer:
+
+            def write(name: str) -> None:
                 if name in integers:
                     writer.write(name, source.read(name))
-                else:
-                    acting = [
-                        (reader, factor) for reader, term in zip(fitted.vectors, terms, strict=True) if (factor := term.factor(name)) != 0
-                    ]
-                    parts = [(reader.low_rank(name) or reader.read(name), factor) for reader, factor in acting]
-                    try:
-                        merged = combine(fitted.onto.read(name), parts, layout[name][0])
-                    except CorruptFileError as error:
-                        among = ", ".join([source.label, *(reader.label for reader, _ in acting)])
-                        raise CorruptFileError(f"{name}: {error} in one of {among}") from error
-                    writer.write(name, merged)
-                if progress is not None:
-                    progress(writer.written, size)
+                    return
+                acting = [
+                    (reader, factor) for reader, term in zip(fitted.vectors, terms, strict=True) if (factor := term.factor(name)) != 0
+                ]
+                parts = [_part(fitted.onto, reader, name, factor) for reader, factor in acting]
+                dtype, shape = layout[name]
+                try:
+                    writer.stream(name, combined(prod(shape), fitted.onto.load(name), parts, dtype))
+                except CorruptFileError as error:
+                    among = ", ".join([source.label, *(reader.label for reader, _ in acting)])
+                    raise CorruptFileError(f"{name}: {error} in one of {among}") from error
+
+            parallel = all(side.parallel for side in (source, fitted.onto, *fitted.vectors))
+            in_parallel(write, writer.order, threads if parallel else 1)
         identity = Identity(source.location, source.revision, content_hash(onto_weights.hashes))
         record = {
             "onto": asdict(identity),
@@ -188,6 +195,17 @@ def forget(target: str | Path | nn.Module | Mapping[str, Tensor] | Source, term:
     Source: LATA, arXiv:2502.20186, task forgetting.
     """
     return merge(target, [replace(term, scale=-term.scale)], output, **options)
+
+
+def _part(onto: Source, reader: Source, name: str, factor: float) -> Part:
+    """One summand of a tensor, computed from two models without reading anything twice."""
+    sides = reader.sides(name)
+    if sides is None:
+        return Part(factor, reader.load(name))
+    tuned, start, held = sides
+    if start.place(held) is not None and start.place(held) == onto.place(name):
+        return Part(factor, tuned.load(held), from_onto=True)
+    return Part(factor, tuned.load(held), start.load(held))
 
 
 def _match(source: Source, terms: Sequence[Term], vocabulary: Vocabulary | None) -> tuple[Fingerprinted, Fitted]:

@@ -8,7 +8,7 @@ temporary of the size of a tensor is made; on a CPU, float32 products are first 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,16 +18,16 @@ from torch import Tensor
 from lata_lightning.errors import CorruptFileError, LataError, LayoutMismatchError, first_three
 from lata_lightning.low_rank import LowRank
 from lata_lightning.moments import Moments, Start, check_start
+from lata_lightning.pieces import Load, slices
 
 # Entries whose float32 products are summed in float32: rows of a chunk. Their roundings average out over the rows of a whole chunk.
 _ROW = 1 << 10
+_FEWEST = 64 * _ROW
 # Entries per chunk: on a CPU a chunk of both vectors stays in the cache, on an accelerator launches must not dominate.
 _CPU_CHUNK = 128 * _ROW
 _DEVICE_CHUNK = 1 << 22
 # Sums of a row outside have products that float32 rounds away, or that overflow it.
 _SAFE = (1e-20, 1e30)
-Load = Callable[[int, int], Tensor]
-"""Gives the entries from one number to another of a flattened tensor; what it gives may be overwritten by the next call."""
 
 
 def difference(tuned: Tensor, start: Tensor) -> Tensor:
@@ -70,10 +70,10 @@ def tensor_sums(
             raise LayoutMismatchError(f"tensors of one name must have one shape, got {tuple(vector.shape)} and {tuple(other.shape)}")
     if isinstance(vector, LowRank) or isinstance(instruction, LowRank):
         return _factored_sums(vector, instruction, subtract, start, instruction_squared)
-    loads = [None if tensor is None else _slices(tensor) for tensor in (vector, instruction, subtract)]
     if vector.device.type != "cpu":
         return _device_sums(vector, instruction, subtract, start)
-    return streamed_sums(vector.numel(), loads[0], loads[1], subtract=loads[2], start=start, instruction_squared=instruction_squared)
+    direction, origin = (None if tensor is None else slices(tensor.cpu()) for tensor in (instruction, subtract))
+    return streamed_sums(vector.numel(), slices(vector), direction, subtract=origin, start=start, instruction_squared=instruction_squared)
 
 
 def streamed_sums(
@@ -89,7 +89,11 @@ def streamed_sums(
 
     Args:
         count: Number of its entries.
-        vector, instruction, subtract: Give the pieces, in order.
+        vector: Gives the pieces of the vector, in order.
+        instruction: Gives those of the instruction vector.
+        subtract: Gives those of the start weights, where ``vector`` gives tuned ones.
+        start: As for ``tensor_sums``.
+        instruction_squared: As for ``tensor_sums``.
     """
     chunks = []
     room = torch.empty(min(_CPU_CHUNK, count))
@@ -104,33 +108,29 @@ def streamed_sums(
         if start == "base" and direction is not None:
             # What is left of two long vectors may be short: in float64, as long as they are not subtracted yet.
             task = task.double() - direction.double()
-        inner = 0.0 if direction is None else _dot(task, direction)
-        square = 0.0 if direction is None or instruction_squared is not None else _dot(direction, direction)
-        chunks.append((inner, _dot(task, task), square))
+        inner = 0.0 if direction is None else dot(task, direction)
+        square = 0.0 if direction is None or instruction_squared is not None else dot(direction, direction)
+        chunks.append((inner, dot(task, task), square))
     sums = [math.fsum(column) for column in zip(*chunks, strict=True)] if chunks else [0.0, 0.0, 0.0]
     if instruction is not None and instruction_squared is not None:
         sums[2] = instruction_squared
     return torch.tensor(sums, dtype=torch.float64)
 
 
-def _slices(tensor: Tensor) -> Load:
-    flat = tensor.detach().reshape(-1)
-    return lambda begin, end: flat[begin:end]
-
-
-def _dot(one: Tensor, other: Tensor) -> float:
-    """Sum of products of the entries of a chunk; the same whatever the number of threads."""
+def dot(one: Tensor, other: Tensor) -> float:
+    """Sum of products of the entries of two flat tensors on the CPU, a chunk or less; the same whatever the number of threads."""
     square = one is other
     a = (one if one.dtype in (torch.float32, torch.float64) else one.float()).numpy()
     b = a if square else (other if other.dtype in (torch.float32, torch.float64) else other.float()).numpy()
-    if len(a) < _CPU_CHUNK or a.dtype != np.float32 or b.dtype != np.float32:
+    if len(a) < _FEWEST or a.dtype != np.float32 or b.dtype != np.float32:
         # Of few rows the roundings would not average out.
         return _exact_dot(a, b)
-    rows = np.vecdot(a.reshape(-1, _ROW), b.reshape(-1, _ROW))
+    whole = len(a) - len(a) % _ROW
+    rows = np.vecdot(a[:whole].reshape(-1, _ROW), b[:whole].reshape(-1, _ROW))
     found = float(rows.sum(dtype=np.float64))
     if not math.isfinite(found) or (square and not (_SAFE[0] < rows.min() and rows.max() < _SAFE[1])):
         return _exact_dot(a, b)
-    return found
+    return found + _exact_dot(a[whole:], b[whole:]) if whole < len(a) else found
 
 
 def _exact_dot(a: np.ndarray[Any, np.dtype[Any]], b: np.ndarray[Any, np.dtype[Any]]) -> float:

@@ -63,6 +63,7 @@ class Tracker:
         # What adapters add when training starts, where that is not zero: by their initialisation, or from earlier training.
         self._start_factors: dict[str, LowRank] = {}
         self._squares: dict[str, float] = {}
+        self._local_squares: dict[str, float] = {}
         self._spill_to: Path | None = None
         self._frozen: dict[str, list[int]] = {}
         self.places = LayerMap({}, ())
@@ -330,8 +331,14 @@ class Tracker:
         shard = self.live.shard(name)
         direction = None if self.instruction is None else self.instruction.read_slice(name, shard.slices)
         if name in self.live.adapted:
-            return tensor_sums(self.added(name), direction, start=start).cpu()
-        return tensor_sums(shard.local, direction, subtract=self.kept.read(name, shard), start=start).cpu()
+            sums = tensor_sums(self.added(name), direction, start=start, instruction_squared=self._local_squares.get(name))
+        else:
+            origin = self.kept.read(name, shard)
+            sums = tensor_sums(shard.local, direction, subtract=origin, start=start, instruction_squared=self._local_squares.get(name))
+        if direction is not None:
+            # Of the part that this process holds, which stays the same while it trains.
+            self._local_squares[name] = sums[2].item()
+        return sums.cpu()
 
     def _frozen_sums(self, name: str) -> Tensor:
         square = self._squares.get(name, 0.0)

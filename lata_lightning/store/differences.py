@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lata_lightning.low_rank import Factors, LowRank
+from lata_lightning.pieces import Load
 from lata_lightning.store.hashing import content_hash
 from lata_lightning.store.manifest import Manifest, PrecisionLoss, factor_names
 from lata_lightning.store.sources import Fingerprinted, SafetensorsSource, Source
-from lata_lightning.sums import difference
+from lata_lightning.sums import difference, dot
 
 
 class Difference(Source):
@@ -30,6 +32,7 @@ class Difference(Source):
         self._start, self._tuned = (Fingerprinted(start), Fingerprinted(tuned)) if identify else (start, tuned)
         self._names, self._known = tuple(names), dict(known or {})
         self.location = f"{tuned.label} − {start.label}"
+        self.parallel = start.parallel and tuned.parallel
 
     @property
     def names(self) -> tuple[str, ...]:  # noqa: D102
@@ -53,6 +56,18 @@ class Difference(Source):
         one, other = self._start.low_rank(name), self._tuned.low_rank(name)
         return None if one is None or other is None else other.minus(one)
 
+    def load(self, name: str) -> Load:  # noqa: D102
+        if self.low_rank(name) is not None:
+            return super().load(name)
+        tuned, start = self._tuned.load(name), self._start.load(name)
+        return lambda begin, end: difference(tuned(begin, end), start(begin, end))
+
+    def sides(self, name: str) -> tuple[Source, Source, str] | None:  # noqa: D102
+        if self.low_rank(name) is not None:
+            return None
+        tuned, start = ((side.source if isinstance(side, Fingerprinted) else side) for side in (self._tuned, self._start))
+        return tuned, start, name
+
     def content_hashes(self) -> tuple[str | None, str | None]:
         """Content hash of start and tuned; None as long as not every tensor has been read."""
         sides = ({**self._known, **side.hashes} if isinstance(side, Fingerprinted) else {} for side in (self._start, self._tuned))
@@ -65,7 +80,7 @@ class Stored(Source):
 
     def __init__(self, files: SafetensorsSource, manifest: Manifest) -> None:
         self._files, self._entries = files, manifest.tensors
-        self.location = files.location
+        self.location, self.parallel = files.location, files.parallel
 
     @property
     def names(self) -> tuple[str, ...]:  # noqa: D102
@@ -88,6 +103,13 @@ class Stored(Source):
             return super().read_slice(name, slices)
         return self._files.read_slice(name, slices).float()
 
+    def load(self, name: str) -> Load:  # noqa: D102
+        entry = self._entries[name]
+        if entry.unchanged or entry.factors is not None:
+            return super().load(name)
+        stored = self._files.load(name)
+        return lambda begin, end: stored(begin, end).float()
+
     def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
         entry = self._entries[name]
         if entry.factors is None:
@@ -102,7 +124,7 @@ class Scaled(Source):
 
     def __init__(self, source: Source, factor_of: Callable[[str], float], location: str) -> None:
         self._source, self._factor_of = source, factor_of
-        self.location = location
+        self.location, self.parallel = location, source.parallel
 
     @property
     def names(self) -> tuple[str, ...]:  # noqa: D102
@@ -117,13 +139,19 @@ class Scaled(Source):
     def read(self, name: str) -> Tensor:  # noqa: D102
         return self._source.read(name) * self._factor_of(name)
 
+    def load(self, name: str) -> Load:  # noqa: D102
+        if self.low_rank(name) is not None:
+            return super().load(name)
+        load, factor = self._source.load(name), self._factor_of(name)
+        return lambda begin, end: load(begin, end) * factor
+
     def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
         factors = self._source.low_rank(name)
         return None if factors is None else factors.scaled(self._factor_of(name))
 
 
 class LossMeter:
-    """Sums for PrecisionLoss over all tensors, in float64."""
+    """Sums for PrecisionLoss over the pieces of one tensor, or over many tensors."""
 
     def __init__(self) -> None:
         self._inner = self._full = self._lower = 0.0
@@ -131,14 +159,25 @@ class LossMeter:
         self._used = False
 
     def add(self, full: Tensor, lower: Tensor) -> None:
-        """Take in one tensor, as it was and as it is stored."""
+        """Take in one piece of a flattened tensor, as it was and as it is stored."""
         self._used = True
-        one, other = full.double().reshape(-1), lower.double().reshape(-1)
-        self._inner += torch.dot(one, other).item()
-        self._full += torch.dot(one, one).item()
-        self._lower += torch.dot(other, other).item()
-        self._nonzero += int(torch.count_nonzero(one))
-        self._lost += int(torch.count_nonzero((one != 0) & (other == 0)))
+        wide = lower.to(full.dtype)
+        self._inner += dot(full, wide)
+        self._full += dot(full, full)
+        self._lower += dot(wide, wide)
+        before, after = int(np.count_nonzero(full.numpy())), int(np.count_nonzero(wide.numpy()))
+        # Rounding makes zeros, and never anything of a zero.
+        self._nonzero += before
+        self._lost += before - after
+
+    def take(self, other: LossMeter) -> None:
+        """Take in what another meter has seen."""
+        self._used = self._used or other._used
+        self._inner += other._inner
+        self._full += other._full
+        self._lower += other._lower
+        self._nonzero += other._nonzero
+        self._lost += other._lost
 
     def add_factors(self, full: LowRank, lower: LowRank) -> None:
         """Take in one tensor held as factors; entries that became zero are counted in the factors."""

@@ -27,6 +27,28 @@ def hash_values(tensor: Tensor) -> str:
     return hash_stored(tensor.to(torch.promote_types(tensor.dtype, torch.float32)))
 
 
+class StoredHash:
+    """The hash of a tensor as it is stored, from its pieces in order (see ``hash_stored``)."""
+
+    def __init__(self) -> None:
+        self._digest = blake3()
+
+    def update(self, piece: Tensor) -> None:
+        """Take in the next piece."""
+        self._digest.update(tensor_bytes(piece))
+
+    def digest(self) -> str:
+        """The hash of all pieces."""
+        return "blake3:" + self._digest.hexdigest()
+
+
+class ValueHash(StoredHash):
+    """The hash of a tensor's values, from its pieces in order (see ``hash_values``)."""
+
+    def update(self, piece: Tensor) -> None:  # noqa: D102
+        super().update(piece.to(torch.promote_types(piece.dtype, torch.float32)))
+
+
 def value_sums(tensor: Tensor) -> Tensor:
     """Sum and sum of squares of a tensor's entries, their bits taken as integers: int64 of shape (2,), with overflow.
 

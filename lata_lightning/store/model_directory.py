@@ -11,8 +11,7 @@ from typing import Any
 
 from lata_lightning.errors import CorruptFileError, SourceError, first_three
 from lata_lightning.store.directories import MANIFEST_NAME, MERGE_RECORD, shard_files
-from lata_lightning.store.hashing import hash_stored
-from lata_lightning.store.sources import SafetensorsSource, Source
+from lata_lightning.store.sources import SafetensorsSource, Source, hashes_of
 from lata_lightning.store.writer import write_json
 
 _COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
@@ -77,7 +76,8 @@ def verify_merged(path: Path) -> int:
         raise CorruptFileError(f"{path / MERGE_RECORD} is no merge record ({error!r})") from error
     stored = SafetensorsSource(shard_files(path, "model"))
     wrong = set(stored.names) ^ set(expected)
-    wrong |= {name for name in stored.names if name in expected and hash_stored(stored.read(name)) != expected[name]}
+    found = hashes_of(stored, [name for name in stored.names if name in expected])
+    wrong |= {name for name, digest in found.items() if digest != expected[name]}
     if wrong:
         raise CorruptFileError(
             f"{path} is not what was written: different are {first_three(wrong)}. Copy it again from where it was whole."

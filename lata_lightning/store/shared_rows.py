@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,8 @@ from lata_lightning.errors import LataError, LayoutMismatchError, first_three
 from lata_lightning.layers import LayerRule
 from lata_lightning.low_rank import LowRank
 from lata_lightning.moments import Start
+from lata_lightning.pieces import Load
+from lata_lightning.pieces import slices as in_memory
 from lata_lightning.store.differences import Difference
 from lata_lightning.store.hashing import content_hash
 from lata_lightning.store.manifest import Kind
@@ -102,6 +104,15 @@ class Rows(View):
 
     def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
         return None if name in self._axes else super().low_rank(name)
+
+    def load(self, name: str) -> Load:  # noqa: D102
+        return in_memory(self.read(name)) if name in self._axes else super().load(name)
+
+    def place(self, name: str) -> Hashable:  # noqa: D102
+        return None if name in self._axes else super().place(name)
+
+    def sides(self, name: str) -> tuple[Source, Source, str] | None:  # noqa: D102
+        return None if name in self._axes else super().sides(name)
 
 
 class _SharedDifference(Difference):

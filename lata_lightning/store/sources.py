@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 
 from lata_lightning.errors import CorruptFileError, SourceError
 from lata_lightning.low_rank import LowRank
+from lata_lightning.pieces import Load, in_parallel, pieces_of, products, worker_count
+from lata_lightning.pieces import slices as in_memory
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
 from lata_lightning.store.directories import file_layout
-from lata_lightning.store.hashing import hash_values
+from lata_lightning.store.hashing import StoredHash, ValueHash, hash_values
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -34,6 +37,7 @@ class Source(ABC):
         directory: The Hugging Face directory they lie in, with its config and tokenizer files.
         config: Content of the directory's config.json.
         tied: Other names of tensors that the source holds once: alias to the name in ``names``.
+        parallel: Whether several threads may read at once.
     """
 
     location: str | None = None
@@ -41,6 +45,7 @@ class Source(ABC):
     directory: Path | None = None
     config: Mapping[str, Any] | None = None
     tied: Mapping[str, str] = {}
+    parallel: bool = False
 
     @property
     @abstractmethod
@@ -67,6 +72,19 @@ class Source(ABC):
         """The tensor as factors, where the source holds it so; None otherwise."""
         return None
 
+    def load(self, name: str) -> Load:
+        """The tensor piece by piece; of files, without ever holding all of it."""
+        factors = self.low_rank(name)
+        return in_memory(self.read(name)) if factors is None else products(factors)
+
+    def place(self, name: str) -> Hashable:
+        """Where the tensor's bytes lie in files: equal places hold the same bytes. None for anything else."""
+        return None
+
+    def sides(self, name: str) -> tuple[Source, Source, str] | None:
+        """Of a tensor that is computed as a difference: tuned and start source, and its name there. None for any other."""
+        return None
+
     @property
     def label(self) -> str:
         """Short name for messages."""
@@ -80,9 +98,12 @@ class SafetensorsSource(Source):
     short meanwhile kills it.
     """
 
+    parallel = True
+
     def __init__(self, files: list[Path]) -> None:
         self._layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self._place: dict[str, tuple[int, int]] = {}
+        self._file: dict[int, tuple[int, int]] = {}
         for path in files:
             entries = file_layout(path)
             try:
@@ -91,6 +112,8 @@ class SafetensorsSource(Source):
                 raise SourceError(f"{path} holds tensors of dtype {error}, which are not supported") from error
             descriptor = os.open(path, os.O_RDONLY)
             weakref.finalize(self, os.close, descriptor)
+            status = os.fstat(descriptor)
+            self._file[descriptor] = (status.st_dev, status.st_ino)
             # Where the tensors begin the library does not tell.
             length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
             header = json.loads(os.pread(descriptor, length, 8))
@@ -121,19 +144,43 @@ class SafetensorsSource(Source):
         """Whole rows of a tensor, from one of them on."""
         tensor = torch.empty(shape, dtype=self.dtype(name))
         if tensor.numel():
-            descriptor, begin = self._place[name]
-            rest = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            begin += first * (len(rest) // shape[0] if shape else 0)
-            while rest:
-                count = os.preadv(descriptor, [rest], begin)
-                if count == 0:
-                    raise CorruptFileError(f"the file of {name} in {self.label} has become shorter. Copy it again.")
-                rest, begin = rest[count:], begin + count
+            self._fill(tensor, name, first * (tensor.numel() // shape[0] if shape else 0))
         return tensor
+
+    def load(self, name: str) -> Load:  # noqa: D102
+        dtype = self.dtype(name)
+        room = torch.empty(0, dtype=dtype)
+
+        def piece(begin: int, end: int) -> Tensor:
+            nonlocal room
+            if room.numel() < end - begin:
+                room = torch.empty(end - begin, dtype=dtype)
+            part = room[: end - begin]
+            self._fill(part, name, begin)
+            return part
+
+        return piece
+
+    def place(self, name: str) -> Hashable:  # noqa: D102
+        descriptor, begin = self._place[name]
+        return (*self._file[descriptor], begin, self._layout[name])
+
+    def _fill(self, tensor: Tensor, name: str, first: int) -> None:
+        """Read the entries from one of them on."""
+        descriptor, begin = self._place[name]
+        rest = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        begin += first * tensor.element_size()
+        while rest:
+            count = os.preadv(descriptor, [rest], begin)
+            if count == 0:
+                raise CorruptFileError(f"the file of {name} in {self.label} has become shorter. Copy it again.")
+            rest, begin = rest[count:], begin + count
 
 
 class StateDictSource(Source):
     """Tensors in memory: a module, a state dict, or the state dict of a checkpoint file."""
+
+    parallel = True
 
     def __init__(self, tensors: nn.Module | Mapping[str, Tensor], location: str | None = None) -> None:
         module = tensors if isinstance(tensors, nn.Module) else None
@@ -177,6 +224,18 @@ class StateDictSource(Source):
         return tensor.cpu()
 
 
+def hashes_of(source: Source, names: Sequence[str]) -> dict[str, str]:
+    """Hashes of tensors as they are stored (see ``hash_stored``), read piece by piece by several threads."""
+
+    def digest(name: str) -> str:
+        meter, load = StoredHash(), source.load(name)
+        for begin, end in pieces_of(math.prod(source.shape(name))):
+            meter.update(load(begin, end))
+        return meter.digest()
+
+    return dict(zip(names, in_parallel(digest, names, worker_count(None) if source.parallel else 1), strict=True))
+
+
 class View(Source):
     """Some tensors of another source, under other names."""
 
@@ -188,6 +247,7 @@ class View(Source):
             source.directory,
             source.config,
         )
+        self.parallel = source.parallel
 
     @property
     def names(self) -> tuple[str, ...]:  # noqa: D102
@@ -208,6 +268,15 @@ class View(Source):
     def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
         return self.source.low_rank(self._name_of[name])
 
+    def load(self, name: str) -> Load:  # noqa: D102
+        return self.source.load(self._name_of[name])
+
+    def place(self, name: str) -> Hashable:  # noqa: D102
+        return self.source.place(self._name_of[name])
+
+    def sides(self, name: str) -> tuple[Source, Source, str] | None:  # noqa: D102
+        return self.source.sides(self._name_of[name])
+
 
 class Fingerprinted(View):
     """A source that notes the hash of every tensor as it is read, so that its identity costs no pass of its own."""
@@ -225,3 +294,20 @@ class Fingerprinted(View):
     def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:  # noqa: D102
         # A part says nothing about the identity of the whole.
         return self.read(name) if slices is None else super().read_slice(name, slices)
+
+    def load(self, name: str) -> Load:  # noqa: D102
+        load = super().load(name)
+        meter, count = ValueHash(), math.prod(self.shape(name))
+        if count == 0:
+            self.hashes[name] = meter.digest()
+        if name in self.hashes:
+            return load
+
+        def piece(begin: int, end: int) -> Tensor:
+            part = load(begin, end)
+            meter.update(part)
+            if end == count:
+                self.hashes[name] = meter.digest()
+            return part
+
+        return piece

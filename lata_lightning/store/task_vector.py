@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -16,15 +17,15 @@ from lata_lightning.errors import CorruptFileError, LataError, LayoutMismatchErr
 from lata_lightning.layers import LayerMap, LayerRule, layer_map, skeleton
 from lata_lightning.low_rank import LowRank
 from lata_lightning.moments import Start, check_start
+from lata_lightning.pieces import Load, in_parallel, pieces_of, slices, worker_count
 from lata_lightning.store.adapters import AdapterDifference
 from lata_lightning.store.cards import vector_card
 from lata_lightning.store.differences import Difference, LossMeter, Scaled, Stored
 from lata_lightning.store.directories import MANIFEST_NAME, shard_files
-from lata_lightning.store.hashing import hash_stored
 from lata_lightning.store.manifest import FactorEntry, Identity, Kind, Manifest, TensorEntry, factor_names, read_manifest
 from lata_lightning.store.opening import open_difference, open_source
 from lata_lightning.store.pairing import pair
-from lata_lightning.store.sources import SafetensorsSource, Source
+from lata_lightning.store.sources import SafetensorsSource, Source, hashes_of
 from lata_lightning.store.writer import (
     MAX_SHARD_BYTES,
     Progress,
@@ -267,15 +268,17 @@ class TaskVector(Mapping[str, Tensor]):
         *,
         dtype: str = "float32",
         max_shard_bytes: int = MAX_SHARD_BYTES,
+        workers: int | None = None,
         progress: Progress | None = None,
     ) -> TaskVector:
-        """Write the vector to a directory, one tensor in memory at a time, and return it opened from there.
+        """Write the vector to a directory, piece by piece, and return it opened from there.
 
         Args:
             path: A directory that does not exist yet. It appears complete or not at all.
             dtype: Precision to store: ``float32``, ``bfloat16`` or ``float16``. What a lower one costs is measured and recorded.
             max_shard_bytes: Bytes of tensors per file.
-            progress: Called after each tensor with the bytes written so far and the bytes in all.
+            workers: Threads that write a tensor each; by default one per core, at most 4. The result does not depend on it.
+            progress: Called after each piece with the bytes written so far and the bytes in all.
 
         Raises:
             OutputError: The path exists, or the disk is full.
@@ -292,19 +295,21 @@ class TaskVector(Mapping[str, Tensor]):
             for index, part in enumerate(found.parts):
                 parts.update(zip(factor_names(name, index), (part.left, part.right), strict=True))
         layout |= {name: (stored, tuple(side.shape)) for name, side in parts.items()}
-        loss = LossMeter()
-        size = layout_size(layout)
-        with atomic_directory(target, size) as directory:
-            with ShardWriter(directory, STEM, layout, max_shard_bytes=max_shard_bytes, metadata={"format": "pt"}) as writer:
-                for name in writer.order:
-                    full = parts[name] if name in parts else self[name]
-                    lower = full.to("cpu", stored)
-                    self._check_stored(name, full, lower)
-                    if full.dtype != stored and name not in parts:
-                        loss.add(full, lower)
-                    writer.write(name, lower)
-                    if progress is not None:
-                        progress(writer.written, size)
+        threads = worker_count(workers)
+        losses = {name: LossMeter() for name in layout}
+        with atomic_directory(target, layout_size(layout)) as directory:
+            metadata = {"format": "pt"}
+            with ShardWriter(directory, STEM, layout, max_shard_bytes=max_shard_bytes, metadata=metadata, progress=progress) as writer:
+
+                def write(name: str) -> None:
+                    load = slices(parts[name].cpu()) if name in parts else self.tensors.load(name)
+                    meter = None if name in parts else losses[name]
+                    writer.stream(name, self._lowered(name, load, math.prod(layout[name][1]), stored, meter))
+
+                in_parallel(write, writer.order, threads if self.tensors.parallel else 1)
+            loss = LossMeter()
+            for name in layout:
+                loss.take(losses[name])
             for found in factors.values():
                 if any(torch.promote_types(side.dtype, stored) != stored for part in found.parts for side in (part.left, part.right)):
                     loss.add_factors(found, found.stored_as(stored))
@@ -323,8 +328,19 @@ class TaskVector(Mapping[str, Tensor]):
             (directory / "README.md").write_text(vector_card(manifest, target.name), "utf-8")
         return TaskVector.open(path)
 
+    def _lowered(self, name: str, load: Load, count: int, stored: torch.dtype, loss: LossMeter | None) -> Iterator[Tensor]:
+        """The pieces of a tensor in the precision they are stored in."""
+        for begin, end in pieces_of(count):
+            full = load(begin, end)
+            lower = full.to(stored)
+            self._check_stored(name, full, lower)
+            if loss is not None and full.dtype != stored:
+                loss.add(full, lower)
+            yield lower
+
     def _check_stored(self, name: str, full: Tensor, lower: Tensor) -> None:
-        if torch.isfinite(lower).all():
+        # The sum is finite where every value is, and far cheaper to look at.
+        if math.isfinite(lower.sum(dtype=torch.float64)) or torch.isfinite(lower).all():
             return
         held = str(lower.dtype).removeprefix("torch.")
         what = "holds NaN or infinite values" if not torch.isfinite(full).all() else f"does not fit {held}; use bfloat16 or float32"
@@ -367,7 +383,8 @@ def verify(path: str | Path) -> int:
     vector = TaskVector.open(path)
     stored = SafetensorsSource(shard_files(Path(path), STEM))
     expected = {held: digest for name, entry in vector.manifest.tensors.items() for held, (_, digest) in entry.stored(name).items()}
-    wrong = [name for name, digest in expected.items() if hash_stored(stored.read(name)) != digest]
+    found = hashes_of(stored, list(expected))
+    wrong = [name for name, digest in expected.items() if found[name] != digest]
     if wrong:
         raise CorruptFileError(
             f"{path} is not what was written: other bytes in {first_three(wrong)}. Copy it again from where it was whole."

@@ -7,17 +7,18 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lata_lightning.errors import LataError, OutputError, first_three
-from lata_lightning.store.hashing import hash_stored, tensor_bytes
+from lata_lightning.store.hashing import StoredHash, tensor_bytes
 
 MAX_SHARD_BYTES = 2 << 30
 PARTIAL_MARK = ".partial-"
@@ -87,7 +88,7 @@ def replace_directory(new: Path, old: Path) -> None:
 
 
 class ShardWriter:
-    """Safetensors files of one directory, written tensor by tensor in a layout that is known beforehand.
+    """Safetensors files of one directory, in a layout that is known beforehand, so that tensors may be written in any order and by several threads.
 
     Args:
         directory: Where the files go.
@@ -95,8 +96,9 @@ class ShardWriter:
         layout: Dtype and shape by tensor name.
         max_shard_bytes: Bytes of tensors per file; a larger tensor gets a file of its own.
         metadata: Strings for the header of each file.
+        progress: Called with the bytes written so far and the bytes in all.
 
-    Tensors have to be written in the order of ``order``. Leaving the ``with`` block writes the index; the hashes are then in ``hashes``.
+    Leaving the ``with`` block writes the index; the hashes are then in ``hashes``, in the order of the layout.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class ShardWriter:
         *,
         max_shard_bytes: int = MAX_SHARD_BYTES,
         metadata: Mapping[str, str] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self._directory, self._stem, self._layout = directory, stem, layout
         self._metadata = dict(metadata or {})
@@ -115,44 +118,72 @@ class ShardWriter:
             raise LataError(f"safetensors files cannot hold every dtype; {layout[odd[0]][0]} and the like are in {first_three(odd)}")
         self._shards = _split(layout, max_shard_bytes)
         self._file_of = {name: self._file_name(index) for index, shard in enumerate(self._shards) for name in shard}
-        self._starts = {shard[0]: shard for shard in self._shards}
-        self._open: BinaryIO | None = None
-        self._pending = iter(self.order)
-        self.hashes: dict[str, str] = {}
-        self.written = 0
+        self._open: dict[str, int] = {}
+        self._begins: dict[str, int] = {}
+        self._hashes: dict[str, str] = {}
+        self._lock, self._progress = threading.Lock(), progress
+        self.written, self._size = 0, layout_size(layout)
 
     @property
     def order(self) -> list[str]:
-        """Tensor names in the order in which they must be written."""
-        return [name for shard in self._shards for name in shard]
+        """Tensor names, the largest first, so that several threads end at about the same time."""
+        return sorted(self._layout, key=lambda name: -_tensor_size(*self._layout[name]))
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Hash of the bytes of every tensor that is written."""
+        return {name: self._hashes[name] for name in self._layout if name in self._hashes}
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor and note the hash of its bytes."""
-        expected = next(self._pending, None)
-        if name != expected or (tensor.dtype, tuple(tensor.shape)) != self._layout[name]:
-            raise LataError(f"tensor {name!r} was written out of turn: {expected!r} was due, as {self._layout.get(expected or '')}")
-        if name in self._starts:
-            self._start_file(self._starts[name])
-        if self._open is not None:
-            self._open.write(tensor_bytes(tensor))
-        self.hashes[name] = hash_stored(tensor)
-        self.written += _tensor_size(tensor.dtype, tensor.shape)
+        """Write a tensor and note the hash of its bytes."""
+        if name in self._layout and tuple(tensor.shape) != self._layout[name][1]:
+            raise LataError(f"tensor {name!r} has the shape {tuple(tensor.shape)}, in the layout it has {self._layout[name][1]}")
+        self.stream(name, [tensor])
+
+    def stream(self, name: str, pieces: Iterable[Tensor]) -> None:
+        """Write a tensor piece by piece, in order, and note the hash of its bytes."""
+        if name not in self._layout or name in self._hashes:
+            raise LataError(f"tensor {name!r} {'was written before' if name in self._hashes else 'has no place in the layout'}")
+        dtype, shape = self._layout[name]
+        descriptor, offset, meter = self._open[self._file_of[name]], self._begins[name], StoredHash()
+        end = offset + _tensor_size(dtype, shape)
+        for piece in pieces:
+            data = tensor_bytes(piece)
+            if piece.dtype != dtype or offset + len(data) > end:
+                raise LataError(f"tensor {name!r} does not fit its place: {dtype} of the shape {shape} was expected, {piece.dtype} came")
+            meter.update(piece)
+            offset = _write_at(descriptor, data, offset)
+            with self._lock:
+                self.written += len(data)
+                if self._progress is not None:
+                    self._progress(self.written, self._size)
+        if offset != end:
+            raise LataError(f"tensor {name!r} is not whole: {end - offset} bytes are missing")
+        self._hashes[name] = meter.digest()
 
     def __enter__(self) -> ShardWriter:
-        if not self._layout:
-            self._start_file([])
+        for shard in self._shards or [[]]:
+            self._begin_file(shard)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._end_file()
+        opened = list(self._open.values())
+        self._open.clear()
+        try:
+            if kind is None:
+                for descriptor in opened:
+                    os.fsync(descriptor)
+        finally:
+            for descriptor in opened:
+                os.close(descriptor)
         if kind is not None:
             return
-        missing = list(self._pending)
+        missing = [name for name in self._layout if name not in self._hashes]
         if missing:
             raise LataError(f"not every tensor of the layout was written; missing are {first_three(missing)}")
         if len(self._shards) > 1:
             index = {
-                "metadata": {"total_size": layout_size(self._layout)},
+                "metadata": {"total_size": self._size},
                 "weight_map": {name: self._file_of[name] for name in sorted(self._layout)},
             }
             write_json(self._directory / f"{self._stem}.safetensors.index.json", index)
@@ -161,27 +192,30 @@ class ShardWriter:
         count = len(self._shards)
         return f"{self._stem}.safetensors" if count == 1 else f"{self._stem}-{index + 1:05d}-of-{count:05d}.safetensors"
 
-    def _start_file(self, shard: list[str]) -> None:
-        self._end_file()
+    def _begin_file(self, shard: list[str]) -> None:
         header: dict[str, Any] = {"__metadata__": self._metadata} if self._metadata else {}
         offset = 0
         for name in shard:
             dtype, shape = self._layout[name]
             end = offset + _tensor_size(dtype, shape)
             header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            self._begins[name] = offset
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
+        for name in shard:
+            self._begins[name] += 8 + len(text)
         file = self._file_of[shard[0]] if shard else f"{self._stem}.safetensors"
-        self._open = (self._directory / file).open("wb")
-        self._open.write(len(text).to_bytes(8, "little") + text)
+        self._open[file] = os.open(self._directory / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        _write_at(self._open[file], memoryview(len(text).to_bytes(8, "little") + text), 0)
 
-    def _end_file(self) -> None:
-        if self._open is not None:
-            file, self._open = self._open, None
-            with file:
-                file.flush()
-                os.fsync(file.fileno())
+
+def _write_at(descriptor: int, data: memoryview, offset: int) -> int:
+    """Write all bytes from an offset on; the offset behind them."""
+    while data:
+        count = os.pwrite(descriptor, data, offset)
+        data, offset = data[count:], offset + count
+    return offset
 
 
 def layout_size(layout: Layout) -> int:

@@ -591,14 +591,14 @@ def test_a_save_that_is_interrupted_leaves_nothing_behind(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["write_json", "vector_card", "hash_stored"])
+@pytest.mark.parametrize("name", ["write_json", "vector_card", "_write_at"])
 def test_a_save_that_fails_at_its_end_leaves_nothing_behind(tmp_path, monkeypatch, name):
     from lata_lightning.store import writer
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(writer if name == "hash_stored" else module, name, full)
+    monkeypatch.setattr(writer if name == "_write_at" else module, name, full)
     with pytest.raises(OutputError, match="the disk is full while writing"):
         vector(weights(1)).save(tmp_path / "vector")
     assert list(tmp_path.iterdir()) == []

@@ -118,23 +118,56 @@ def test_json_keeps_its_order_and_its_letters_and_refuses_nan(tmp_path):
 # Refusals
 
 
-def test_a_tensor_out_of_turn_is_refused_with_the_one_that_was_due(tmp_path):
-    tensors = {"a": torch.ones(2), "b": torch.ones(2)}
-    with pytest.raises(LataError, match=r"'b' was written out of turn: 'a' was due, as \(torch.float32, \(2,\)\)"):  # noqa: SIM117
-        with ShardWriter(tmp_path, "part", layout_of(tensors)) as shards:
-            shards.write("b", tensors["b"])
+def test_tensors_may_be_written_in_any_order_and_lie_where_the_layout_says(tmp_path):
+    tensors = {"a": torch.arange(2.0), "b": torch.arange(5.0), "c": torch.arange(3.0)}
+    for folder, order in (("one", "abc"), ("other", "cab")):
+        (tmp_path / folder).mkdir()
+        with ShardWriter(tmp_path / folder, "part", layout_of(tensors), max_shard_bytes=24) as shards:
+            for name in order:
+                shards.write(name, tensors[name])
+        assert list(shards.hashes) == ["a", "b", "c"]
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert len(files) == 4
+    assert all((tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes() for file in files)
 
 
-@pytest.mark.parametrize("tensor", [torch.ones(3), torch.ones(2).half(), torch.ones(2, 1)])
-def test_a_tensor_of_another_shape_or_dtype_is_refused(tmp_path, tensor):
-    with pytest.raises(LataError, match="'a' was written out of turn"):  # noqa: SIM117
+def test_a_tensor_in_pieces_is_the_tensor_in_one(tmp_path):
+    tensor = torch.randn(7, 3)
+    for folder, pieces in (("whole", [tensor]), ("pieces", tensor.reshape(-1).split(4))):
+        (tmp_path / folder).mkdir()
+        with ShardWriter(tmp_path / folder, "part", layout_of({"a": tensor})) as shards:
+            shards.stream("a", pieces)
+        assert shards.hashes["a"] == hash_stored(tensor)
+    assert (tmp_path / "whole/part.safetensors").read_bytes() == (tmp_path / "pieces/part.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(3), torch.ones(2, 1)])
+def test_a_tensor_of_another_shape_is_refused(tmp_path, tensor):
+    with pytest.raises(LataError, match=r"'a' has the shape \(.*\), in the layout it has \(2,\)"):  # noqa: SIM117
         with ShardWriter(tmp_path, "part", {"a": (torch.float32, (2,))}) as shards:
             shards.write("a", tensor)
 
 
-def test_a_tensor_too_many_is_refused(tmp_path):
-    with pytest.raises(LataError, match="out of turn: None was due"):  # noqa: SIM117
+@pytest.mark.parametrize("pieces", [[torch.ones(2).half()], [torch.ones(2), torch.ones(1)]])
+def test_pieces_of_another_dtype_or_too_many_are_refused(tmp_path, pieces):
+    with pytest.raises(LataError, match=r"'a' does not fit its place: torch.float32 of the shape \(2,\) was expected"):  # noqa: SIM117
         with ShardWriter(tmp_path, "part", {"a": (torch.float32, (2,))}) as shards:
+            shards.stream("a", pieces)
+
+
+def test_too_few_pieces_are_refused(tmp_path):
+    with pytest.raises(LataError, match="'a' is not whole: 4 bytes are missing"):  # noqa: SIM117
+        with ShardWriter(tmp_path, "part", {"a": (torch.float32, (2,))}) as shards:
+            shards.stream("a", [torch.ones(1)])
+
+
+def test_a_tensor_without_a_place_and_one_written_twice_are_refused(tmp_path):
+    with pytest.raises(LataError, match="'b' has no place in the layout"):  # noqa: SIM117
+        with ShardWriter(tmp_path, "part", {"a": (torch.float32, (2,))}) as shards:
+            shards.write("b", torch.ones(2))
+    (tmp_path / "again").mkdir()
+    with pytest.raises(LataError, match="'a' was written before"):  # noqa: SIM117
+        with ShardWriter(tmp_path / "again", "part", {"a": (torch.float32, (2,))}) as shards:
             shards.write("a", torch.ones(2))
             shards.write("a", torch.ones(2))
 
@@ -251,16 +284,19 @@ def test_a_directory_that_someone_else_made_meanwhile_is_not_overwritten(tmp_pat
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("call", ["flush", "fsync"])
-def test_a_file_that_cannot_be_flushed_is_closed_all_the_same(tmp_path, monkeypatch, call):
-    # Buffered bytes that no longer fit are only noticed at the end; an open file would be a ResourceWarning, which is an error here.
-    shards = ShardWriter(tmp_path, "part", {"a": (torch.float32, (2,))})
+@pytest.mark.parametrize("call", ["pwrite", "fsync"])
+def test_files_that_cannot_be_written_are_closed_all_the_same(tmp_path, monkeypatch, call):
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left")
+
+    shards = ShardWriter(tmp_path, "part", {"a": (torch.float32, (2,)), "b": (torch.float32, (2,))}, max_shard_bytes=8)
     with pytest.raises(OSError, match="No space left"), shards:
+        descriptors = list(shards._open.values())
+        monkeypatch.setattr(writer.os, call, fail)
         shards.write("a", torch.ones(2))
-        file = shards._open
-        if call == "fsync":
-            monkeypatch.setattr(writer.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
-        else:
-            with open("/dev/full", "wb") as full:  # noqa: PTH123
-                os.dup2(full.fileno(), file.fileno())
-    assert file.closed
+        shards.write("b", torch.ones(2))
+    monkeypatch.undo()
+    assert len(descriptors) == 2
+    for descriptor in descriptors:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
