@@ -126,7 +126,8 @@ def dot(one: Tensor, other: Tensor) -> float:
         # Of few rows the roundings would not average out.
         return _exact_dot(a, b)
     whole = len(a) - len(a) % _ROW
-    rows = np.vecdot(a[:whole].reshape(-1, _ROW), b[:whole].reshape(-1, _ROW))
+    with np.errstate(over="ignore", invalid="ignore"):
+        rows = np.vecdot(a[:whole].reshape(-1, _ROW), b[:whole].reshape(-1, _ROW))
     found = float(rows.sum(dtype=np.float64))
     if not math.isfinite(found) or (square and not (_SAFE[0] < rows.min() and rows.max() < _SAFE[1])):
         return _exact_dot(a, b)
