@@ -32,7 +32,7 @@ def test_the_sums_agree_with_numpy_across_the_bounds_of_chunks(size, dtype):
     expected = closed_form(task, instruction)
     norms = [math.sqrt(expected[1] * expected[2]), expected[1], expected[2]]
     for found, wanted, norm in zip(tensor_sums(task, instruction).tolist(), expected, norms, strict=True):
-        # Sums of at least 64 rows of float32 products are as good as the mean of so many roundings of 2⁻²⁴; all others are float64 throughout.
+        # Long sums are made of float32 sums of 256 products each, whose roundings (2⁻²⁴) mostly cancel; all others are float64 throughout.
         assert abs(found - wanted) <= (1e-13 if size < 65536 or dtype == torch.float64 else 2e-8) * norm
 
 
