@@ -1,19 +1,24 @@
-# Every target makes .venv itself when it is missing, and anew when the pins change.
+# Every target makes the environment it needs itself when it is missing, and anew when the pins change.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PARITY_VENV := .venv-parity
+PARITY_READY := $(PARITY_VENV)/.ready
 export HF_HUB_OFFLINE := 1
 # Two threads on a busy two-core machine can be 30 times slower than one, and models this small gain nothing from a second.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test lint format benchmark clean
+.PHONY: quickstart test parity lint format benchmark clean
 
 quickstart: $(READY) ## the whole job on the shipped checkpoints
 	$(BIN)/lata quickstart --output quickstart-output
 
 test: $(READY) ## all tests
 	$(BIN)/python -m pytest
+
+parity: $(PARITY_READY) ## the tests beside mergekit, which no other target installs
+	$(PARITY_VENV)/bin/python -m pytest tests/parity/test_mergekit_*.py tests/exports/test_export_mergekit_runs.py
 
 lint: $(READY) ## style and types
 	$(BIN)/ruff check .
@@ -34,5 +39,11 @@ $(READY): constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(PARITY_READY): constraints.txt pyproject.toml
+	rm -rf $(PARITY_VENV)
+	$(PYTHON) -m venv $(PARITY_VENV)
+	$(PARITY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,mergekit]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) quickstart-output build *.egg-info
+	rm -rf $(VENV) $(PARITY_VENV) quickstart-output build *.egg-info

@@ -92,7 +92,7 @@ def llama_shapes(parameters: float) -> dict[str, tuple[int, ...]]:
     for index in range(blocks):
         block = f"model.layers.{index}"
         found |= {f"{block}.self_attn.{name}_proj.weight": (hidden, hidden) for name in "qo"}
-        found |= {f"{block}.self_attn.{name}_proj.weight": (hidden // 8, hidden) for name in "kv"}
+        found |= {f"{block}.self_attn.{name}_proj.weight": (256, hidden) for name in "kv"}
         found |= {f"{block}.mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
         found[f"{block}.mlp.down_proj.weight"] = (hidden, inner)
         found |= {f"{block}.{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
@@ -109,7 +109,7 @@ def llama_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "intermediate_size": shapes["model.layers.0.mlp.gate_proj.weight"][0],
         "num_hidden_layers": sum(name.endswith("input_layernorm.weight") for name in shapes),
         "num_attention_heads": hidden // 64,
-        "num_key_value_heads": hidden // 64 // 8,
+        "num_key_value_heads": 4,
         "vocab_size": vocabulary,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",

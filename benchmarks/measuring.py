@@ -132,8 +132,8 @@ def main() -> None:
         rows, record = on_disk(Path(folder), options.parameters, options.rounds)
     kernel = in_memory(options.rounds)
     lines = [
-        f"{options.parameters / 1e9:g} B parameters in bfloat16, page cache warm, median of {options.rounds} rounds in turn. The floor reads all input bytes "
-        "once; for extract it also copies as many bytes as the vector has, with cp.",
+        f"{options.parameters / 1e9:g} B parameters in bfloat16, page cache warm, median of {options.rounds} rounds in turn. The floor reads all input "
+        "bytes once; for extract it also copies as many bytes as the vector has, with cp.",
         "",
         *table(["", "floor, s", "call, s", "call / floor", "whole process, s", "its peak memory, MiB"], rows),
         "",

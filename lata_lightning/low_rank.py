@@ -68,6 +68,22 @@ class LowRank:
         """The difference of two tensors of one shape, of the sum of their ranks."""
         return LowRank(self.shape, (*self.parts, *other.scaled(-1.0).parts))
 
+    def since(self, before: LowRank) -> LowRank:
+        """What the factors have gained since they had other values, of one shape: left·right − left₀·right₀.
+
+        Where part belongs to part it is written (left − left₀)·right + left₀·(right − right₀), as factors that started large and moved little
+        would else be taken from each other, and most of what was learned be lost in rounding. The differences are never below float32.
+        """
+        pairs = list(zip(self.parts, before.parts, strict=False))
+        if len(self.parts) != len(before.parts) or any(now.scale != old.scale or now.rank != old.rank for now, old in pairs):
+            return self.minus(before)
+        parts = []
+        for now, old in pairs:
+            old_left, old_right = old.left.to(now.left.device), old.right.to(now.right.device)
+            parts.append(Factors(_less(now.left, old_left), now.right, now.scale))
+            parts.append(Factors(old_left, _less(now.right, old_right), now.scale))
+        return LowRank(self.shape, tuple(parts))
+
     def copy(self) -> LowRank:
         """The same tensor with factors of its own, on the CPU."""
         return LowRank(self.shape, tuple(Factors(_own(part.left), _own(part.right), part.scale) for part in self.parts))
@@ -130,11 +146,16 @@ class LowRank:
     def inner_dense(self, other: Tensor) -> Tensor:
         """⟨self, other⟩ with a tensor of the same shape and any floating dtype, a float64 scalar; rank · elements multiplications."""
         left, right = self.joined()
-        turned, matrix = right.T.contiguous(), other.detach().reshape(self.shape[0], -1)
+        turned, matrix = right.T.contiguous(), other.detach().reshape(self.shape[0], self.columns)
         found = torch.zeros((), dtype=torch.float64, device=left.device)
         for begin, end in self.blocks():
             found += ((matrix[begin:end].to(left.device).double() @ turned) * left[begin:end]).sum()
         return found
+
+
+def _less(now: Tensor, before: Tensor) -> Tensor:
+    wide = torch.promote_types(torch.promote_types(now.dtype, before.dtype), torch.float32)
+    return now.detach().to(wide) - before.to(wide)
 
 
 def _own(side: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from lata_lightning.callbacks.live_model import LiveModel, find_model
 from lata_lightning.errors import LataError
 from lata_lightning.low_rank import LowRank
-from lata_lightning.store.lora import AdaptedModel, peft_kinds
+from lata_lightning.store.lora import AdaptedModel, check_unwrapped, peft_kinds
 
 
 class LoraModel(LiveModel):
@@ -69,4 +69,7 @@ def look_at(root: nn.Module, name: str | None = None) -> LiveModel:
         if isinstance(part, FSDPModule):
             part.reshard()
     module = find_model(root, name)
-    return LoraModel(module) if isinstance(module, peft_kinds()) else LiveModel(module)
+    if isinstance(module, peft_kinds()):
+        return LoraModel(module)
+    check_unwrapped(module)
+    return LiveModel(module)

@@ -58,8 +58,7 @@ def _task_vector(tracker: Tracker, manifest: Manifest) -> TaskVector:
     # Of tensors that are not written, the identity of the start is to be known all the same.
     still = {name: hash_values(sides["start"].read(name)) for name in [*frozen, *live.adapted] if name not in tracker.unhashable}
     entries = {name: TensorEntry(live.shape(name), "float32", unchanged=True) for name in frozen}
-    location = (tracker.kept.location or live.location) if tracker.start_is_located else None
-    manifest = replace(manifest, start_identity=Identity(location), tensors=entries)
+    manifest = replace(manifest, start_identity=Identity(tracker.location), tensors=entries)
     return TaskVector(_LiveDifference(tracker, sides["start"], sides["live"], still), manifest)
 
 

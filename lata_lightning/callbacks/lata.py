@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lata_lightning.alignment import Alignment, alignment_of
 from lata_lightning.callbacks.gathering import export, manifest_of
+from lata_lightning.callbacks.handover import VECTOR_NAME, check_kinds, check_located, folder, write_exports
 from lata_lightning.callbacks.history import HISTORY_NAME, append_history, cut_history, log_figures, read_history, summary
 from lata_lightning.callbacks.start_weights import SPILL_NAME
 from lata_lightning.callbacks.tracker import Fingerprint, Tracker
@@ -21,12 +22,11 @@ from lata_lightning.errors import LataError, OutputError, first_three
 from lata_lightning.layers import LayerRule, Level, check_level
 from lata_lightning.moments import Start, check_start, total
 from lata_lightning.store.task_vector import TaskVector
-from lata_lightning.store.writer import PARTIAL_MARK, float_dtype, replace_directory
+from lata_lightning.store.writer import PARTIAL_MARK, float_dtype
 from lata_lightning.sums import moments_table
 from lata_lightning.tables import alignment_table, flat_warning, show
 from lata_lightning.weighting import DEFAULT_THRESHOLD, Weighting, check_weighting
 
-VECTOR_NAME = "task_vector"
 STATE_VERSION = 1
 
 
@@ -48,7 +48,9 @@ class LATACallback(pl.Callback):
             a directory or checkpoint that holds them.
         output_dir: Where history and vector go; by default a folder named after ``name`` in the trainer's log directory. It must not hold
             the results of another run.
-        export: What to write at the end of training: ``"vector"``, or nothing.
+        export: What to write at the end of training: ``"vector"``, and what other tools take (see ``lata_lightning.exports``): ``"pure"``, ``"hf"``,
+            ``"peft"``, ``"mergekit"``, ``"coefficients"``. Each goes to a folder of its name in the output directory (the vector to
+            ``task_vector``).
         threshold: For the rule ``"threshold"``.
         outside: Coefficient of the tensors that belong to no layer.
         model: Path of the model inside the LightningModule, where it holds several.
@@ -118,7 +120,7 @@ class LATACallback(pl.Callback):
         every_n_train_steps: int | None = None,
         base_weights: str = "auto",
         output_dir: str | Path | None = None,
-        export: Sequence[Literal["vector"]] = ("vector",),
+        export: Sequence[Literal["vector", "pure", "hf", "peft", "mergekit", "coefficients"]] = ("vector",),
         *,
         threshold: float = DEFAULT_THRESHOLD,
         outside: float = 0.0,
@@ -132,14 +134,11 @@ class LATACallback(pl.Callback):
             raise LataError(
                 f"every_n_epochs must be at least 0 and every_n_train_steps at least 1, got {every_n_epochs} and {every_n_train_steps}"
             )
-        unknown = set(export) - {"vector"}
-        if unknown or isinstance(export, str):
-            raise LataError(f"export must be a sequence of the word 'vector', or empty, got {export!r}")
         float_dtype(dtype)
         self.instruction_vector = instruction_vector
         self.start, self.weighting, self.level = check_start(start), check_weighting(weighting), check_level(level)
         self.every_n_epochs, self.every_n_train_steps = every_n_epochs, every_n_train_steps
-        self.base_weights, self.output_dir, self.export = base_weights, output_dir, tuple(export)
+        self.base_weights, self.output_dir, self.export = base_weights, output_dir, check_kinds(export)
         self.threshold, self.outside, self.model, self.layers, self.dtype, self.table, self.name = (
             threshold, outside, model, layers, dtype, table, name
         )  # fmt: skip
@@ -322,7 +321,8 @@ class LATACallback(pl.Callback):
         tracker.forget_frozen()
         if self._directory is None:
             return
-        held = [name for name in (HISTORY_NAME, VECTOR_NAME, SPILL_NAME) if (self._directory / name).exists()]
+        check_located(self.export, tracker.location)
+        held = [name for name in (HISTORY_NAME, VECTOR_NAME, SPILL_NAME, *map(folder, self.export)) if (self._directory / name).exists()]
         if held:
             raise OutputError(
                 f"{self._directory} holds the {held[0]} of another run. Give this run an output_dir of its own, or remove it."
@@ -370,7 +370,7 @@ class LATACallback(pl.Callback):
             tracker.kept.close()
 
     def _exported(self) -> bool:
-        return self._directory is None or "vector" not in self.export or (self._directory / VECTOR_NAME).exists()
+        return self._directory is None or all((self._directory / folder(kind)).exists() for kind in self.export)
 
     def _write(self, vector: TaskVector) -> None:
         """On rank zero: weight the vector, show it, and write it."""
@@ -388,11 +388,8 @@ class LATACallback(pl.Callback):
                 rank_zero_info(f"LATACallback: {flat_warning(alignment)}")
             if self.table and self.alignment is not None:
                 show(alignment_table(self.alignment, f"{self.name}: alignment at step {vector.manifest.step}"))
-        if self._directory is not None and "vector" in self.export:
-            partial = self._directory / f".{VECTOR_NAME}{PARTIAL_MARK}new"
-            vector.save(partial, dtype=self.dtype)
-            replace_directory(partial, self._directory / VECTOR_NAME)
-            rank_zero_info(f"LATACallback: the task vector is in {self._directory / VECTOR_NAME}")
+        if self._directory is not None:
+            write_exports(vector, self.export, self._directory, dtype=self.dtype, instruction=instruction)
 
 
 def _refuse_flattened(strategy: Strategy) -> None:

@@ -196,7 +196,7 @@ class Tracker:
         sums = torch.zeros(len(self.live.names), 3, dtype=torch.float64)
         for index, name in enumerate(self.live.names):
             if index % self.ranks.world == self.ranks.rank:
-                sums[index] = tensor_sums(self.instruction[name])
+                sums[index] = tensor_sums(self.instruction.held(name))
         table = moments_table(dict(zip(self.live.names, self.ranks.total(sums), strict=True)))
         self._squares = {name: row.task for name, row in table.items()}
         layers = self.places.layers(level)
@@ -284,12 +284,14 @@ class Tracker:
         added, before = self.live.added(name), self._start_factors.get(name)
         if before is None:
             return added
-        return LowRank(added.shape, ()) if added.equals(before) else added.minus(before)
+        return LowRank(added.shape, ()) if added.equals(before) else added.since(before)
 
     @property
-    def start_is_located(self) -> bool:
-        """Whether the start weights are those of the place the model was loaded from, as far as adapters are concerned."""
-        return not self._start_factors or (isinstance(self.live, LoraModel) and self.live.residual)
+    def location(self) -> str | None:
+        """Where the start weights lie, as far as that is known; None for adapters that a first round of training left."""
+        if self._start_factors and not (isinstance(self.live, LoraModel) and self.live.residual):
+            return None
+        return self.kept.location or self.live.location
 
     @property
     def unhashable(self) -> frozenset[str]:
@@ -329,7 +331,9 @@ class Tracker:
         # Without an instruction vector there is nothing to take off, whatever the start was.
         start: Start = self.start if self.instruction is not None else "instruct"
         shard = self.live.shard(name)
-        direction = None if self.instruction is None else self.instruction.read_slice(name, shard.slices)
+        direction: Tensor | LowRank | None = None
+        if self.instruction is not None:
+            direction = self.instruction.held(name) if shard.slices is None else self.instruction.read_slice(name, shard.slices)
         if name in self.live.adapted:
             sums = tensor_sums(self.added(name), direction, start=start, instruction_squared=self._local_squares.get(name))
         else:

@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lata_lightning.callbacks.lata import VECTOR_NAME, LATACallback
+from lata_lightning.callbacks.handover import VECTOR_NAME
+from lata_lightning.callbacks.lata import LATACallback
 from lata_lightning.errors import OutputError
 from lata_lightning.evaluation.scales import Reweighting, best_scale, scale_for_residual
 from lata_lightning.merging import Term, forget, merge

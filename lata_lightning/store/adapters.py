@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lata_lightning.combining import combine
 from lata_lightning.errors import BaseMismatchError, CorruptFileError, LataError, LayoutMismatchError, SourceError, first_three
@@ -26,8 +25,15 @@ _WEIGHTS_NAME = "adapter_model.safetensors"
 
 
 def named_base(directory: Path) -> str | None:
-    """Where, by its config, the weights lie that an adapter was trained on; None if it does not say."""
-    return read_object(directory / ADAPTER_CONFIG).get("base_model_name_or_path") or None
+    """Where, by its config, the weights lie that an adapter was trained on; None if it does not say.
+
+    Raises:
+        CorruptFileError: The config cannot be read, or does not hold a text there.
+    """
+    named = read_object(directory / ADAPTER_CONFIG).get("base_model_name_or_path") or None
+    if named is not None and not isinstance(named, str):
+        raise CorruptFileError(f"{directory / ADAPTER_CONFIG} must name its base model by a text, it holds {named!r}")
+    return named
 
 
 class AdapterDifference(Source):
@@ -36,9 +42,10 @@ class AdapterDifference(Source):
     Tensors under LoRA layers are held as factors; trained copies (``modules_to_save``) and biases as differences to the start.
 
     Args:
-        start: The weights the adapter was trained on.
+        start: The weights the adapter was trained on; with ``before``, the weights that those and the other adapter make.
         adapted: The model with the adapter on it; its base weights may be empty (meta tensors).
         location: Where the adapter lies, for messages and provenance; None for a model in memory.
+        before: What another adapter adds to the weights this one was trained on. Then this is what the one adds more than the other.
 
     Attributes:
         unchanged: Names of the tensors that the adapter leaves as they are.
@@ -48,8 +55,11 @@ class AdapterDifference(Source):
         BaseMismatchError: It was trained on other weights, as far as they are known.
     """
 
-    def __init__(self, start: Source, adapted: AdaptedModel, location: str | None) -> None:
-        self._start, self._adapted, self.location = start, adapted, location
+    def __init__(self, start: Source, adapted: AdaptedModel, location: str | None, before: AdapterDifference | None = None) -> None:
+        self._hashed, self._before = start, before
+        self._adapted, self.location = adapted, location
+        self._start: Source = start if before is None else before._start
+        start = self._start
         own = {name: tensor for name, tensor in self._adapted.plain.items() if not tensor.is_meta}
         self._whole = {name: tensor.detach() for name, tensor in under_checkpoint_names(self._adapted.module, own).items()}
         self._names = tuple(name for name in start.names if start.dtype(name).is_floating_point)
@@ -64,12 +74,27 @@ class AdapterDifference(Source):
             raise LayoutMismatchError(f"{self.label} and {start.label} must have the same shapes; different are {first_three(odd)}")
         # A model in memory holds the weights under its adapters, and peft saves the embeddings it adapts: they are the start's, or the start is wrong.
         copied = self._adapted.adapted & set(self._whole)
-        other = [name for name in copied if not torch.equal(self._whole.pop(name).cpu().float(), start.read(name).float())]
+        equal = {name for name in self._whole if self._is_start(name)}
+        other = copied - equal
+        if other and adapted.residual:
+            raise BaseMismatchError(
+                f"{self.label} was initialised in a way that changes the base weights, and what its factors started with is not known any more. Train it "
+                "under LATACallback, or save it with path_initial_model_for_weight_conversion=… and give that directory."
+            )
         if other:
             raise BaseMismatchError(
                 f"{self.label} was trained on other weights than {start.label}: it carries other values of {first_three(other)}. Give those as START."
             )
+        # A model in memory also holds everything that was frozen.
+        self._whole = {name: tensor for name, tensor in self._whole.items() if name not in equal}
         self.unchanged = frozenset(self._names) - self._adapted.adapted - frozenset(self._whole)
+        if before is not None:
+            self.unchanged &= before.unchanged
+
+    def _is_start(self, name: str) -> bool:
+        """Whether a tensor held whole is that of the start, as rounded to the precision it was loaded in."""
+        held = self._whole[name].cpu()
+        return torch.equal(held, self._start.read(name).to(held.dtype))
 
     @property
     def names(self) -> tuple[str, ...]:  # noqa: D102
@@ -85,40 +110,68 @@ class AdapterDifference(Source):
         factors = self.low_rank(name)
         if factors is not None:
             return factors.dense(self.dtype(name))
-        if name in self._whole:
-            return difference(self._whole[name].cpu(), self._start.read(name))
-        return torch.zeros(self.shape(name), dtype=self.dtype(name))
+        before = self._before
+        if before is not None and (self._factors(name) is not None or before._factors(name) is not None):
+            return self._dense(name) - before._dense(name)
+        return difference(self.whole(name), self._start.read(name) if before is None else before.whole(name)).to(self.dtype(name))
 
     def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
+        if self._before is None:
+            return self._factors(name)
+        now, before, nothing = self._factors(name), self._before._factors(name), LowRank(self.shape(name), ())
+        if (now is None and before is None) or name in self._whole or name in self._before._whole:
+            return None
+        now, before = now or nothing, before or nothing
+        return nothing if now.equals(before) else now.since(before)
+
+    def whole(self, name: str) -> Tensor:
+        """The values of a tensor that no factors are added to: the trained copy, or those of the weights under the adapter."""
+        return self._whole[name].cpu() if name in self._whole else self._start.read(name)
+
+    def _dense(self, name: str) -> Tensor:
+        factors = self._factors(name)
+        if factors is not None:
+            return factors.dense(self.dtype(name))
+        return difference(self.whole(name), self._start.read(name))
+
+    def _factors(self, name: str) -> LowRank | None:
         return self._adapted.added(name).copy() if name in self._adapted.adapted else None
 
     def content_hashes(self) -> tuple[str | None, str | None]:
         """Content hash of the start, which is read for it, and None: the sums of weights and what is added to them are never formed."""
-        return content_hash({name: hash_values(self._start.read(name)) for name in self._names}), None
+        return content_hash({name: hash_values(self._hashed.read(name)) for name in self._names}), None
 
 
 class AdaptedWeights(Source):
-    """The whole weights that a start and an adapter make: each sum formed in float64 and rounded once to the start's dtype."""
+    """The whole weights that a start and an adapter make: sums in float64, rounded once to the start's dtype; trained copies as they are.
+
+    Args:
+        start: The weights the adapter was trained on.
+        added: What the adapter adds to them.
+
+    Attributes:
+        base, added: Both.
+    """
 
     def __init__(self, start: Source, added: AdapterDifference) -> None:
-        self._start, self._added = start, added
+        self.base, self.added = start, added
         self.location, self.directory, self.config = added.location, start.directory, start.config
 
     @property
     def names(self) -> tuple[str, ...]:  # noqa: D102
-        return self._start.names
+        return self.base.names
 
     def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
-        return self._start.shape(name)
+        return self.base.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:  # noqa: D102
-        return self._start.dtype(name)
+        return self.base.dtype(name)
 
     def read(self, name: str) -> Tensor:  # noqa: D102
-        weight = self._start.read(name)
-        if name in self._added.unchanged or not weight.is_floating_point():
-            return weight
-        return combine(weight, [(self._added.low_rank(name) or self._added.read(name), 1.0)], weight.dtype)
+        factors = self.added.low_rank(name)
+        if factors is None:
+            return self.added.whole(name).to(self.dtype(name))
+        return combine(self.base.read(name), [(factors, 1.0)], self.dtype(name))
 
 
 def check_same_base(start: Source, base: Source, adapter: str) -> None:
@@ -171,17 +224,40 @@ def adapted_model(start: Source, directory: Path) -> AdaptedModel:
         warnings.simplefilter("ignore")
         try:
             model = PeftModel(module, PeftConfig.from_pretrained(directory), low_cpu_mem_usage=True)
-        except (ValueError, TypeError, RuntimeError, KeyError) as error:
-            raise LayoutMismatchError(f"{directory} cannot be put onto the model of {start.label}: {error}") from error
+        except Exception as error:
+            # Whatever peft makes of a config that another release, or nobody, wrote.
+            raise LayoutMismatchError(
+                f"{directory} cannot be put onto the model of {start.label}: {' '.join(str(error).split())}"
+            ) from error
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        stored = get_peft_model_state_dict(model, state_dict=dict(parameters))
-    name_of = {id(parameter): name for name, parameter in parameters.items()}
-    places = {key: name_of[id(parameter)] for key, parameter in stored.items()}
-    _check_keys(held, places, directory)
-    try:
-        model.load_state_dict({places[key]: tensor for key, tensor in held.items()}, strict=False, assign=True)
-    except RuntimeError as error:
-        raise LayoutMismatchError(f"{directory} has tensors of other shapes than its config and {start.label} say: {error}") from error
+        # Each by an object of its own: tied parameters are one. Whether embeddings are stored is for the file to say (peft would ask the hub).
+        marks = {name: parameter.detach() for name, parameter in parameters.items()}
+        trained, stored = (get_peft_model_state_dict(model, state_dict=dict(marks), save_embedding_layers=along) for along in (False, True))
+    name_of = {id(mark): name for name, mark in marks.items()}
+    places = {key: name_of[id(mark)] for key, mark in stored.items()}
+    loaded_too = {id(parameters[places[key]]) for key in held if key in places}
+    missing = [key for key in trained if id(parameters[places[key]]) not in loaded_too]
+    if missing:
+        raise CorruptFileError(
+            f"{directory / _WEIGHTS_NAME} lacks tensors that its config asks for, {first_three(missing)}. Copy or save it again."
+        )
+    foreign = set(held) - set(places)
+    if foreign:
+        raise LayoutMismatchError(f"{directory / _WEIGHTS_NAME} holds tensors that have no place in the model, {first_three(foreign)}")
+    odd = [key for key, tensor in held.items() if tensor.shape != stored[key].shape]
+    if odd:
+        raise LayoutMismatchError(
+            f"{directory / _WEIGHTS_NAME} has other shapes than its config and {start.label} ask for in {first_three(odd)}. Is it another model's?"
+        )
+    given = {places[key]: nn.Parameter(tensor, requires_grad=False) for key, tensor in held.items()}
+    if config.get("ensure_weight_tying"):
+        # Of tied weights the file holds the one trained copy under each name.
+        copies = [name for name in given if ".modules_to_save." in name]
+        given |= {name: next(given[twin] for twin in copies if torch.equal(given[twin], given[name])) for name in copies}
+    # Loaded under one of its names, a tied parameter has to stay one tensor under all of them.
+    by_parameter = {id(parameters[name]): loaded for name, loaded in given.items()}
+    given |= {name: by_parameter[id(parameter)] for name, parameter in parameters.items() if id(parameter) in by_parameter}
+    model.load_state_dict(given, strict=False, assign=True)
     try:
         return AdaptedModel(model)
     except LataError as error:
@@ -198,15 +274,3 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise CorruptFileError(f"{path} is no readable safetensors file ({error}). Is it complete? Copy or download it again.") from error
-
-
-def _check_keys(held: Mapping[str, Tensor], places: Mapping[str, str], directory: Path) -> None:
-    # Embeddings are saved along by choice of whoever saved them.
-    missing = [key for key in set(places) - set(held) if ".base_layer." not in key and "lora_" in key]
-    if missing:
-        raise CorruptFileError(
-            f"{directory / _WEIGHTS_NAME} lacks tensors that its config asks for, {first_three(missing)}. Copy it again."
-        )
-    foreign = set(held) - set(places)
-    if foreign:
-        raise LayoutMismatchError(f"{directory / _WEIGHTS_NAME} holds tensors that have no place in the model, {first_three(foreign)}")

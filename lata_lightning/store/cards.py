@@ -15,7 +15,7 @@ PAPER = "[LATA](https://arxiv.org/abs/2502.20186)"
 
 def vector_card(manifest: Manifest, name: str) -> str:
     """Card of a task vector: what it is, between which weights, its alignment and coefficients."""
-    lines = _front_matter([manifest.start_identity.location], "lata_lightning", ["task-vector", "task-arithmetic", "lata"])
+    lines = front_matter([manifest.start_identity.location], "lata_lightning", ["task-vector", "task-arithmetic", "lata"])
     what = "An instruction vector (instruct − base)" if manifest.kind == "instruction" else f"A task vector (tuned − {manifest.start})"
     lines += [
         f"# {name}",
@@ -64,7 +64,7 @@ def merge_card(name: str, record: Mapping[str, Any]) -> str:
         record: The content of its merge record.
     """
     onto = record["onto"]
-    lines = _front_matter([onto["location"]], "transformers", ["merge", "task-arithmetic", "lata"])
+    lines = front_matter([onto["location"]], "transformers", ["merge", "task-arithmetic", "lata"])
     lines += [f"# {name}", "", f"Made with lata_lightning by layer-aware task arithmetic ({PAPER}).", ""]
     lines += ["| | location | content hash |", "|---|---|---|", f"| onto | {_cell(**onto)}", ""]
     lines += ["| vector | scale | weighting | outside the layers |", "|---|---|---|---|"]
@@ -83,7 +83,14 @@ def merge_card(name: str, record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _front_matter(bases: Sequence[str | None], library: str, tags: Sequence[str]) -> list[str]:
+def front_matter(bases: Sequence[str | None], library: str, tags: Sequence[str]) -> list[str]:
+    """The lines with which a card on a hub begins.
+
+    Args:
+        bases: Locations of the models it was made from; unknown ones are left out.
+        library: Which library loads what the card stands beside.
+        tags: Words to find it by.
+    """
     lines = ["---", f"library_name: {library}"]
     located = [location for location in bases if location is not None]
     if located:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lata_lightning.errors import LataError
+from lata_lightning.errors import LataError, first_three
 from lata_lightning.low_rank import Factors, LowRank
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
 
@@ -39,31 +39,41 @@ class AdaptedModel:
             kind = str(getattr(model.peft_config[adapter].peft_type, "value", model.peft_config[adapter].peft_type))
             if kind != "LORA":
                 raise LataError(_refusal(f"the adapter {adapter!r} is of the type {kind}"))
+            if getattr(model.peft_config[adapter], "layer_replication", None):
+                raise LataError(
+                    f"the adapter {adapter!r} repeats layers (layer_replication): what it makes has other tensors than its start"
+                )
         base = self.module = model.get_base_model()
         found = {name.replace(_COMPILED, ""): layer for name, layer in base.named_modules() if _is_tuner(layer)}
         for name, layer in found.items():
             _check_layer(name, layer)
         active = set(model.active_adapters)
+        _check_tied(base, active)
         self.plain: dict[str, Tensor] = {}
         packed: dict[str, Tensor] = {}
-        for name, parameter in base.named_parameters():
-            plain = _plain_name(name.replace(_COMPILED, ""), active)
-            if plain is None:
+        parameters = {name.replace(_COMPILED, ""): parameter for name, parameter in base.named_parameters()}
+        copied = {_plain_name(name, active) for name in parameters if ".modules_to_save." in name}
+        owners = {id(parameter): part for part in base.modules() for parameter in part.parameters(recurse=False)}
+        for name, parameter in parameters.items():
+            plain = _plain_name(name, active)
+            if plain is None or (".original_module." in name and plain in copied):
                 continue
             if parameter.is_floating_point():
                 self.plain[plain] = parameter
                 continue
-            owner = base.get_submodule(name.rpartition(".")[0])
+            owner = owners[id(parameter)]
             if not plain.endswith("weight") or not hasattr(owner, "out_features"):
                 raise LataError(_refusal(f"{plain} is quantised in a way that does not tell its shape"))
             packed[plain] = parameter
-            self.plain[plain] = torch.empty(owner.out_features, owner.in_features, device="meta")
-        first_name = {id(parameter): name for name, parameter in base.named_parameters()}
+            # A frozen parameter: what is none counts as a buffer, which training can change.
+            empty = torch.empty(owner.out_features, owner.in_features, device="meta")
+            self.plain[plain] = nn.Parameter(empty, requires_grad=False)
+        first_name = {id(parameter): name for name, parameter in parameters.items()}
         self._layers: dict[str, list[Any]] = {}
         self.quantised: dict[str, Tensor] = {}
         for layer in found.values():
             # Tied weights may stand under several layers, and merging adds what each of their adapters adds.
-            name = first_name[id(layer.get_base_layer().weight)].replace(_COMPILED, "")
+            name = first_name[id(layer.get_base_layer().weight)]
             self._layers.setdefault(self._saved_name(name.replace(".base_layer.", ".")), []).append(layer)
         for name, parameter in packed.items():
             self.quantised[self._saved_name(name)] = parameter
@@ -95,6 +105,22 @@ def peft_kinds() -> tuple[Any, ...]:
     return (peft.PeftModel,) if peft is not None else ()
 
 
+def check_unwrapped(module: nn.Module) -> None:
+    """Refuse a model with adapter layers that no ``peft.PeftModel`` is around: their weights would pass for those of the model.
+
+    Raises:
+        LataError: It holds such layers.
+    """
+    if "peft" not in sys.modules:
+        return
+    layers = [name for name, part in module.named_modules() if _is_tuner(part)]
+    if layers:
+        raise LataError(
+            f"adapters must be put on a model by peft.get_peft_model or PeftModel.from_pretrained, which note how they are to be read; there are adapters "
+            f"without it on {first_three(layers)} (as by add_adapter or inject_adapter_in_model, or in a PeftMixedModel). Wrap the model itself."
+        )
+
+
 def _is_tuner(module: nn.Module) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -116,6 +142,8 @@ def _check_layer(name: str, layer: Any) -> None:
         what = "is merged into its base weight; call unmerge_adapter() first"
     elif getattr(layer.get_base_layer(), "groups", 1) > 1:
         what = "adapts a grouped convolution, which peft cannot merge"
+    elif not isinstance(getattr(layer.get_base_layer(), "weight", None), nn.Parameter):
+        what = "adapts a weight that is no parameter, but computed from others (as under weight_norm, or quantised by GPTQ or AWQ)"
     elif layer.get_base_layer().weight.requires_grad:
         what = "trains the weight under it as well"
     if what is not None:
@@ -145,11 +173,27 @@ def _factors(layer: Any, adapter: str) -> Factors:
     return Factors(first.T, second.T, scale) if getattr(layer, "fan_in_fan_out", False) else Factors(second, first, scale)
 
 
+def _check_tied(base: nn.Module, active: set[str]) -> None:
+    """Refuse trained copies of a tied weight that leave its other places with the original: no checkpoint of the start's layout holds both."""
+    places: dict[int, list[str]] = {}
+    parameters = {name.replace(_COMPILED, ""): parameter for name, parameter in base.named_parameters(remove_duplicate=False)}
+    for name, parameter in parameters.items():
+        places.setdefault(id(parameter), []).append(name)
+    copies = {_plain_name(name, active): id(parameter) for name, parameter in parameters.items() if ".modules_to_save." in name}
+    for number, names in places.items():
+        plain = [name.replace(".original_module.", ".").replace(".base_layer.", ".") for name in names]
+        if len({copies.get(name, number) for name in plain}) > 1:
+            raise LataError(
+                f"a trained copy of a tied weight must stand in all its places, and there is one in some only of {first_three(plain)}. Pass "
+                "ensure_weight_tying=True to LoraConfig."
+            )
+
+
 def _plain_name(name: str, adapters: set[str]) -> str | None:
-    """Name of a parameter in the module without peft; None for factors of an adapter and for originals that a trained copy replaces."""
-    if ".lora_" in name or ".original_module." in name:
+    """Name of a parameter in the module without peft; None for factors of an adapter, and for copies that are not in use."""
+    if ".lora_" in name:
         return None
-    parts = name.split(".")
+    parts = name.replace(".original_module.", ".").split(".")
     if "modules_to_save" in parts:
         place = parts.index("modules_to_save")
         return ".".join(parts[:place] + parts[place + 2 :]) if parts[place + 1] in adapters else None

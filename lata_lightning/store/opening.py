@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lata_lightning.errors import CorruptFileError, SourceError, first_three
 from lata_lightning.store.adapters import AdaptedWeights, AdapterDifference, adapted_model, check_same_base, named_base
 from lata_lightning.store.directories import ADAPTER_CONFIG, check_index, find_directory, holds_adapter, model_config, weight_files
-from lata_lightning.store.lora import AdaptedModel, peft_kinds
+from lata_lightning.store.lora import AdaptedModel, check_unwrapped, peft_kinds
 from lata_lightning.store.sources import SafetensorsSource, Source, StateDictSource
 
 
@@ -33,6 +33,8 @@ def open_source(weights: str | Path | nn.Module | Mapping[str, Tensor] | Source)
         raise SourceError(
             "a model wrapped by peft stands for its base weights plus its adapters: give it as TUNED, or the directory of its base as START"
         )
+    if isinstance(weights, nn.Module):
+        check_unwrapped(weights)
     if isinstance(weights, nn.Module | Mapping):
         return StateDictSource(weights)
     path = Path(weights)
@@ -51,21 +53,23 @@ def open_difference(weights: object, start: Source) -> AdapterDifference | None:
 
     Args:
         weights: As for ``open_source``.
-        start: The weights the adapter was trained on.
+        start: The weights the adapter was trained on, or what those and another adapter make.
 
     Raises:
         BaseMismatchError: The adapter names other weights as its base, and they can be read and differ.
         SourceError, CorruptFileError, LayoutMismatchError: The adapter cannot be read as factors over ``start``.
     """
     if isinstance(weights, peft_kinds()):
-        return AdapterDifference(start, AdaptedModel(weights), None)
+        return AdapterDifference(start, AdaptedModel(weights), None, start.added if isinstance(start, AdaptedWeights) else None)
     if not isinstance(weights, str | Path) or Path(weights).is_file():
         return None
     directory, revision = find_directory(weights)
     if not holds_adapter(directory):
         return None
-    _check_base(start, directory, str(weights))
-    added = AdapterDifference(start, adapted_model(start, directory), str(weights))
+    before = start.added if isinstance(start, AdaptedWeights) and _same_place(named_base(directory), start.base) else None
+    if before is None:
+        _check_base(start, directory, str(weights))
+    added = AdapterDifference(start, adapted_model(start, directory), str(weights), before)
     added.revision = revision
     return added
 
@@ -113,15 +117,25 @@ def _open_adapted(directory: Path, location: str) -> Source:
         raise SourceError(
             f"{directory / ADAPTER_CONFIG} names no base_model_name_or_path, so there are no whole weights. Write the base model's path there."
         )
+    if holds_adapter(named):
+        raise SourceError(
+            f"{directory / ADAPTER_CONFIG} names another adapter as its base, {named}; save what merge_and_unload() gives of that first"
+        )
     start = open_source(named)
     return AdaptedWeights(start, AdapterDifference(start, adapted_model(start, directory), location))
+
+
+def _same_place(one: str | None, other: Source) -> bool:
+    """Whether a path or hub id is where weights come from."""
+    if one is None or one == other.location:
+        return one is not None
+    return other.directory is not None and Path(one).is_dir() and Path(one).samefile(other.directory)
 
 
 def _check_base(start: Source, directory: Path, location: str) -> None:
     """Refuse a start with other weights than those the adapter names, if these are at hand."""
     named = named_base(directory)
-    if named is None or start.location is None or named == start.location:
+    if named is None or start.location is None or _same_place(named, start):
         return
-    path = Path(named)
-    if path.is_dir() and start.directory is not None and not path.samefile(start.directory):
-        check_same_base(start, open_source(path), location)
+    if Path(named).is_dir():
+        check_same_base(start, open_source(named), location)

@@ -1,0 +1,59 @@
+"""A complete model directory for transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from lata_lightning.exports.start import Onto, check_start_hash, start_of
+from lata_lightning.merging import Term, merge
+from lata_lightning.store.directories import MERGE_RECORD
+from lata_lightning.store.writer import Progress, atomic_directory
+
+
+def export_hf(
+    terms: Sequence[Term],
+    output: str | Path,
+    *,
+    onto: Onto | None = None,
+    dtype: str | None = None,
+    check_base: bool = True,
+    command: str | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write start + Σ scale · coefficient · vector as a model directory: the merge onto the start model.
+
+    Args:
+        terms: The vectors, each with its scale.
+        output: A directory that does not exist yet.
+        onto: The start model, where it is not at the location that the first vector records.
+        dtype: Of all tensors; by default each keeps that of the start.
+        check_base: Refuse a start that is known to be another than the one a vector comes from.
+        command: Recorded in the card.
+        progress: Called after each tensor.
+
+    Raises:
+        BaseMismatchError: The start is another than the one a vector comes from.
+        LataError: It is not known where the start lies, or what ``merge`` raises.
+    """
+    target = Path(output)
+    with atomic_directory(target) as directory:
+        # The hash of the start is known when the merge has read it; the output gets its name only if it is the right one.
+        merged = merge(
+            start_of(terms, onto),
+            terms,
+            directory / "whole" / target.name,
+            dtype=dtype,
+            check_base=check_base,
+            command=command,
+            progress=progress,
+        )
+        start = json.loads((merged / MERGE_RECORD).read_text("utf-8"))["onto"]
+        if check_base:
+            check_start_hash(terms, start["content_hash"], start["location"] or "the weights in memory")
+        for file in list(merged.iterdir()):
+            file.rename(directory / file.name)
+        merged.rmdir()
+        merged.parent.rmdir()
+    return target

@@ -1,0 +1,144 @@
+"""A directory that mergekit merges from: its configuration, and the models it needs beside the start."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from lata_lightning.errors import LataError, first_three
+from lata_lightning.exports.cards import mergekit_card
+from lata_lightning.exports.start import Onto, Sum
+from lata_lightning.exports.structure import Structure
+from lata_lightning.layers import skeleton
+from lata_lightning.merging import Term, merge
+from lata_lightning.store.opening import open_source
+from lata_lightning.store.sources import Source
+from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.store.writer import Progress, atomic_directory, check_free
+
+# A plus means an adapter to mergekit, an at sign a revision.
+_SPLITS = "+@"
+
+
+def export_mergekit(
+    terms: Sequence[Term],
+    output: str | Path,
+    *,
+    onto: Onto | None = None,
+    dtype: str = "float32",
+    check_base: bool = True,
+    progress: Progress | None = None,
+) -> Path:
+    """Write ``merge.yaml`` with the exact weight of every tensor, and one model for each vector: start + 1 · vector.
+
+    Where the tuned model still lies where the vector records it, and its difference to the start is the vector bit for bit, the configuration names it
+    and nothing is written. ``mergekit-yaml merge.yaml OUTPUT`` runs in the directory.
+
+    Args:
+        terms: The vectors, each with its scale.
+        output: A directory that does not exist yet; it appears complete or not at all.
+        onto: The start model, where it is not at the location that the first vector records; a model directory or a hub id.
+        dtype: Of the models that are written.
+        check_base: Refuse a start that is known to be another than the one a vector comes from.
+        progress: Called while models are written.
+
+    Raises:
+        LataError: The start is no model directory, a path has a character that mergekit takes for something else, or experts that mergekit merges
+            as one tensor have different weights.
+        BaseMismatchError: The start is another than the one a vector comes from.
+        LayoutMismatchError, CorruptFileError, OutputError: As ``merge``.
+    """
+    target = Path(output)
+    check_free(target)
+    total = Sum(terms, onto, check_base=check_base)
+    source = total.source
+    if source.directory is None or source.config is None:
+        raise LataError(
+            f"mergekit reads model directories with a config.json only, and {source.label} is none: name one (onto=…, --onto MODEL)"
+        )
+    if check_base:
+        total.check_start()
+    # A hub id stays one, as mergekit has its own way to it.
+    start = str(source.location) if source.revision is not None else _path(source.directory)
+    structure = None if skeleton(source.config) is None else Structure(source)
+    for term in terms:
+        _weights(term, total.names, structure)
+    models: list[tuple[Term, str, bool]] = []
+    with atomic_directory(target) as directory:
+        for number, term in enumerate(terms, start=1):
+            tuned = _tuned(term.vector, source)
+            path = f"./vector-{number}" if tuned is None else tuned
+            if tuned is None:
+                plain = Term(term.vector.unweighted())
+                merge(source, [plain], directory / f"vector-{number}", dtype=dtype, check_base=check_base, progress=progress)
+            models.append((term, path, tuned is None))
+        out = str(max((source.dtype(name) for name in total.names), key=lambda kind: kind.itemsize)).removeprefix("torch.")
+        lines = [
+            "merge_method: task_arithmetic",
+            f"base_model: {json.dumps(start)}",
+            "dtype: float32",
+            f"out_dtype: {out}",
+            "parameters:",
+            "  normalize: false",
+            "  lambda: 1.0",
+            "models:",
+        ]
+        for term, path, _ in models:
+            lines += _model(path, _weights(term, total.names, structure))
+        (directory / "merge.yaml").write_text("\n".join(lines) + "\n", "utf-8")
+        (directory / "README.md").write_text(mergekit_card(target.name, start, models, {"dtype": dtype, "out_dtype": out}), "utf-8")
+    return target
+
+
+def _weights(term: Term, names: Iterable[str], structure: Structure | None) -> dict[str, float]:
+    """The factor of every tensor, also by the names its module has in transformers, which mergekit uses where a checkpoint has others."""
+    found = {name: term.factor(name) for name in names}
+    for held in () if structure is None else structure.by_name.values():
+        factors = {found[piece] for piece in held.pieces if piece in found}
+        if len(factors) > 1:
+            raise LataError(
+                f"mergekit merges {held.names[0]} as one tensor, and {term.vector.label} has {len(factors)} weights for its parts, "
+                f"{first_three(held.pieces)}. Measure the alignment by block or submodule, or use lata merge."
+            )
+        for name in held.names if factors else ():
+            found.setdefault(name, *factors)
+    return found
+
+
+def _model(path: str, weights: dict[str, float]) -> list[str]:
+    """The entry of one model, with a filter for each tensor: mergekit takes the first that is part of a tensor's name."""
+    lines = [f"  - model: {json.dumps(path)}", "    parameters:", "      weight:"]
+    for name in sorted(weights, key=lambda name: (-len(name), name)):
+        lines += [f"        - filter: {json.dumps(name)}", f"          value: {_number(weights[name])}"]
+    return [*lines, "        - value: 0.0"]
+
+
+def _number(value: float) -> str:
+    """A number in YAML, in which 1e-05 would be a text and 1.0e-05 is none."""
+    text = repr(value)
+    return text.replace("e", ".0e") if "e" in text and "." not in text else text
+
+
+def _path(directory: Path) -> str:
+    path = str(directory.resolve())
+    if set(_SPLITS) & set(path):
+        raise LataError(
+            f"mergekit takes + and @ in a path for adapters and revisions, and {path} has one: move the model to a path without"
+        )
+    return path
+
+
+def _tuned(vector: TaskVector, start: Source) -> str | None:
+    """Path of the tuned model of a vector, if it is there and its difference to the start is this very vector."""
+    location = vector.manifest.tuned_identity.location
+    if location is None or not (Path(location) / "config.json").is_file() or set(_SPLITS) & set(str(Path(location).resolve())):
+        return None
+    try:
+        found = TaskVector.between(start, open_source(location))
+    except LataError:
+        return None
+    same = set(found) == set(vector) and all(torch.equal(found[name], vector[name]) for name in vector)
+    return _path(Path(location)) if same else None
