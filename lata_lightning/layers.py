@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 from lata_lightning.errors import LataError, first_three
@@ -77,6 +78,35 @@ class LayerMap:
     def outside(self) -> dict[str, str]:
         """Role by tensor name, for the tensors that belong to no block."""
         return {name: place.part for name, place in self.places.items() if place.block is None}
+
+
+class DeferredLayerMap(LayerMap):
+    """A layer map that is made when it is first asked for: what needs no layers is spared the seconds that a model's structure takes.
+
+    Args:
+        make: Makes the map.
+    """
+
+    def __init__(self, make: Callable[[], LayerMap]) -> None:
+        object.__setattr__(self, "_make", make)
+
+    @cached_property
+    def _map(self) -> LayerMap:
+        made: LayerMap = self.__dict__["_make"]()
+        return made
+
+    @property
+    def places(self) -> Mapping[str, Place]:  # noqa: D102
+        return self._map.places
+
+    @property
+    def blocks(self) -> tuple[str, ...]:  # noqa: D102
+        return self._map.blocks
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LayerMap) and (self.places, self.blocks) == (other.places, other.blocks)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def check_level(level: str) -> Level:

@@ -232,9 +232,10 @@ def test_the_three_sums_are_the_same_in_every_form(shape, start, along, form, no
     sums = tensor_sums(vector, instruction, start=start)
     assert sums.dtype == torch.float64
     scale = (task.norm() * direction.norm()).item()
-    torch.testing.assert_close(
-        sums, torch.stack([(task * direction).sum(), (task**2).sum(), (direction**2).sum()]), rtol=1e-10, atol=1e-10 * scale
-    )
+    wanted = torch.stack([(task * direction).sum(), (task**2).sum(), (direction**2).sum()])
+    # Long sums of dense float32 products are made of float32 sums of 256 each.
+    least = 1e-10 if expected.numel() < 65536 else 2e-8
+    torch.testing.assert_close(sums, wanted, rtol=least, atol=least * scale)
 
 
 def test_without_an_instruction_vector_only_the_length_is_known(no_dense):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lata_lightning.alignment import Alignment, check_same_tensors
 from lata_lightning.errors import CorruptFileError, LataError, LayoutMismatchError, first_three
-from lata_lightning.layers import LayerMap, LayerRule, layer_map, skeleton
+from lata_lightning.layers import DeferredLayerMap, LayerMap, LayerRule, layer_map, skeleton
 from lata_lightning.low_rank import LowRank
 from lata_lightning.moments import Start, check_start
 from lata_lightning.pieces import Load, in_parallel, pieces_of, slices, worker_count
@@ -93,8 +93,13 @@ class TaskVector(Mapping[str, Tensor]):
         else:
             start_source, tuned_source = pair(start_source, open_source(tuned))
             difference, unchanged = Difference(start_source, tuned_source, _floating(start_source, tuned_source)), frozenset()
-        structure = start if isinstance(start, nn.Module) else skeleton(start_source.config) if start_source.config else None
-        places = layer_map(difference.names, structure=structure, rule=layers)
+
+        def place() -> LayerMap:
+            structure = start if isinstance(start, nn.Module) else skeleton(start_source.config) if start_source.config else None
+            return layer_map(difference.names, structure=structure, rule=layers)
+
+        # A rule is tried at once, as it may be wrong.
+        places = place() if layers is not None else DeferredLayerMap(place)
         manifest = Manifest(
             kind=kind,
             start=check_start("base" if kind == "instruction" else start_kind),
@@ -127,7 +132,7 @@ class TaskVector(Mapping[str, Tensor]):
         return cls(Stored(stored, manifest), manifest)
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self.manifest.layers.places:
+        if name not in self._known:
             raise KeyError(name)
         return self.tensors.read(name)
 
@@ -171,6 +176,10 @@ class TaskVector(Mapping[str, Tensor]):
     def start(self) -> Start:
         """What the fine-tune started from."""
         return self.manifest.start
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(self.tensors.names)
 
     @cached_property
     def unchanged(self) -> frozenset[str]:
