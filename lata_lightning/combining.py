@@ -83,7 +83,7 @@ class _Room:
 
     def __init__(self, count: int, dtype: torch.dtype) -> None:
         self._sum, self._term = (torch.empty(count, dtype=torch.float64) for _ in range(2))
-        self._single = torch.empty(count, dtype=torch.float32)
+        self._single, self._wide = (torch.empty(count, dtype=torch.float32) for _ in range(2))
         self._merged = torch.empty(count, dtype=dtype)
 
     def add(self, weights: Tensor, parts: Sequence[Part], begin: int, end: int) -> Tensor:
@@ -92,10 +92,13 @@ class _Room:
         total, term = self._sum[:count], self._term[:count]
         if not parts:
             total.zero_()
+        start = weights
+        if weights.element_size() == 2 and any(part.from_onto for part in parts):
+            start = self._wide[:count].copy_(weights)
         for number, part in enumerate(parts):
             vector = part.vector(begin, end)
             if part.from_onto:
-                vector = self._less(vector, weights)
+                vector = self._less(vector, start)
             elif part.start is not None:
                 vector = self._less(vector, part.start(begin, end))
             # Opposite terms must cancel exactly. Hence the vectors are summed before the weights come in, and each product is rounded before it is
@@ -118,7 +121,7 @@ class _Room:
         if torch.float64 in (tuned.dtype, start.dtype):
             return difference(tuned, start)
         single = self._single[: tuned.numel()]
-        return torch.sub(single.copy_(tuned), start.float(), out=single)
+        return torch.sub(single.copy_(tuned), start, out=single)
 
 
 def _keep_minus_zero(weights: Tensor, total: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lata_lightning.errors import LataError
 from lata_lightning.low_rank import LowRank
 
-PIECE = 1 << 16
+PIECE = 1 << 15
 """Entries per piece: what is computed of one stays in the cache of a core."""
 Load = Callable[[int, int], Tensor]
 """Gives the entries from one number to another of a flattened tensor, to be asked for in order; what it gives may be overwritten by the next
