@@ -10,8 +10,8 @@ import lata_lightning
 PACKAGE = Path(lata_lightning.__file__).parent
 # From the top of the house down; imports may only point further down.
 ROOMS = [
-    "cli", "quickstart", "training", "evaluation", "callbacks", "merging", "metric", "tables", "store", "weighting", "alignment", "moments", "layers",
-    "errors",
+    "cli", "quickstart", "training", "evaluation", "callbacks", "merging", "metric", "tables", "linearity", "store", "weighting", "alignment", "moments",
+    "layers", "errors",
 ]  # fmt: skip
 
 

@@ -9,10 +9,10 @@ from importlib.metadata import version
 
 from jsonargparse import ArgumentParser
 
-from lata_lightning.cli import merging, quickstart, vectors
+from lata_lightning.cli import linearity, merging, quickstart, vectors
 from lata_lightning.errors import LataError
 
-COMMANDS = {**quickstart.COMMANDS, **vectors.COMMANDS, **merging.COMMANDS}
+COMMANDS = {**quickstart.COMMANDS, **vectors.COMMANDS, **merging.COMMANDS, **linearity.COMMANDS}
 
 
 def build_parser() -> ArgumentParser:
