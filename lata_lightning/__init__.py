@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lata_lightning.alignment import Alignment, align
+    from lata_lightning.callbacks.attention_only import AttentionOnlyFinetuning
     from lata_lightning.callbacks.lata import LATACallback
     from lata_lightning.errors import LataError
     from lata_lightning.layers import LayerMap, layer_map
+    from lata_lightning.linearity.solving import solve_coefficients
     from lata_lightning.merging import Term, forget, merge
     from lata_lightning.metric import LayerAlignment
     from lata_lightning.store.task_vector import TaskVector
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Alignment": "alignment",
+    "AttentionOnlyFinetuning": "callbacks.attention_only",
     "LATACallback": "callbacks.lata",
     "LataError": "errors",
     "LayerAlignment": "metric",
@@ -33,10 +36,12 @@ _HOMES = {
     "linear_drop_by_rank": "weighting",
     "log_drop_by_rank": "weighting",
     "merge": "merging",
+    "solve_coefficients": "linearity.solving",
 }
 
 __all__ = [
     "Alignment",
+    "AttentionOnlyFinetuning",
     "LATACallback",
     "LataError",
     "LayerAlignment",
@@ -50,6 +55,7 @@ __all__ = [
     "linear_drop_by_rank",
     "log_drop_by_rank",
     "merge",
+    "solve_coefficients",
 ]
 
 

@@ -34,7 +34,7 @@ _MLP = re.compile(
     re.IGNORECASE,
 )
 _EMBEDDING = re.compile(r"embed(?!_out)|^wte$|^wpe$|^shared$|patch|position|cls_token|mask_token", re.IGNORECASE)
-_HEAD = re.compile(r"head|embed_out|classifier|^score$|qa_outputs|pooler|predictions|^cls$", re.IGNORECASE)
+_HEAD = re.compile(r"(?<!multi)(?<!multi_)head|embed_out|classifier|^score$|qa_outputs|pooler|predictions|^cls$", re.IGNORECASE)
 
 
 class Place(NamedTuple):
@@ -146,7 +146,7 @@ def layer_map(names: Iterable[str], *, structure: nn.Module | None = None, rule:
     places = {}
     for name in names:
         block = block_of[name]
-        places[name] = Place(block, _part(name, block, modules) if block is not None else _role(name, modules))
+        places[name] = Place(block, part_of(name, block, modules) if block is not None else _role(name, modules))
     return LayerMap(places, tuple(blocks))
 
 
@@ -278,7 +278,7 @@ def _by_prefix(names: list[str], blocks: list[str]) -> dict[str, str | None]:
     return found
 
 
-def _part(name: str, block: str, modules: Mapping[str, nn.Module]) -> str:
+def part_of(name: str, block: str, modules: Mapping[str, nn.Module]) -> str:
     """The part of its block a tensor belongs to: the outermost telling word of its path, else the outermost telling class."""
     parts = name.split(".")
     below = range(block.count(".") + 1 if name.startswith(block + ".") else 0, len(parts))

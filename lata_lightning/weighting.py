@@ -15,6 +15,10 @@ from lata_lightning.errors import WeightingError, first_three
 
 Weighting = Literal["linear", "log", "threshold", "none"]
 WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
+# Coefficients may also come from samples instead of alignments (``lata_lightning.linearity``); then this stands in the place of the rule.
+CLOSED_FORM: Literal["closed-form"] = "closed-form"
+Origin = Literal["linear", "log", "threshold", "none", "closed-form"]
+ORIGINS: tuple[Origin, ...] = get_args(Origin)
 DEFAULT_THRESHOLD = 0.95
 
 

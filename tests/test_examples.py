@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ def run(example, *arguments, cwd):
 
 
 def test_every_example_is_run_here():
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"plain_trainer.py", "custom_layers.py", "plot_history.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"attention_only.py", "custom_layers.py", "plain_trainer.py", "plot_history.py"}
 
 
 def test_a_plain_trainer_leaves_a_vector_and_its_history_can_be_drawn(tmp_path):
@@ -39,3 +40,13 @@ def test_a_rule_of_ones_own_names_the_layers(tmp_path):
     assert "stage3" in printed.splitlines()[2]
     assert printed.splitlines()[2].endswith("coefficient 1.00")
     assert printed.splitlines()[0].endswith("coefficient 0.33")
+
+
+def test_attention_only_trains_four_tensors_a_block_and_learns(tmp_path):
+    printed = run("attention_only.py", "out", cwd=tmp_path)
+    assert "trained: 32 of 75 tensors" in printed
+    before, after = map(float, re.search(r"right: (\S+) before, (\S+) after", printed).groups())
+    assert before == 0
+    assert after > 0.5
+    vector = TaskVector.open(tmp_path / "out/task_vector")
+    assert all(("self_attn" in name) == (name not in vector.unchanged) for name in vector)

@@ -499,3 +499,13 @@ def test_a_config_that_transformers_cannot_build_gives_no_structure_and_no_error
 def test_first_three_counts_sorts_and_shortens():
     assert first_three(["b", "a"]) == "2: ['a', 'b']"
     assert first_three("dbca") == "4: ['a', 'b', 'c', …]"
+
+
+def test_the_many_heads_of_attention_are_no_output_head():
+    model = nn.ModuleDict(
+        {"multihead_attn": nn.MultiheadAttention(4, 2), "multi_head_attention": nn.Linear(4, 4), "lm_head": nn.Linear(4, 4)}
+    )
+    places = layer_map([name for name, _ in model.named_parameters()], structure=model).places
+    assert {name.split(".")[0]: place.part for name, place in places.items()} == {
+        "multihead_attn": "other", "multi_head_attention": "other", "lm_head": "head"
+    }  # fmt: skip

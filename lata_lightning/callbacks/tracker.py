@@ -140,9 +140,14 @@ class Tracker:
             if name not in self._changing and self._base_weights not in PROVIDERS and self._counts(name):
                 self.kept.capture(name, self.live.shard(name))
             self._changing.add(name)
+        asking = set(self.live.changing)
         for name in self._changing - set(recorded):
-            # Frozen until the checkpoint: what it restores is the start value.
-            if self._counts(name) and name not in self.live.adapted and self._base_weights in PROVIDERS:
+            if name not in asking:
+                # Never trained, and frozen by a callback that came after the weights were first kept.
+                self.kept.release(name)
+                self._changing.discard(name)
+            elif self._counts(name) and name not in self.live.adapted and self._base_weights in PROVIDERS:
+                # Frozen until the checkpoint: what it restores is the start value.
                 self.kept.capture(name, self.live.shard(name))
         lost = [name for name in self._changing if self._counts(name) and name not in self.live.adapted and not self.kept.has(name)]
         if lost:

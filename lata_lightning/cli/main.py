@@ -9,10 +9,10 @@ from importlib.metadata import version
 
 from jsonargparse import ArgumentParser
 
-from lata_lightning.cli import exports, merging, quickstart, vectors
+from lata_lightning.cli import exports, linearity, merging, quickstart, vectors
 from lata_lightning.errors import LataError
 
-COMMANDS = {**quickstart.COMMANDS, **vectors.COMMANDS, **merging.COMMANDS, **exports.COMMANDS}
+COMMANDS = {**quickstart.COMMANDS, **vectors.COMMANDS, **merging.COMMANDS, **exports.COMMANDS, **linearity.COMMANDS}
 
 
 def build_parser() -> ArgumentParser:

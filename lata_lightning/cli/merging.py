@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
@@ -36,6 +37,11 @@ def _forget_arguments(parser: ArgumentParser) -> None:
 
 def _common_arguments(parser: ArgumentParser, rule: str) -> None:
     add_weighting(parser, _DEFAULT.format(rule=rule))
+    parser.add_argument(
+        "--coefficients",
+        type=str | None,
+        help="File of lata solve with the coefficients of these vectors, in this order; it brings level and outside.",
+    )
     parser.add_argument("--output", required=True, help="Directory to write the model to.")
     parser.add_argument(
         "--dtype", type=Literal["float32", "bfloat16", "float16"] | None, help="Precision of the output; by default that of the model."
@@ -54,7 +60,7 @@ def _merge(options: Namespace, command: str) -> None:
     scales = options.scale * len(options.vectors) if len(options.scale) == 1 else options.scale
     if len(scales) != len(options.vectors):
         raise LataError(f"give one scale for all vectors or one for each: got {len(scales)} scales for {len(options.vectors)} vectors")
-    terms = [_term(options, options.onto, path, scale, "linear") for path, scale in zip(options.vectors, scales, strict=True)]
+    terms = _terms(options, options.onto, options.vectors, scales, "linear")
     with progress_bar("merge") as progress:
         merge(options.onto, terms, options.output, command=command, progress=progress, **_settings(options))
     sys.stdout.write(f"{options.output}\n")
@@ -63,7 +69,7 @@ def _merge(options: Namespace, command: str) -> None:
 def _forget(options: Namespace, command: str) -> None:
     from lata_lightning.merging import forget
 
-    term = _term(options, options.target, options.vector, options.scale, "threshold")
+    (term,) = _terms(options, options.target, [options.vector], [options.scale], "threshold")
     with progress_bar("forget") as progress:
         forget(options.target, term, options.output, command=command, progress=progress, **_settings(options))
     sys.stdout.write(f"{options.output}\n")
@@ -73,26 +79,26 @@ def _settings(options: Namespace) -> dict[str, Any]:
     return {"dtype": options.dtype, "check_base": options.check_base, "vocabulary": options.vocabulary, "note": note}
 
 
-def _term(options: Namespace, onto: str, path: str, scale: float, rule: Weighting) -> Term:
-    from dataclasses import replace
+def _terms(options: Namespace, onto: str, paths: Sequence[str], scales: Sequence[float], rule: Weighting) -> list[Term]:
+    from lata_lightning.linearity.solution import Solution
+    from lata_lightning.merging import Term
 
+    if options.coefficients is None:
+        return [_term(options, onto, path, scale, rule) for path, scale in zip(paths, scales, strict=True)]
+    if options.instruction is not None or options.weighting is not None:
+        raise LataError("coefficients come from a file or from a rule: give --coefficients, or --instruction and --weighting, not both")
+    solution = Solution.open(options.coefficients)
+    given = [_vector(options, onto, path) for path in paths]
+    solved = solution.apply([vector for vector, _ in given], check_base=options.check_base)
+    return [Term(vector, scale, tuned) for vector, scale, (_, tuned) in zip(solved, scales, given, strict=True)]
+
+
+def _term(options: Namespace, onto: str, path: str, scale: float, rule: Weighting) -> Term:
     from lata_lightning.alignment import align
     from lata_lightning.merging import Term
-    from lata_lightning.store.directories import holds_vector
-    from lata_lightning.store.shared_rows import between_vocabularies
-    from lata_lightning.store.task_vector import TaskVector
     from lata_lightning.tables import flat_warning
 
-    tuned = None if holds_vector(path) else path
-    if tuned is None:
-        vector = TaskVector.open(path)
-    elif options.vocabulary is None:
-        vector = TaskVector.between(onto, tuned, start_kind=options.start or "instruct")
-    else:
-        # What became of the rows is said by the merge, which knows all vectors.
-        vector, _ = between_vocabularies(onto, tuned, "start", start_kind=options.start or "instruct")
-    if options.start is not None:
-        vector = TaskVector(vector.tensors, replace(vector.manifest, start=options.start))
+    vector, tuned = _vector(options, onto, path)
     if options.instruction is not None and options.weighting != "none":
         instruction = _instruction(options, onto, vector)
         alignment = align(vector, instruction, options.level, check_base=options.check_base)
@@ -107,6 +113,27 @@ def _term(options: Namespace, onto: str, path: str, scale: float, rule: Weightin
             note(f"{path}: {flat_warning(alignment)}")
         return Term(weighted.without(instruction) if vector.start == "base" else weighted, scale, tuned)
     return Term(_reweighted(vector, options, onto), scale, tuned)
+
+
+def _vector(options: Namespace, onto: str, path: str) -> tuple[TaskVector, str | None]:
+    """A vector, and the tuned model it was computed from if it is no saved one."""
+    from dataclasses import replace
+
+    from lata_lightning.store.directories import holds_vector
+    from lata_lightning.store.shared_rows import between_vocabularies
+    from lata_lightning.store.task_vector import TaskVector
+
+    tuned = None if holds_vector(path) else path
+    if tuned is None:
+        vector = TaskVector.open(path)
+    elif options.vocabulary is None:
+        vector = TaskVector.between(onto, tuned, start_kind=options.start or "instruct")
+    else:
+        # What became of the rows is said by the merge, which knows all vectors.
+        vector, _ = between_vocabularies(onto, tuned, "start", start_kind=options.start or "instruct")
+    if options.start is not None:
+        vector = TaskVector(vector.tensors, replace(vector.manifest, start=options.start))
+    return vector, tuned
 
 
 def _instruction(options: Namespace, onto: str, vector: TaskVector) -> TaskVector:

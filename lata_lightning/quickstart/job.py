@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import warnings
@@ -90,6 +91,7 @@ class _Job:
         self._validation, self._test = Scoring(tokenizer, "validation"), Scoring(tokenizer, "test")
 
     def run(self) -> Results:
+        self._write_data()
         if not self._instruction.exists():
             TaskVector.between(self._model("base"), self._model("instruct"), kind="instruction").save(self._instruction)
         vectors = {name: self._fine_tune(name) for name in self._experts}
@@ -173,6 +175,13 @@ class _Job:
             term = Term(METHODS[name](vectors["unwanted"]), reached[name] or 0.0)
             forget(self._model("target"), term, models / "forgotten", command="lata quickstart")
 
+    def _write_data(self) -> None:
+        """The validation problems as JSONL, one file for each group of skills, for commands that need samples."""
+        data = self._directory / "data"
+        data.mkdir(exist_ok=True)
+        for group, found in self._validation.exercises.items():
+            (data / f"{group}.jsonl").write_text("".join(json.dumps(exercise._asdict()) + "\n" for exercise in found), "utf-8")
+
     def _copy(self, shipped: Path, target: Path, tuned: Any = None) -> None:
         """A shipped model directory, whole or not at all; with the weights of ``tuned`` if that is given."""
         if target.exists():
@@ -252,7 +261,8 @@ def _show(directory: Path, results: Results) -> None:
             )
     show(*results.tables())
     sys.stdout.write(
-        f"Written to {directory}: task vectors in runs/*/{VECTOR_NAME}, the measurements of every epoch in runs/*/history.jsonl, models in models/.\n"
+        f"Written to {directory}: task vectors in runs/*/{VECTOR_NAME}, the measurements of every epoch in runs/*/history.jsonl, models in models/, "
+        "validation problems in data/.\n"
         f"Look closer: lata inspect {directory}/runs/math/{VECTOR_NAME} · lata align {directory}/runs/math/{VECTOR_NAME} --instruction "
         f"{directory}/vectors/instruction\n"
     )

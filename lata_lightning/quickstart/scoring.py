@@ -39,16 +39,17 @@ class Scoring:
     Args:
         tokenizer: Of the models.
         split: ``validation`` to choose by, ``test`` to report.
+
+    Attributes:
+        exercises: What is asked, by group of skills.
     """
 
     def __init__(self, tokenizer: Any, split: Split) -> None:
-        self._matches = {
-            group: ExactMatch(
-                tokenizer,
-                [exercise for skill in skills for exercise in exercises(skill, split, _size(split, group), _SEED)],
-            )
+        self.exercises = {
+            group: [exercise for skill in skills for exercise in exercises(skill, split, _size(split, group), _SEED)]
             for group, skills in GROUPS.items()
         }
+        self._matches = {group: ExactMatch(tokenizer, found) for group, found in self.exercises.items()}
         self._perplexity = Perplexity(tokenizer, held_out_text(), max_tokens=_PERPLEXITY_TOKENS)
 
     def __call__(self, model: Any, groups: Sequence[str] = (*GROUPS, PERPLEXITY)) -> dict[str, float]:

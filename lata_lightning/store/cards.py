@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from lata_lightning.weighting import CLOSED_FORM
+
 if TYPE_CHECKING:
     from lata_lightning.store.manifest import Manifest
 
 PAPER = "[LATA](https://arxiv.org/abs/2502.20186)"
+CLOSED_FORM_PAPER = "[submodule linearity](https://arxiv.org/abs/2504.10902)"
 
 
 def vector_card(manifest: Manifest, name: str) -> str:
@@ -38,20 +41,24 @@ def vector_card(manifest: Manifest, name: str) -> str:
             "",
         ]
     if manifest.alignment is not None:
-        lines += [
-            f"Alignment with the instruction vector, by {manifest.level}; coefficients by the rule `{manifest.weighting}` ({PAPER}):",
-            "",
-        ]
+        by_rule = f"; coefficients by the rule `{manifest.weighting}`" if manifest.weighting != CLOSED_FORM else ""
+        lines += [f"Alignment with the instruction vector, by {manifest.alignment.level}{by_rule} ({PAPER}):", ""]
         lines += ["| layer | alignment | relative norm | coefficient |", "|---|---|---|---|"]
         for layer, stats in manifest.alignment.layers.items():
-            numbers = (stats.alignment, stats.relative_norm, stats.coefficient)
-            lines.append(f"| {layer} | " + " | ".join("–" if number is None else f"{number:.4f}" for number in numbers) + " |")
-        lines += ["", f"Tensors outside the layers have coefficient {manifest.outside:g}.", ""]
+            lines.append(f"| {layer} | {_numbers(stats.alignment, stats.relative_norm, stats.coefficient)} |")
+        lines.append("")
         if manifest.alignment.flat:
             lines += [
                 f"The alignments spread by {manifest.alignment.spread:.4f} only: too little to rank the layers by.",
                 "",
             ]
+    if manifest.coefficients is not None and manifest.weighting == CLOSED_FORM:
+        lines += [f"Coefficients in closed form from samples of the task, by {manifest.level} ({CLOSED_FORM_PAPER}):", ""]
+        lines += ["| layer | coefficient |", "|---|---|"]
+        lines += [f"| {layer} | {_numbers(number)} |" for layer, number in manifest.coefficients.items()]
+        lines.append("")
+    if manifest.alignment is not None or manifest.coefficients is not None:
+        lines += [f"Tensors outside the layers have coefficient {manifest.outside:g}.", ""]
     lines += ["Read it with `lata_lightning.TaskVector.open(path)`; check its bytes with `lata verify`.", ""]
     return "\n".join(lines)
 
@@ -81,6 +88,10 @@ def merge_card(name: str, record: Mapping[str, Any]) -> str:
     if record["command"]:
         lines += ["```", record["command"], "```", ""]
     return "\n".join(lines)
+
+
+def _numbers(*numbers: float | None) -> str:
+    return " | ".join("–" if number is None else f"{number:.4f}" for number in numbers)
 
 
 def front_matter(bases: Sequence[str | None], library: str, tags: Sequence[str]) -> list[str]:

@@ -15,7 +15,7 @@ from lata_lightning.errors import CorruptFileError, SourceError
 from lata_lightning.layers import LEVELS, LayerMap, Level, Place
 from lata_lightning.moments import STARTS, Start
 from lata_lightning.store.directories import MANIFEST_NAME
-from lata_lightning.weighting import DEFAULT_THRESHOLD, WEIGHTINGS, Weighting
+from lata_lightning.weighting import DEFAULT_THRESHOLD, ORIGINS, Origin
 
 Kind = Literal["task", "instruction"]
 FORMAT = "lata_lightning.task_vector"
@@ -115,9 +115,9 @@ class Manifest:
         layers: Place of every tensor.
         level: Unit of the coefficients.
         outside: Coefficient of the tensors that belong to no layer.
-        weighting, threshold: The rule behind the coefficients, and its parameter.
+        weighting, threshold: The rule behind the coefficients, or what else they come from, and its parameter.
         coefficients: By layer; None as long as no rule has been applied.
-        alignment: The measurement behind the coefficients.
+        alignment: What was measured, of which a rule makes coefficients.
         instruction_identity: Hash of the instruction vector that was measured against, by its two sides.
         tied: Groups of names that are one tensor in the model.
         step, epoch: When it was taken, in optimizer steps and finished epochs; None for vectors extracted from files.
@@ -132,7 +132,7 @@ class Manifest:
     tuned_identity: Identity = Identity()
     level: Level = "block"
     outside: float = 0.0
-    weighting: Weighting = "none"
+    weighting: Origin = "none"
     threshold: float = DEFAULT_THRESHOLD
     coefficients: Mapping[str, float] | None = None
     alignment: Alignment | None = None
@@ -194,7 +194,7 @@ class Manifest:
             (data["kind"], get_args(Kind)),
             (data["start"]["kind"], STARTS),
             (data["level"], LEVELS),
-            (rule["rule"], WEIGHTINGS),
+            (rule["rule"], ORIGINS),
         ):
             if word not in choices:
                 raise ValueError(f"{word!r} is none of {choices}")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lata_lightning.alignment import Alignment, check_same_tensors
-from lata_lightning.errors import CorruptFileError, LataError, LayoutMismatchError, first_three
-from lata_lightning.layers import DeferredLayerMap, LayerMap, LayerRule, layer_map, skeleton
+from lata_lightning.errors import CorruptFileError, LataError, LayoutMismatchError, WeightingError, first_three
+from lata_lightning.layers import DeferredLayerMap, LayerMap, LayerRule, Level, check_level, layer_map, skeleton
 from lata_lightning.low_rank import LowRank
 from lata_lightning.moments import Start, check_start
 from lata_lightning.pieces import Load, in_parallel, pieces_of, slices, worker_count
@@ -36,7 +37,7 @@ from lata_lightning.store.writer import (
     layout_size,
     write_json,
 )
-from lata_lightning.weighting import DEFAULT_THRESHOLD, Weighting, coefficients
+from lata_lightning.weighting import CLOSED_FORM, DEFAULT_THRESHOLD, ORIGINS, Origin, Weighting, coefficients
 
 STEM = "delta"
 
@@ -231,6 +232,42 @@ class TaskVector(Mapping[str, Tensor]):
             coefficients=found,
             alignment=alignment.with_coefficients(found, outside),
             instruction_identity=instruction,
+        )
+        return TaskVector(self.tensors, manifest)
+
+    def with_coefficients(
+        self, coefficients: Mapping[str, float], *, level: Level = "block", outside: float = 0.0, weighting: Origin = CLOSED_FORM
+    ) -> TaskVector:
+        """The same vector with coefficients that were found elsewhere.
+
+        Args:
+            coefficients: One finite number for each layer.
+            level: Unit of the layers.
+            outside: Coefficient of the tensors that belong to no layer.
+            weighting: Recorded as where they come from: a rule, or ``"closed-form"``.
+
+        Returns:
+            A vector that keeps its alignment, if it has one, as what was measured.
+
+        Raises:
+            WeightingError: They cannot come from there.
+            LataError: The layers are not those of this vector, or a number is not finite.
+        """
+        if weighting not in ORIGINS:
+            raise WeightingError(f"coefficients cannot come from {weighting!r}; choose one of {', '.join(ORIGINS)}")
+        layers = set(self.layers.layers(check_level(level)))
+        if set(coefficients) != layers:
+            raise LataError(
+                f"there must be one coefficient for each {level} of {self.label}; on one side only are {first_three(set(coefficients) ^ layers)}"
+            )
+        odd = [layer for layer, number in coefficients.items() if not isfinite(number)]
+        if odd or not isfinite(outside):
+            raise LataError(f"coefficients must be finite numbers; they are not in {first_three(odd or ['outside'])}")
+        measured = self.manifest.alignment
+        if measured is not None:
+            measured = measured.with_coefficients(coefficients if measured.level == level else None, outside)
+        manifest = replace(
+            self.manifest, level=level, outside=outside, weighting=weighting, coefficients=dict(coefficients), alignment=measured
         )
         return TaskVector(self.tensors, manifest)
 

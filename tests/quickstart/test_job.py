@@ -7,9 +7,11 @@ from transformers import AutoModelForCausalLM
 from lata_lightning import TaskVector
 from lata_lightning.errors import OutputError
 from lata_lightning.quickstart import job
+from lata_lightning.quickstart.exercises import split_of
 from lata_lightning.quickstart.experts import EXPERTS
 from lata_lightning.quickstart.methods import METHODS
 from lata_lightning.quickstart.results import Results
+from lata_lightning.quickstart.scoring import GROUPS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -45,6 +47,16 @@ def test_every_expert_leaves_its_vector_its_history_and_its_model(finished):
         assert [row["step"] for row in rows] == [2, 4]
     for name in (*EXPERTS, "merged", "forgotten"):
         AutoModelForCausalLM.from_pretrained(directory / "one/models" / name)
+
+
+def test_the_validation_problems_lie_beside_the_models(finished):
+    directory, _, _ = finished
+    counts = {}
+    for group in GROUPS:
+        rows = [json.loads(line) for line in (directory / f"one/data/{group}.jsonl").read_text().splitlines()]
+        assert all(set(row) == {"prompt", "answer"} and split_of(row["prompt"]) == "validation" for row in rows)
+        counts[group] = len(rows)
+    assert counts == {"math": 10, "string": 10, "instruct": 21, "unwanted": 10}
 
 
 def test_the_tables_hold_every_method_and_the_models_themselves(finished):

@@ -1,0 +1,321 @@
+"""Full, attention-only and linearised (NTK) fine-tuning compared on the shipped model: how well each learns, adds, negates and stays disentangled.
+
+    python -m benchmarks.regimes [--steps 60] [--start-steps 90]
+
+The start is the shipped instruct model after a few steps on both tasks, so that it has a part of each skill, which can be lost as well as gained.
+Each task is then fine-tuned from it under the three regimes, on the same batches for as many steps; the learning rate of a regime is the one of a small
+grid, the same for all, whose single-task models are best on validation. The linearised regime trains f(x; θ0) + J (θ − θ0) by forward-mode
+differentiation. Each regime runs in a process of its own. Writes benchmarks/results/regimes.json and .md.
+
+Source of the comparison: arXiv:2407.07089 and arXiv:2305.12827.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoTokenizer
+
+from lata_lightning import AttentionOnlyFinetuning
+from lata_lightning.evaluation.accuracy import ExactMatch
+from lata_lightning.evaluation.disentanglement import disentanglement_error
+from lata_lightning.evaluation.kernel import linearisation_error
+from lata_lightning.evaluation.protocols import addition, negation
+from lata_lightning.quickstart.exercises import INSTRUCT_SKILLS, exercises
+from lata_lightning.quickstart.experts import INSTRUCT, Expert, FineTune, fine_tune
+from lata_lightning.store.manifest import library_versions
+from lata_lightning.training.rows import chat_rows, collate
+
+RESULTS = Path(__file__).parent / "results"
+REGIMES = ("full", "attention-only", "linearised")
+TASKS = ("reverse", "encode")
+CONTROL = "instruct"
+LEARNING_RATES = (5e-4, 1.5e-3, 5e-3)
+PROBLEMS = {"validation": 200, "test": 400}
+CONTROL_PROBLEMS = {"validation": 20, "test": 60}
+XI_SCALES = tuple(-2 + 0.5 * step for step in range(9))
+XI_PROBLEMS = 60
+
+
+class Linearised(nn.Module):
+    """A model's first-order expansion around the weights it has now: f(x; θ0) + J (θ − θ0), θ the parameters of ``model``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **_: Any) -> SimpleNamespace:
+        """Logits, and the loss where there are labels."""
+        moved = {name: parameter - self.start[name] for name, parameter in self.model.named_parameters()}
+
+        def logits(weights: dict[str, Tensor]) -> Tensor:
+            found: Tensor = functional_call(self.model, weights, kwargs={"input_ids": input_ids, "use_cache": False}).logits
+            return found
+
+        # The only attention kernel of torch that can be differentiated forwards.
+        with sdpa_kernel(SDPBackend.MATH):
+            before, first_order = jvp(logits, (self.start,), (moved,))[:2]
+        found, loss = before + first_order, None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(found[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return SimpleNamespace(logits=found, loss=loss)
+
+
+class Scores:
+    """Exact match on tasks and control of one split."""
+
+    def __init__(self, tokenizer: Any, split: Any) -> None:
+        self._matches = {task: ExactMatch(tokenizer, exercises(task, split, PROBLEMS[split], 0)) for task in TASKS}
+        control = [exercise for skill in INSTRUCT_SKILLS for exercise in exercises(skill, split, CONTROL_PROBLEMS[split], 0)]
+        self._matches[CONTROL] = ExactMatch(tokenizer, control)
+
+    def __call__(self, model: nn.Module, *groups: str) -> dict[str, float]:
+        """Accuracy by group."""
+        return {group: self._matches[group](model) for group in groups}
+
+
+def prepared(start: Path, skills: tuple[str, ...], steps: int, learning_rate: float, regime: str) -> FineTune:
+    """A fine-tune that has not begun."""
+    expert = Expert(skills, learning_rate=learning_rate, epochs=1, batches_per_epoch=steps, seed=len(skills))
+    pl.seed_everything(0, verbose=False)
+    ready = fine_tune("expert", start, {"expert": expert})
+    if regime == "linearised":
+        ready.module.model = Linearised(ready.module.model)
+    return ready
+
+
+def train(start: Path, skills: tuple[str, ...], steps: int, learning_rate: float, regime: str = "full") -> tuple[nn.Module, float]:
+    """A fine-tuned model, and the seconds of the processor its training took."""
+    module, data, options = prepared(start, skills, steps, learning_rate, regime)
+    callbacks = [AttentionOnlyFinetuning()] if regime == "attention-only" else []
+    began = time.process_time()
+    pl.Trainer(**options, callbacks=callbacks).fit(module, datamodule=data)
+    return module.model.eval(), time.process_time() - began
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of a model's parameters."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def run_regime(regime: str, start_directory: Path, steps: int) -> dict[str, Any]:
+    """Everything about one regime."""
+    tokenizer = AutoTokenizer.from_pretrained(start_directory)
+    validation, test = Scores(tokenizer, "validation"), Scores(tokenizer, "test")
+    model: nn.Module = prepared(start_directory, TASKS, 1, 0.0, regime).module.model.eval()
+    start = weights_of(model)
+    held, seconds, searched = peak_memory(), {}, {}
+    models: dict[float, dict[str, nn.Module]] = {}
+    trained_peak = 0
+    for rate in LEARNING_RATES:
+        models[rate], spent = {}, []
+        for task in TASKS:
+            models[rate][task], taken = train(start_directory, (task,), steps, rate, regime)
+            spent.append(taken)
+        # Before anything is scored, so that only training counts.
+        trained_peak = trained_peak or peak_memory()
+        seconds[rate] = sum(spent) / len(spent)
+        searched[rate] = sum(validation(model, task)[task] for task, model in models[rate].items()) / len(TASKS)
+    rate = max(searched, key=lambda each: (searched[each], -each))
+    chosen = models[rate]
+    vectors = {task: {name: tensor - start[name] for name, tensor in weights_of(chosen[task]).items()} for task in TASKS}
+
+    def at(scales: dict[str, float]) -> nn.Module:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(start[name] + sum(scale * vectors[task][name] for task, scale in scales.items()))
+        return model
+
+    single = {
+        name: {task: scores(chosen[task], task)[task] for task in TASKS} for name, scores in (("validation", validation), ("test", test))
+    }
+    added = addition(
+        lambda scale: validation(at(dict.fromkeys(TASKS, scale)), *TASKS),
+        lambda scale: test(at(dict.fromkeys(TASKS, scale)), *TASKS),
+        single_validation=single["validation"],
+        single_test=single["test"],
+    )
+    negated = {}
+    for task in TASKS:
+
+        def both(scale: float, scores: Scores, task: str = task) -> tuple[float, float]:
+            found = scores(at({task: -scale}), task, CONTROL)
+            return found[task], found[CONTROL]
+
+        outcome = negation(lambda scale: both(scale, validation), lambda scale: both(scale, test))
+        negated[task] = outcome._asdict()
+    start_scores = test(at({}), *TASKS, CONTROL)
+    data = [[_answers(tokenizer, task)] for task in TASKS]
+    xi = disentanglement_error(
+        at({}), [vectors[task] for task in TASKS], data, scales_1=XI_SCALES, scales_2=XI_SCALES, outputs=_answer_logits
+    )
+    inner = [index for index, scale in enumerate(XI_SCALES) if 0 <= scale <= 1]
+    # Of the network itself along the vector, whichever way that was trained.
+    network = model.model if isinstance(model, Linearised) else model
+    at({})
+    linearisation = {}
+    for task, own in zip(TASKS, data, strict=True):
+        vector = dict(zip(weights_of(network), vectors[task].values(), strict=True))
+        linearisation[task] = linearisation_error(network, vector, own, outputs=_answer_logits)["all"]
+    return {
+        "learning_rate": rate,
+        "searched": searched,
+        "trained_parameters": sum(int(any(vectors[task][name].any() for task in TASKS)) * start[name].numel() for name in start),
+        "seconds": seconds[rate],
+        "memory_bytes": trained_peak - held,
+        "start": start_scores,
+        "single": single["test"],
+        "addition": added._asdict(),
+        "negation": negated,
+        "xi": {
+            "scales": XI_SCALES,
+            "error": xi.error.tolist(),
+            "samples": xi.samples,
+            "mean": xi.error.mean().item(),
+            "mean_in_unit_square": xi.error[inner][:, inner].mean().item(),
+        },
+        "linearisation_error": linearisation,
+    }
+
+
+def processor_seconds() -> float:
+    """Seconds of the processor that this process and those it started have taken: others may be at work on the machine."""
+    return sum(
+        usage.ru_utime + usage.ru_stime for usage in (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _answers(tokenizer: Any, task: str) -> dict[str, Tensor]:
+    rows = chat_rows(tokenizer, exercises(task, "test", XI_PROBLEMS, 1), 256)
+    return collate(rows, 0)
+
+
+def _answer_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Logits at the places where a token of the answer, or its end, is predicted: each is a sample."""
+    logits: Tensor = model(input_ids=batch["input_ids"], use_cache=False).logits
+    return logits[:, :-1][batch["labels"][:, 1:] != -100]
+
+
+def make_start(directory: Path, steps: int) -> None:
+    """The instruct model after some steps on both tasks, as a model directory."""
+    model, _ = train(INSTRUCT, TASKS, steps, 1.5e-3)
+    shutil.copytree(INSTRUCT, directory)
+    model.save_pretrained(directory)
+
+
+def in_a_process(*arguments: str) -> str:
+    """What this module prints for other arguments, in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.regimes", *arguments]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.splitlines()[-1] if done.stdout else ""
+
+
+def main() -> None:
+    """Run all regimes, or with --regime one of the processes they take."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--start-steps", type=int, default=90)
+    parser.add_argument("--regime", help=argparse.SUPPRESS)
+    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    if options.regime == "start":
+        make_start(options.directory, options.start_steps)
+    elif options.regime:
+        print(json.dumps(run_regime(options.regime, options.directory, options.steps)))
+    else:
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            start = str(Path(folder) / "start")
+            in_a_process("--regime", "start", "--directory", start, "--start-steps", str(options.start_steps))
+            found = {}
+            for regime in REGIMES:
+                found[regime] = json.loads(in_a_process("--regime", regime, "--directory", start, "--steps", str(options.steps)))
+                sys.stderr.write(f"{regime}: done after {time.perf_counter() - began:.0f} s\n")
+        report(found, options, processor_seconds())
+
+
+def report(found: dict[str, Any], options: argparse.Namespace, seconds: float) -> None:
+    """Print the table and write it as JSON and Markdown."""
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, one torch thread, Python {platform.python_version()}"
+    versions = library_versions()
+    start = found[REGIMES[0]]["start"]
+    rows = {
+        "learning rate, chosen on validation": lambda each: f"{each['learning_rate']:g}",
+        "trained parameters": lambda each: f"{each['trained_parameters']:,}",
+        **{f"single-task accuracy, {task}": lambda each, task=task: f"{each['single'][task]:.3f}" for task in TASKS},
+        "addition: scale": lambda each: f"{each['addition']['scale']:g}",
+        **{f"addition: {task}": lambda each, task=task: f"{each['addition']['accuracy'][task]:.3f}" for task in TASKS},
+        "addition: mean normalised accuracy": lambda each: f"{each['addition']['normalised']:.3f}",
+        **{
+            f"negation of {task}: target / control (scale)": lambda each, task=task: "{target:.3f} / {control:.3f} ({scale:g})".format(
+                **each["negation"][task]
+            )
+            for task in TASKS
+        },
+        "disentanglement error ξ, mean over [−2, 2]²": lambda each: f"{each['xi']['mean']:.3f}",
+        "disentanglement error ξ, mean over [0, 1]²": lambda each: f"{each['xi']['mean_in_unit_square']:.3f}",
+        "relative linearisation error of the network along the vector, mean": lambda each: (
+            f"{sum(each['linearisation_error'].values()) / len(TASKS):.3f}"
+        ),
+        "processor seconds of one fine-tune": lambda each: f"{each['seconds']:.1f}",
+        "peak memory of training, above before it": lambda each: f"{each['memory_bytes'] / 2**20:.0f} MiB",
+    }
+    lines = [
+        f"{machine}, torch {versions.get('torch')}, lightning {versions.get('lightning')}. "
+        f"Made by `python -m benchmarks.regimes` in {seconds / 60:.0f} minutes of one core.",
+        "",
+        f"Start: the shipped instruct model (0.94 M parameters) after {options.start_steps} steps on both tasks; on test it answers "
+        + ", ".join(f"{start[group]:.3f} of {group}" for group in (*TASKS, CONTROL))
+        + f" exactly. Each fine-tune: {options.steps} steps of 1024 tokens, one seed. Test: {PROBLEMS['test']} problems a task, "
+        f"{CONTROL_PROBLEMS['test']} of each of {len(INSTRUCT_SKILLS)} control skills; the sampling error of an accuracy is up to 0.025.",
+        "",
+        "| | " + " | ".join(REGIMES) + " |",
+        "|---|" + "---|" * len(REGIMES),
+        *(f"| {title} | " + " | ".join(cell(found[regime]) for regime in REGIMES) + " |" for title, cell in rows.items()),
+    ]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "regimes.md").write_text("# Three regimes of fine-tuning\n\n" + text, "utf-8")
+    record = {
+        "machine": machine,
+        "versions": versions,
+        "processor_seconds": seconds,
+        "steps": options.steps,
+        "start_steps": options.start_steps,
+        "learning_rates": LEARNING_RATES,
+        "regimes": found,
+    }
+    (RESULTS / "regimes.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

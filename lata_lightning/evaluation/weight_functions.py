@@ -1,0 +1,124 @@
+"""A model's outputs as a function of its weights, and the weights some way along task vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lata_lightning.errors import LataError, LayoutMismatchError, first_three
+from lata_lightning.store.checkpoint_names import under_checkpoint_names
+
+Outputs = Callable[[nn.Module, Any], Tensor]
+
+
+def model_outputs(model: nn.Module, batch: Any) -> Tensor:
+    """What a model says about a batch: a tensor as it is, of other outputs the ``logits``.
+
+    Args:
+        model: Called with the entries of a mapping as keywords, else with the batch itself.
+        batch: One batch, without labels.
+
+    Raises:
+        LataError: The output is neither a tensor nor has logits; then pass a function of your own.
+    """
+    found = model(**batch) if isinstance(batch, Mapping) else model(batch)
+    found = getattr(found, "logits", found)
+    if not isinstance(found, Tensor):
+        raise LataError(f"the model's output must be a tensor or have logits, got {type(found).__name__}; give outputs=…")
+    return found
+
+
+class WeightFunction:
+    """Outputs of a model at any weights; the model itself never changes.
+
+    Args:
+        model: Its parameters and floating buffers are the start weights, unless others are given.
+        start: Start weights by parameter name, in place of the model's own; absent ones are the model's.
+        outputs: From model and batch to a tensor, as ``model_outputs``.
+
+    Raises:
+        LayoutMismatchError: Start weights that the model does not have, or of another shape.
+    """
+
+    def __init__(self, model: nn.Module, start: Mapping[str, Tensor] | None = None, outputs: Outputs = model_outputs) -> None:
+        self._called = _Called(model, outputs)
+        held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self.start = {name: tensor.detach() for name, tensor in held.items() if tensor.is_floating_point()}
+        # Transformers saves some architectures under other names than their modules have; a saved vector has those.
+        own = {id(tensor): name for name, tensor in self.start.items()}
+        saved = under_checkpoint_names(model, self.start)
+        self._own_names = {name: own[id(tensor)] for name, tensor in saved.items() if id(tensor) in own}
+        if start is not None:
+            self.start |= {name: tensor.to(self.start[name].dtype) for name, tensor in self.load(start, "the start weights").items()}
+
+    def load(self, vector: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+        """The tensors of a vector, next to the weights they move and in float32 or better; names it lacks do not move.
+
+        Raises:
+            LayoutMismatchError: The model has no such weights, or they have another shape.
+        """
+        named = {name if name in self.start else self._own_names.get(name, name): name for name in vector}
+        unknown = set(named) - set(self.start)
+        if unknown:
+            raise LayoutMismatchError(
+                f"{what} must hold parameters of the model; it has none named {first_three(unknown)}. Name them as named_parameters() does."
+            )
+        found = {
+            own: vector[name].detach().to(self.start[own].device, torch.promote_types(self.start[own].dtype, torch.float32))
+            for own, name in named.items()
+        }
+        odd = [own for own, tensor in found.items() if tensor.shape != self.start[own].shape]
+        if odd:
+            raise LayoutMismatchError(f"{what} must have the shapes of the model; different are {first_three(odd)}")
+        return found
+
+    def at(self, vectors: Sequence[Mapping[str, Tensor]], scales: Sequence[float]) -> dict[str, Tensor]:
+        """Start + Σ scale · vector, rounded once to the precision of the start; bit for bit the start where every scale is 0."""
+        sums: dict[str, Tensor] = {}
+        for vector, scale in zip(vectors, scales, strict=True):
+            if scale != 0:
+                sums |= {name: sums.get(name, self.start[name]) + scale * delta for name, delta in vector.items()}
+        return {**self.start, **{name: total.to(self.start[name].dtype) for name, total in sums.items()}}
+
+    def __call__(self, weights: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """Outputs of the model with these weights in place of its own."""
+        found: Tensor = functional_call(self._called, {f"model.{name}": tensor for name, tensor in weights.items()}, (batch,))
+        return found
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode, without gradients; the mode of every submodule is given back at the end."""
+        modes = [(module, module.training) for module in self._called.model.modules()]
+        self._called.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def check_scales(scales: Sequence[float]) -> tuple[float, ...]:
+    """The scales themselves, as a tuple; an error if there is none, or one that is not a finite number."""
+    found = tuple(float(scale) for scale in scales)
+    if not found or not all(isfinite(scale) for scale in found):
+        raise LataError(f"scales must be finite numbers, at least one, got {list(scales)}")
+    return found
+
+
+class _Called(nn.Module):
+    """A function of model and batch, as a module whose only parameters are the model's."""
+
+    def __init__(self, model: nn.Module, outputs: Outputs) -> None:
+        super().__init__()
+        # Not in training mode by itself: that would be the model's business.
+        self.model, self._outputs = model, outputs
+
+    def forward(self, batch: Any) -> Tensor:
+        return self._outputs(self.model, batch)

@@ -1,0 +1,154 @@
+"""A model without weights, and which stored tensors each of its parts is filled with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from lata_lightning.errors import LayoutMismatchError, SourceError, first_three
+from lata_lightning.layers import skeleton
+from lata_lightning.store.checkpoint_names import under_checkpoint_names
+
+
+def empty_copy(module: nn.Module) -> nn.Module:
+    """A module of the same structure, in evaluation mode: parameters on the meta device, buffers copied to the CPU."""
+    memo: dict[int, Any] = {id(parameter): _on_meta(parameter) for parameter in module.parameters()}
+    shell = copy.deepcopy(module, memo).eval()
+    for part in shell.modules():
+        part._buffers = {name: buffer if buffer is None or buffer.is_meta else buffer.cpu() for name, buffer in part._buffers.items()}
+    return shell
+
+
+def empty_model(config: Mapping[str, Any] | None, label: str) -> nn.Module:
+    """The model that a Hugging Face config describes, in evaluation mode: parameters on the meta device, buffers with their values.
+
+    Raises:
+        SourceError: There is no config, or transformers cannot build the model from it.
+    """
+    plan = skeleton(config) if config is not None else None
+    if plan is None:
+        raise SourceError(
+            f"{label} does not say which model to run: a directory or hub id with the config.json of a transformers architecture is needed, or a module"
+        )
+    # On the meta device buffers would lose values that no checkpoint holds, such as rotary frequencies.
+    handle = register_module_parameter_registration_hook(lambda module, name, parameter: _on_meta(parameter))  # type: ignore[arg-type]
+    try:
+        model: nn.Module = type(plan)(plan.config)
+    finally:
+        handle.remove()
+    return model.eval()
+
+
+class Shell:
+    """A model whose tensors are filled in from stored ones, part by part.
+
+    Args:
+        model: Without weights; belongs to the shell from now on.
+
+    Attributes:
+        model: The model.
+        names: Names of its parameters and saved buffers that are floating; those of one tied group all stand here.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        state = model.state_dict(keep_vars=True)
+        self._state = {name: entry for name, entry in state.items() if isinstance(entry, Tensor) and entry.is_floating_point()}
+        self.names = tuple(self._state)
+        self._groups: dict[int, list[str]] = {}
+        for name, tensor in self._state.items():
+            self._groups.setdefault(id(tensor), []).append(name)
+        empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in self._state.items()}
+        self._saved = set(under_checkpoint_names(model, empty))
+
+    def stored_names(self, names: Iterable[str]) -> dict[str, set[str]]:
+        """For tensors of the model, the names under which they, or pieces of them, may be stored."""
+        found = {name: {other for other in self._groups[id(self._state[name])] if other in self._saved} for name in names}
+        renamed = [name for name, stored in found.items() if not stored]
+        ends = torch.tensor([self._state[name].numel() for name in renamed]).cumsum(0)
+        for stored, indices in self._conversion(renamed).items():
+            owners = torch.bincount(torch.bucketize(indices.reshape(-1), ends, right=True))
+            for position in owners.nonzero().flatten().tolist():
+                found[renamed[position]].add(stored)
+        return found
+
+    def fill(self, names: Iterable[str], stored: Callable[[str], Tensor | None], label: str) -> dict[str, Tensor]:
+        """Values for tensors of the model, in float32.
+
+        Args:
+            names: The tensors.
+            stored: The stored tensor of a name; None if there is none.
+            label: Where they are stored, for messages.
+
+        Returns:
+            By name, without saved buffers that are not stored: those keep the values they have. Tied tensors are one tensor.
+
+        Raises:
+            LayoutMismatchError: A parameter is not stored, or not in its shape.
+        """
+        values: dict[int, Tensor] = {}
+        missing: list[str] = []
+        converted: list[str] = []
+        names = list(names)
+        for name in names:
+            tensor = self._state[name]
+            if id(tensor) in values:
+                continue
+            group = self._groups[id(tensor)]
+            if not any(other in self._saved for other in group):
+                converted.append(name)
+                continue
+            value = next((value for other in group if other in self._saved and (value := stored(other)) is not None), None)
+            if value is not None and value.shape != tensor.shape:
+                raise LayoutMismatchError(
+                    f"{name} of {label} has the shape {tuple(value.shape)}, and the model needs {tuple(tensor.shape)}"
+                )
+            if value is not None:
+                values[id(tensor)] = value.float()
+            elif tensor.is_meta:
+                missing.append(name)
+        sizes = [self._state[name].numel() for name in converted]
+        flat = torch.empty(sum(sizes))
+        for key, indices in self._conversion(converted).items():
+            value = stored(key)
+            if value is None:
+                missing.append(key)
+            else:
+                flat[indices.reshape(-1)] = value.float().reshape(-1)
+        if missing:
+            raise LayoutMismatchError(f"{label} must hold all tensors that the model needs; missing are {first_three(missing)}")
+        pieces = zip(converted, torch.split(flat, sizes), strict=True)
+        values |= {id(self._state[name]): piece.view(self._state[name].shape) for name, piece in pieces}
+        return {name: values[id(self._state[name])] for name in names if id(self._state[name]) in values}
+
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give tensors of the model values, tied ones one value."""
+        self.model.load_state_dict(tensors, strict=False, assign=True)
+
+    def _conversion(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """How tensors of the model are stored that are not stored as they are.
+
+        Returns:
+            By stored name, in the stored shape: where each entry belongs when the tensors of the model are laid end to end.
+        """
+        if not names:
+            return {}
+        indices, begin = {}, 0
+        for name in names:
+            shape = self._state[name].shape
+            indices[name] = torch.arange(begin, begin + shape.numel()).view(shape)
+            begin += shape.numel()
+        # How to save is known. Done to indices, it tells where every entry goes, and so how to undo it.
+        return under_checkpoint_names(self.model, indices)
+
+
+def _on_meta(parameter: nn.Parameter | None) -> nn.Parameter | None:
+    # A tied parameter is registered again, and has to stay the one it is.
+    if parameter is None or parameter.is_meta:
+        return parameter
+    return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)

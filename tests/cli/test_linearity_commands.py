@@ -1,0 +1,209 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+from lata_lightning.cli.main import main
+from lata_lightning.quickstart.make_checkpoints import make_tokenizer
+from lata_lightning.store.task_vector import TaskVector
+
+WORDS = {"math": "compute 1+2", "string": "reverse abc"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """instruct, math, string, a model from elsewhere, one without tokenizer, and samples."""
+    directory = tmp_path_factory.mktemp("linearity")
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=len(tokenizer),
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name in ("instruct", "math", "string"):
+        model.load_state_dict({key: tensor + (name != "instruct") * 0.03 * torch.randn_like(tensor) for key, tensor in start.items()})
+        model.save_pretrained(directory / name)
+    tokenizer.save_pretrained(directory / "instruct")
+    model.save_pretrained(directory / "bare")
+    model.save_pretrained(directory / "short")
+    tokenizer.model_max_length = 3
+    tokenizer.save_pretrained(directory / "short")
+    T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=20)).save_pretrained(
+        directory / "t5"
+    )
+    for name, words in WORDS.items():
+        rows = [{"prompt": f"{words}{number}", "answer": "x" * (number % 3 + 1)} for number in range(6)]
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+@pytest.fixture
+def lata(folder, monkeypatch, tmp_path, capsys):
+    """Runs a command in a fresh directory that sees the models; gives exit status, standard output and standard error."""
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+
+    def run(line):
+        try:
+            status = main(line.split())
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+SOLVE = "solve instruct math string --data math.jsonl string.jsonl --samples 5"
+
+
+def read(path):
+    return json.loads(Path(path).read_text())
+
+
+def state(path):
+    return {name: tensor.detach().double() for name, tensor in AutoModelForCausalLM.from_pretrained(path).named_parameters()}
+
+
+@pytest.mark.parametrize("level", ["block", "submodule"])
+def test_solved_coefficients_are_what_a_merge_uses(lata, level):
+    status, printed, said = lata(f"{SOLVE} --level {level} --outside 0.5 --output coefficients.json --format json")
+    assert status == 0
+    document = json.loads(printed)
+    assert "lata merge instruct math string --coefficients coefficients.json" in said
+    assert lata("merge instruct math string --coefficients coefficients.json --scale 1 0.8 --output merged")[0] == 0
+    merged, start, *tuned = (state(path) for path in ("merged", "instruct", "math", "string"))
+    coefficients = [vector["coefficients"] for vector in document["vectors"]]
+    assert (
+        set(coefficients[0])
+        == {
+            "block": {"model.layers.0", "model.layers.1"},
+            "submodule": {f"model.layers.{index}.{part}" for index in (0, 1) for part in ("attention", "mlp", "norm")},
+        }[level]
+    )
+    kinds = {"self_attn": "attention", "mlp": "mlp", "input_layernorm": "norm", "post_attention_layernorm": "norm"}
+    for name, tensor in merged.items():
+        expected = start[name]
+        for model, found, scale in zip(tuned, coefficients, (1.0, 0.8), strict=True):
+            path = name.split(".")
+            layer = ".".join(path[:3]) + (f".{kinds[path[3]]}" if level == "submodule" else "") if path[1] == "layers" else None
+            expected = expected + scale * (0.5 if layer is None else found[layer]) * (model[name] - start[name]).float().double()
+        assert torch.equal(tensor, expected.float().double()), name
+    record = read("merged/merge.json")
+    assert [(term["weighting"], term["level"], term["outside"]) for term in record["terms"]] == [("closed-form", level, 0.5)] * 2
+
+
+def test_saved_vectors_and_tuned_models_give_the_same_coefficients(lata):
+    lata("extract instruct math --output vector")
+    lata(f"{SOLVE} --output one.json")
+    assert lata(f"{SOLVE.replace('instruct math', 'instruct vector')} --output other.json")[0] == 0
+    one, other = (read(path) for path in ("one.json", "other.json"))
+    assert [vector["coefficients"] for vector in one["vectors"]] == [vector["coefficients"] for vector in other["vectors"]]
+    assert lata("merge instruct vector string --coefficients one.json --output merged")[0] == 0
+
+
+def test_forgetting_takes_coefficients_too(lata):
+    lata("extract instruct math --output vector")
+    lata("solve instruct vector --data math.jsonl --outside 0 --output coefficients.json")
+    assert lata("forget math vector --coefficients coefficients.json --scale 0.5 --output forgotten")[0] == 0
+    (term,) = read("forgotten/merge.json")["terms"]
+    assert (term["scale"], term["weighting"], term["outside"]) == (-0.5, "closed-form", 0.0)
+    assert term["coefficients"] == read("coefficients.json")["vectors"][0]["coefficients"]
+
+
+def test_coefficients_can_be_stored_with_a_vector(lata, tmp_path):
+    from lata_lightning.linearity.solution import Solution
+
+    lata("extract instruct math --output vector")
+    lata("solve instruct vector --data math.jsonl --output coefficients.json")
+    (weighted,) = Solution.open("coefficients.json").apply([TaskVector.open("vector")])
+    weighted.save(tmp_path / "weighted")
+    assert json.loads(lata("inspect weighted --format json")[1])["weighting"] == "closed-form"
+    assert lata("merge instruct weighted --output merged")[0] == 0
+    lata("merge instruct vector --coefficients coefficients.json --output other")
+    one, other = state("merged"), state("other")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_table_shows_every_layer_and_how_well_it_is_determined(lata):
+    status, printed, said = lata(f"{SOLVE} --output coefficients.json")
+    assert status == 0
+    lines = [line.split() for line in printed.splitlines() if "model.layers." in line]
+    assert [len(line) for line in lines] == [5, 5]
+    document = read("coefficients.json")
+    assert [float(line[1]) for line in lines] == pytest.approx(list(document["vectors"][0]["coefficients"].values()), abs=1e-4)
+    assert "math" in printed
+    assert "string" in printed
+    assert "fewer than" not in said
+
+
+def test_linearity_prints_a_score_for_every_module_and_draws_it(lata, tmp_path):
+    status, printed, said = lata("linearity instruct math string --data math.jsonl --samples 2 --figure scores.png --format json")
+    assert status == 0
+    assert "figure written to scores.png" in said
+    assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
+    measured = json.loads(printed)
+    assert [linearity["vector"] for linearity in measured] == ["math", "string"]
+    parts = [(score["part"], score["depth"]) for score in measured[0]["scores"]]
+    assert parts == [("model", None), *((part, depth) for depth in (0, 1) for part in ("block", "attention", "mlp"))]
+    assert all(score["output"] > 0 for linearity in measured for score in linearity["scores"])
+    table = lata("linearity instruct math --data math.jsonl --level block --distance cosine")[1]
+    assert [line.split()[0] for line in table.splitlines() if "e-0" in line] == ["model", "model.layers.0", "model.layers.1"]
+
+
+def test_what_is_cut_or_lacking_is_said(lata):
+    said = lata("linearity instruct math --data math.jsonl --level block --max-tokens 4")[2]
+    assert "math.jsonl: 6 of 6 rows were cut to 4 tokens" in said
+    assert "math.jsonl holds 6 rows, fewer than the 30 asked for" in said
+    assert "math.jsonl: 2 of 2 rows were cut to 3 tokens" in lata("linearity short math --data math.jsonl --level block --samples 2")[2]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("solve instruct math string --data math.jsonl --output x", "got 1 files for 2 vectors"),
+        ("linearity instruct math --data math.jsonl string.jsonl", "got 2 files for 1 vectors"),
+        (f"{SOLVE} --output math", "math exists already"),
+        (f"{SOLVE} --ridge -1 --output x", "the ridge must not be negative"),
+        (f"{SOLVE} --batch-size 0 --output x", "a batch needs at least one row, not 0"),
+        ("solve bare math --data math.jsonl --output x", "bare has no tokenizer that can be loaded"),
+        ("solve t5 t5 --data math.jsonl --output x", "t5 has an encoder and a decoder"),
+        ("solve instruct t5 --data math.jsonl --output x", "must hold the same tensors"),
+        ("solve instruct nowhere --data math.jsonl --output x", "nowhere does not exist"),
+        ("solve nowhere math --data math.jsonl --output x", "nowhere does not exist"),
+        ("solve instruct math --data nowhere --output x", "nowhere is neither a file nor a data set"),
+        ("linearity instruct math --data math.jsonl --figure math", "math exists already"),
+        ("linearity instruct math --data math.jsonl --figure x.txt", "must end in the suffix of a picture"),
+        ("merge instruct math --coefficients two.json --output x", "are for 2 vectors, got 1"),
+        ("merge instruct string math --coefficients two.json --output x", "Give the vectors in the order"),
+        ("merge instruct math string --coefficients two.json --weighting none --output x", "not both"),
+        ("merge instruct math string --coefficients two.json --instruction math --output x", "not both"),
+        ("merge instruct math string --coefficients two.json --start base --output x", "started from base"),
+        ("merge instruct math string --coefficients nowhere --output x", "nowhere cannot be read"),
+        ("merge instruct math string --coefficients math.jsonl --output x", "math.jsonl is no file of coefficients"),
+    ],
+)
+def test_bad_input_gives_one_line_and_status_1(lata, tmp_path, line, message):
+    lata(f"{SOLVE} --output two.json")
+    before = {path.name for path in tmp_path.iterdir()}
+    status, printed, said = lata(line)
+    assert status == 1
+    assert printed == ""
+    error = said.splitlines()[-1]
+    assert error.startswith("lata: error: ")
+    assert message in error
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_the_order_of_vectors_can_be_left_unchecked(lata):
+    lata(f"{SOLVE} --output two.json")
+    assert lata("merge instruct string math --coefficients two.json --check-base false --output merged")[0] == 0
+
+
+@pytest.mark.parametrize("line", ["solve instruct math", "linearity instruct math", f"{SOLVE} --output x --level tensor", "linearity"])
+def test_wrong_usage_gives_status_2(lata, line):
+    assert lata(line)[0] == 2
