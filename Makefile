@@ -29,8 +29,11 @@ format: $(READY) ## put the code into the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmark: $(READY) ## speed and memory of measuring and merging, against plain passes over the same bytes
-	$(BIN)/python -m benchmarks.streaming
+benchmark: $(READY) ## speed and memory beside plain passes over the same bytes; an hour and 30 GB of disk
+	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.measuring
+	$(BIN)/python -m benchmarks.merging
+	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.callback
 
 $(READY): constraints.txt pyproject.toml
