@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
 
 Format = Literal["table", "json"]
 
@@ -49,6 +50,13 @@ def add_start(parser: ArgumentParser) -> None:
         help="What the fine-tune started from; by default what the vector's manifest says.",
     )
     parser.add_argument("--check-base", type=bool, default=True, help="Refuse vectors that are known to belong to different weights.")
+
+
+def add_workers(parser: ArgumentParser) -> None:
+    """``--workers``."""
+    parser.add_argument(
+        "--workers", type=PositiveInt | None, help="Threads that work on a tensor each; by default one per core, at most 4. The result is the same."
+    )
 
 
 def print_json(data: Any) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lata_lightning.cli.common import Command, add_weighting, note, progress_bar
+from lata_lightning.cli.common import Command, add_weighting, add_workers, note, progress_bar
 from lata_lightning.errors import LataError
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def _common_arguments(parser: ArgumentParser, rule: str) -> None:
         help="Where vocabularies differ: 'onto' keeps the tokens of the model and drops others, 'union' adds those that only a tuned model has, with "
         "its rows and tokenizer. By default such models are refused.",
     )
+    add_workers(parser)
 
 
 def _merge(options: Namespace, command: str) -> None:
@@ -76,7 +77,8 @@ def _forget(options: Namespace, command: str) -> None:
 
 
 def _settings(options: Namespace) -> dict[str, Any]:
-    return {"dtype": options.dtype, "check_base": options.check_base, "vocabulary": options.vocabulary, "note": note}
+    given = {key: options[key] for key in ("dtype", "check_base", "vocabulary", "workers")}
+    return {**given, "note": note}
 
 
 def _terms(options: Namespace, onto: str, paths: Sequence[str], scales: Sequence[float], rule: Weighting) -> list[Term]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lata_lightning.cli.common import Command, add_format, add_weighting, note, print_json, progress_bar
+from lata_lightning.cli.common import Command, add_format, add_weighting, add_workers, note, print_json, progress_bar
 from lata_lightning.errors import WeightingError
 
 
@@ -28,6 +28,7 @@ def _extract_arguments(parser: ArgumentParser) -> None:
         "default such models are refused.",
     )
     parser.add_argument("--layers", type=str | None, help="Regular expression that finds the block in a tensor name, for unknown layouts.")
+    add_workers(parser)
 
 
 def _extract(options: Namespace, command: str) -> None:
@@ -42,7 +43,7 @@ def _extract(options: Namespace, command: str) -> None:
         for sentence in sentences:
             note(sentence)
     with progress_bar("extract") as progress:
-        saved = vector.save(options.output, dtype=options.dtype, progress=progress)
+        saved = vector.save(options.output, dtype=options.dtype, workers=options.workers, progress=progress)
     blocks = len(saved.layers.blocks)
     sys.stdout.write(f"{options.output}: {len(saved)} tensors, {blocks} blocks, {len(saved.layers.outside())} tensors outside of them\n")
     if saved.manifest.precision_loss is not None:

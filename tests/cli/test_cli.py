@@ -108,6 +108,14 @@ def test_a_tuned_model_serves_as_vector_and_gives_the_same_merge(lata):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_the_number_of_workers_changes_no_byte(lata, tmp_path):
+    for workers in ("1", "3"):
+        assert lata(f"extract instruct math --output vector-{workers} --workers {workers}")[0] == 0
+        assert lata(f"merge instruct vector-{workers} string --scale 0.3 --output merged-{workers} --workers {workers}")[0] == 0
+    for file in ("vector-{}/delta.safetensors", "merged-{}/model.safetensors"):
+        assert (tmp_path / file.format(1)).read_bytes() == (tmp_path / file.format(3)).read_bytes()
+
+
 def test_merged_output_is_complete_and_says_how_it_was_made(lata, tmp_path):
     lata("extract instruct math --output vector")
     lata("merge instruct vector --output merged --dtype bfloat16")
@@ -246,6 +254,7 @@ def test_the_provenance_check_can_be_switched_off(lata):
         "merge instruct v --weighting cubic --output x",
         "align v --level head",
         "merge a b --scale x --output c",
+        "merge a b --output c --workers 0",
     ],
 )
 def test_wrong_usage_gives_status_2(lata, line):
