@@ -82,11 +82,11 @@ def _settings(options: Namespace) -> dict[str, Any]:
 
 
 def _terms(options: Namespace, onto: str, paths: Sequence[str], scales: Sequence[float], rule: Weighting) -> list[Term]:
+    if options.coefficients is None:
+        return [_term(options, onto, path, scale, rule) for path, scale in zip(paths, scales, strict=True)]
     from lata_lightning.linearity.solution import Solution
     from lata_lightning.merging import Term
 
-    if options.coefficients is None:
-        return [_term(options, onto, path, scale, rule) for path, scale in zip(paths, scales, strict=True)]
     if options.instruction is not None or options.weighting is not None:
         raise LataError("coefficients come from a file or from a rule: give --coefficients, or --instruction and --weighting, not both")
     solution = Solution.open(options.coefficients)
