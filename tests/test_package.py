@@ -10,8 +10,8 @@ import lata_lightning
 PACKAGE = Path(lata_lightning.__file__).parent
 # From the top of the house down; imports may only point further down.
 ROOMS = [
-    "cli", "quickstart", "training", "evaluation", "callbacks", "exports", "merging", "metric", "tables", "store", "combining", "weighting",
-    "alignment", "moments", "low_rank", "layers", "errors",
+    "cli", "quickstart", "training", "evaluation", "report", "callbacks", "exports", "merging", "metric", "pictures", "charts",
+    "tables", "store", "combining", "weighting", "alignment", "moments", "low_rank", "layers", "errors",
 ]  # fmt: skip
 
 
