@@ -38,3 +38,9 @@ def first_three(names: Iterable[str]) -> str:
     listed = sorted(names)
     shown = ", ".join(repr(name) for name in listed[:3])
     return f"{len(listed)}: [{shown}{', …' if len(listed) > 3 else ''}]"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another library's error says, or its name where it says nothing; for an error message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -10,8 +10,8 @@ import lata_lightning
 PACKAGE = Path(lata_lightning.__file__).parent
 # From the top of the house down; imports may only point further down.
 ROOMS = [
-    "cli", "quickstart", "training", "evaluation", "callbacks", "exports", "merging", "metric", "tables", "linearity", "store", "weighting", "alignment",
-    "combining", "sums", "pieces", "low_rank", "moments", "layers", "errors",
+    "cli", "quickstart", "training", "evaluation", "report", "callbacks", "exports", "merging", "metric", "pictures", "charts", "tables", "linearity",
+    "store", "weighting", "alignment", "combining", "sums", "pieces", "low_rank", "moments", "layers", "errors",
 ]  # fmt: skip
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from lightning.pytorch.loggers import Logger
+from typing import TYPE_CHECKING, Any
 
 from lata_lightning.alignment import Alignment
 from lata_lightning.moments import Moments
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
 
 HISTORY_NAME = "history.jsonl"
 

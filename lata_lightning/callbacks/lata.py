@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strate
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lata_lightning.alignment import Alignment, alignment_of
+from lata_lightning.callbacks.figures import log_heat_map
 from lata_lightning.callbacks.gathering import export, manifest_of
 from lata_lightning.callbacks.handover import VECTOR_NAME, check_kinds, check_located, folder, write_exports
 from lata_lightning.callbacks.history import HISTORY_NAME, append_history, cut_history, log_figures, read_history, summary
@@ -72,6 +73,7 @@ class LATACallback(pl.Callback):
 
     All but the first need an instruction vector. Figures of each layer go to every logger as ``{name}/alignment/{layer}``,
     ``{name}/relative_norm/{layer}`` and ``{name}/task_norm/{layer}``, and to ``history.jsonl`` in the output directory.
+    TensorBoard and W&B get a picture of the alignments over the run at its end, ``{name}/alignment_by_layer``, where matplotlib is installed.
 
     Start weights, kept of trainable tensors only and never below the precision the trainer holds; the log says what was chosen and what it costs:
 
@@ -112,7 +114,7 @@ class LATACallback(pl.Callback):
 
     def __init__(
         self,
-        instruction_vector: str | Path | tuple[str, str] | TaskVector | None = None,
+        instruction_vector: tuple[str, str] | str | Path | TaskVector | None = None,
         start: Start = "instruct",
         weighting: Weighting = "linear",
         level: Level = "block",
@@ -368,6 +370,7 @@ class LATACallback(pl.Callback):
         self._finished = True
         if trainer.is_global_zero:
             tracker.kept.close()
+            log_heat_map(trainer.loggers, self.name, self._directory, trainer.global_step)
 
     def _exported(self) -> bool:
         return self._directory is None or all((self._directory / folder(kind)).exists() for kind in self.export)

@@ -55,7 +55,9 @@ def add_start(parser: ArgumentParser) -> None:
 def add_workers(parser: ArgumentParser) -> None:
     """``--workers``."""
     parser.add_argument(
-        "--workers", type=PositiveInt | None, help="Threads that work on a tensor each; by default one per core, at most 4. The result is the same."
+        "--workers",
+        type=PositiveInt | None,
+        help="Threads that work on a tensor each; by default one per core, at most 4. The result is the same.",
     )
 
 

@@ -7,12 +7,22 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
-from lata_lightning.cli import exports, linearity, merging, quickstart, vectors
+from lata_lightning.cli import evaluate, exports, fit, linearity, merging, quickstart, report, tune, vectors
 from lata_lightning.errors import LataError
 
-COMMANDS = {**quickstart.COMMANDS, **vectors.COMMANDS, **merging.COMMANDS, **exports.COMMANDS, **linearity.COMMANDS}
+COMMANDS = {
+    **quickstart.COMMANDS,
+    **fit.COMMANDS,
+    **vectors.COMMANDS,
+    **merging.COMMANDS,
+    **exports.COMMANDS,
+    **linearity.COMMANDS,
+    **tune.COMMANDS,
+    **evaluate.COMMANDS,
+    **report.COMMANDS,
+}
 
 
 def build_parser() -> ArgumentParser:
@@ -34,7 +44,9 @@ def build_parser() -> ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status: 0, or 1 after an error that is the input's. Wrong usage exits with 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = build_parser().parse_args(arguments)
+    # What a recipe may say depends on the classes it names, so `fit` is parsed where they are known.
+    own = arguments[:1] == ["fit"]
+    options = Namespace({"command": "fit", "fit": None}) if own else build_parser().parse_args(arguments)  # type: ignore[no-untyped-call]
     try:
         COMMANDS[options.command].run(options[options.command], shlex.join(["lata", *arguments]))
     except LataError as error:

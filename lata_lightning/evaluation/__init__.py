@@ -1,1 +1,1 @@
-"""Scores of a model: exact match and perplexity."""
+"""Scores of a model, scales chosen by them, what was forgotten, and tasks in sequence."""

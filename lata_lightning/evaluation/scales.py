@@ -31,7 +31,8 @@ class Reweighting:
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = {name: parameter.data for name, parameter in model.named_parameters()}
-        self._onto = {name: tensor.clone() for name, tensor in self._parameters.items()}
+        # On the CPU, where the sums are formed, also for a model that is elsewhere.
+        self._onto = {name: tensor.to("cpu", copy=True) for name, tensor in self._parameters.items()}
         self._vectors: dict[int, dict[str, Tensor]] = {}
 
     def apply(self, terms: Sequence[Term]) -> None:

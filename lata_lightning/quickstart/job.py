@@ -26,7 +26,7 @@ from lata_lightning.quickstart.results import Results, Row
 from lata_lightning.quickstart.scoring import Scoring, mean
 from lata_lightning.store.task_vector import TaskVector
 from lata_lightning.tables import alignment_table, show
-from lata_lightning.training.module import load_causal_lm
+from lata_lightning.training.loading import load_causal_lm
 
 MARKER = ".lata-quickstart"
 MERGE_SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.25, 1.5, 2.0)

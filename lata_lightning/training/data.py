@@ -2,7 +2,7 @@
 
 Rows are padded on the right. Under causal attention no real token sees the padding and no label counts it, so batches
 carry no attention mask. The order of batches depends on the seed and the epoch only, never on the machine or on how
-often a loader was started.
+often a loader was started; several processes share one order out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lata_lightning.errors import LataError, first_three
-from lata_lightning.training.rows import MixtureBatchSampler, Row, Rows, chat_rows, collate, raw_tokens
+from lata_lightning.training.rows import Batches, MixtureBatchSampler, Row, Rows, chat_rows, collate, raw_tokens
 
 
 class ChatDataModule(LightningDataModule):
@@ -49,7 +49,7 @@ class ChatDataModule(LightningDataModule):
                 anywhere.
             raw_share: Share of batches, and so of tokens, that are raw text, in [0, 1).
             validation: Pairs for the validation loop; none, no validation.
-            batches_per_epoch: Training batches an epoch.
+            batches_per_epoch: Training batches an epoch, of each process.
             tokens_per_batch: Rows a batch are this divided by the longest chat row, or by ``context_length`` for raw
                 text.
             context_length: Tokens of a raw row, and the most a chat row may have.
@@ -84,7 +84,7 @@ class ChatDataModule(LightningDataModule):
         self.context_length = context_length
         self.seed = seed
         self._train: Rows | None = None
-        self._sampler: MixtureBatchSampler | None = None
+        self._groups: list[range] = []
         self._validation: Rows | None = None
 
     def setup(self, stage: str) -> None:
@@ -92,28 +92,28 @@ class ChatDataModule(LightningDataModule):
         if self._train is not None:
             return
         rows: list[Row] = []
-        groups: list[range] = []
         for pairs in self.examples.values():
-            groups.append(range(len(rows), len(rows) + len(pairs)))
+            self._groups.append(range(len(rows), len(rows) + len(pairs)))
             rows.extend(chat_rows(self.tokenizer, pairs, self.context_length))
         self._train = Rows(rows, raw_tokens(self.tokenizer, self.raw_texts, self.context_length), self.context_length)
-        longest = max(len(row.input_ids) for row in rows)
-        self._sampler = MixtureBatchSampler(
-            groups,
-            list(self.shares.values()),
-            self._train.windows,
-            self.raw_share,
-            rows_per_batch=max(1, self.tokens_per_batch // longest),
-            windows_per_batch=max(1, self.tokens_per_batch // self.context_length),
-            batches=self.batches_per_epoch,
-            seed=self.seed,
-        )
         if self.validation:
             self._validation = Rows(chat_rows(self.tokenizer, self.validation, self.context_length), torch.empty(0), 0)
 
     def train_dataloader(self) -> Any:
         """``batches_per_epoch`` batches; the sampler learns the epoch from the trainer."""
-        return DataLoader(_ready(self._train), batch_sampler=self._sampler, collate_fn=self._collate)
+        train = _ready(self._train)
+        sampler = MixtureBatchSampler(
+            self._groups,
+            list(self.shares.values()),
+            train.windows,
+            self.raw_share,
+            rows_per_batch=max(1, self.tokens_per_batch // max(len(row.input_ids) for row in train.rows)),
+            windows_per_batch=max(1, self.tokens_per_batch // self.context_length),
+            batches=self.batches_per_epoch,
+            seed=self.seed,
+            **shards_of(self.trainer),
+        )
+        return DataLoader(Batches(train, self.tokenizer.pad_token_id), sampler=sampler, batch_size=None)
 
     def val_dataloader(self) -> Any:
         """The validation pairs in the order given, or an empty list."""
@@ -146,7 +146,7 @@ class RawTextDataModule(LightningDataModule):
             texts: Documents to train on.
             validation_texts: Documents for the validation loop, cut into windows that do not overlap; none, no
                 validation.
-            batches_per_epoch: Training batches an epoch.
+            batches_per_epoch: Training batches an epoch, of each process.
             tokens_per_batch: Rows a batch are this divided by ``context_length``.
             context_length: Tokens of a row.
             seed: Where the windows start.
@@ -181,8 +181,10 @@ class RawTextDataModule(LightningDataModule):
     def train_dataloader(self) -> Any:
         """``batches_per_epoch`` batches; the sampler learns the epoch from the trainer."""
         train = _ready(self._train)
-        sampler = MixtureBatchSampler([], [], train.windows, 1.0, 0, self.rows_per_batch, batches=self.batches_per_epoch, seed=self.seed)
-        return DataLoader(train, batch_sampler=sampler, collate_fn=self._collate)
+        sampler = MixtureBatchSampler(
+            [], [], train.windows, 1.0, 0, self.rows_per_batch, batches=self.batches_per_epoch, seed=self.seed, **shards_of(self.trainer)
+        )
+        return DataLoader(Batches(train, self.tokenizer.pad_token_id), sampler=sampler, batch_size=None)
 
     def val_dataloader(self) -> Any:
         """The validation windows in order, or an empty list."""
@@ -192,6 +194,12 @@ class RawTextDataModule(LightningDataModule):
 
     def _collate(self, rows: list[Row]) -> dict[str, Tensor]:
         return collate(rows, self.tokenizer.pad_token_id)
+
+
+def shards_of(trainer: Any) -> dict[str, Any]:
+    """``num_replicas`` and ``rank`` of the processes that share out the data; one replica without a trainer."""
+    shares = getattr(trainer, "distributed_sampler_kwargs", None)
+    return dict(shares) if shares else {"num_replicas": 1, "rank": 0}
 
 
 def _ready(rows: Rows | None) -> Rows:

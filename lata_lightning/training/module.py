@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from transformers import PreTrainedModel
 
-from lata_lightning.errors import LataError, SourceError
+from lata_lightning.errors import LataError
+from lata_lightning.training.loading import load_causal_lm, with_adapters
+from lata_lightning.training.optimizing import Schedule, adamw, check_optimizing
 
 
 class CausalLMModule(LightningModule):
-    """Next-token training of a Hugging Face causal language model.
+    """Next-token training of a Hugging Face causal language model: of all its weights, or of LoRA adapters over them.
 
     The optimizer is AdamW; matrices are decayed, norms and biases (everything of one dimension) are not. The learning
-    rate rises linearly over the warm-up steps and then falls along half a cosine to ``final_learning_rate_share`` of
-    its peak at the end of training.
+    rate rises linearly over the warm-up steps and then falls to ``final_learning_rate_share`` of its peak at the end of
+    training.
 
-    Batches are dictionaries with ``input_ids`` and ``labels`` of shape (rows, tokens), and ``attention_mask`` where the
-    model needs one. The loss is the mean negative log-likelihood, in nats, of the tokens whose label is not -100.
+    Batches are dictionaries with ``input_ids`` and ``labels`` of shape (rows, tokens), and ``attention_mask`` or
+    ``position_ids`` where there are any. The loss is the mean negative log-likelihood, in nats, of the tokens whose
+    label is not -100.
 
     | logged key | when | what |
     |---|---|---|
     | ``train_loss`` | every training step, and the epoch's mean as ``train_loss_epoch`` | loss of the batch |
     | ``val_loss`` | every validation epoch | mean loss over the validation batches, weighted by their labels |
+
+    Checkpoints of a training with adapters hold no frozen weight: the model they adapt is loaded from where it lies.
+    Under ``ModelParallelStrategy`` (FSDP2) every block is sharded by itself.
 
     Attributes:
         model: The Hugging Face model, in training mode (``from_pretrained`` returns evaluation mode and Lightning would
@@ -42,6 +47,10 @@ class CausalLMModule(LightningModule):
         warmup_steps: int = 0,
         final_learning_rate_share: float = 0.1,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        schedule: Schedule = "cosine",
+        lora: dict[str, Any] | None = None,
+        quantize: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         """Load the model and keep the optimizer's settings.
 
@@ -54,30 +63,60 @@ class CausalLMModule(LightningModule):
             final_learning_rate_share: Learning rate at the last step, as a share of the peak.
             dtype: Precision a directory or hub id is loaded in; a model in memory keeps its own. Task vectors are the
                 better the higher it is.
+            schedule: How the learning rate falls after the warm-up: along half a cosine, a line, or not at all.
+            lora: Arguments of ``peft.LoraConfig``; the adapters are trained and the model is frozen. None trains the
+                model itself.
+            quantize: Hold the frozen model in four bits (QLoRA); needs ``lora`` and bitsandbytes.
+            gradient_checkpointing: Compute the activations of a block again in the backward pass instead of keeping
+                them.
 
         Raises:
-            LataError: A setting is out of range.
+            LataError: A setting is out of range, ``quantize`` without ``lora`` or bitsandbytes, or unknown arguments of
+                ``lora``.
             SourceError: The directory or hub id cannot be loaded as a causal language model.
         """
         super().__init__()
-        if learning_rate < 0 or weight_decay < 0 or warmup_steps < 0:
-            raise LataError(
-                f"learning_rate, weight_decay and warmup_steps must not be negative, not {learning_rate}, {weight_decay} and {warmup_steps}"
-            )
-        if not 0 <= final_learning_rate_share <= 1:
-            raise LataError(f"final_learning_rate_share must lie between 0 and 1, not {final_learning_rate_share}")
+        check_optimizing(learning_rate, weight_decay, warmup_steps, final_learning_rate_share)
+        if quantize and (lora is None or not isinstance(model, str)):
+            raise LataError("quantize holds a frozen model in four bits: it needs lora, and a model given by directory or hub id")
         self.save_hyperparameters(ignore=[] if isinstance(model, str) else ["model"])
-        self.model: Any = load_causal_lm(model, dtype) if isinstance(model, str) else model
+        found: Any = load_causal_lm(model, dtype, quantize=quantize) if isinstance(model, str) else model
+        if gradient_checkpointing:
+            # Newer releases of transformers rename it, older ones know it by the other name only.
+            if hasattr(found, "activation_checkpointing_enable"):
+                found.activation_checkpointing_enable()
+            else:
+                found.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model: Any = found if lora is None else with_adapters(found, lora, quantized=quantize)
         self.model.train()
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.betas = betas
         self.warmup_steps = warmup_steps
         self.final_learning_rate_share = final_learning_rate_share
+        self.schedule = schedule
+        self.adapted = lora is not None
+        # A checkpoint of adapters alone is to load.
+        self.strict_loading = lora is None
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, attention_mask: Tensor | None = None) -> Any:
+    def configure_model(self) -> None:
+        """Under FSDP2, shard every block and then the rest; otherwise nothing."""
+        if self.device_mesh is None or isinstance(self.model, FSDPModule):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        # The names transformers gives the classes that must stay on one device are those of the blocks.
+        whole = set(getattr(self.model, "_no_split_modules", None) or ())
+        for part in self.model.modules():
+            if type(part).__name__ in whole:
+                fully_shard(part, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Any:
         """Output of the Hugging Face model; its ``loss`` is None without labels."""
-        return self.model(input_ids=input_ids, labels=labels, attention_mask=attention_mask, use_cache=False)
+        positions = {} if position_ids is None else {"position_ids": position_ids}
+        return self.model(input_ids=input_ids, labels=labels, attention_mask=attention_mask, use_cache=False, **positions)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch."""
@@ -91,54 +130,15 @@ class CausalLMModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW over the trainable parameters, and its schedule by optimizer step."""
-        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        groups = [
-            {
-                "params": [parameter for parameter in trainable if parameter.ndim >= 2],
-                "weight_decay": self.weight_decay,
-            },
-            {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.learning_rate, betas=self.betas)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_cosine(step, steps, self.warmup_steps, self.final_learning_rate_share)
+        return adamw(
+            self, self.learning_rate, self.weight_decay, self.betas, self.schedule, self.warmup_steps, self.final_learning_rate_share
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-
-def warmup_cosine(step: int, steps: int, warmup_steps: int, final_share: float) -> float:
-    """Learning rate as a share of its peak: a linear rise, then half a cosine.
-
-    Args:
-        step: Optimizer steps already taken.
-        steps: Optimizer steps of the whole training.
-        warmup_steps: Steps of the rise; step 0 has 1 / (warmup_steps + 1) of the peak, so that no step is wasted.
-        final_share: Value at the end and after it.
-
-    Returns:
-        Dimensionless, in (0, 1].
-    """
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
-    return final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def load_causal_lm(source: str, dtype: str = "float32") -> Any:
-    """Hugging Face causal language model from a directory or hub id, in evaluation mode.
-
-    Args:
-        source: Directory or hub id.
-        dtype: Name of the torch floating type to hold the weights in.
-
-    Raises:
-        SourceError: It cannot be loaded; the message carries the reason.
-    """
-    try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as error:
-        raise SourceError(f"cannot load {source!r} as a causal language model: {error}") from error
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave frozen weights out where adapters are trained: they are on disk already."""
+        if self.adapted:
+            frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+            checkpoint["state_dict"] = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name not in frozen}
 
 
 def _predicted(batch: dict[str, Tensor]) -> int:

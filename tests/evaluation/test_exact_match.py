@@ -64,5 +64,5 @@ def test_the_model_keeps_its_mode_and_its_weights(model, tokenizer, pairs):
 
 
 def test_no_pairs_are_refused(tokenizer):
-    with pytest.raises(LataError, match="at least one pair and one token a batch, not 0 and 4096"):
+    with pytest.raises(LataError, match="answers need at least one pair and one token a batch, not 0 and 4096"):
         ExactMatch(tokenizer, [])

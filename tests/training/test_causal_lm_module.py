@@ -8,7 +8,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lata_lightning.errors import LataError, SourceError
 from lata_lightning.quickstart.make_checkpoints import make_tokenizer
 from lata_lightning.training.data import ChatDataModule
-from lata_lightning.training.module import CausalLMModule, load_causal_lm, warmup_cosine
+from lata_lightning.training.loading import load_causal_lm
+from lata_lightning.training.module import CausalLMModule
+from lata_lightning.training.optimizing import learning_rate_share
 
 pytestmark = [
     # One process reads the data: it is in memory already.
@@ -65,12 +67,12 @@ def chat(tokenizer, **changes):
 
 
 def test_the_learning_rate_rises_linearly_and_falls_along_half_a_cosine():
-    shares = [warmup_cosine(step, steps=13, warmup_steps=3, final_share=0.1) for step in (0, 1, 2, 3, 8, 13, 20)]
+    shares = [learning_rate_share(step, steps=13, warmup_steps=3, final_share=0.1) for step in (0, 1, 2, 3, 8, 13, 20)]
     assert shares == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.1 + 0.9 / 2, 0.1, 0.1])
 
 
 def test_a_training_all_warm_up_never_divides_by_zero():
-    assert warmup_cosine(5, steps=5, warmup_steps=5, final_share=0.0) == 1.0
+    assert learning_rate_share(5, steps=5, warmup_steps=5, final_share=0.0) == 1.0
 
 
 def test_the_model_is_put_into_training_mode():

@@ -1,0 +1,37 @@
+"""The heat map of a run for loggers that take figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from lightning.pytorch.loggers import Logger
+
+from lata_lightning.alignment import Alignment
+from lata_lightning.callbacks.history import HISTORY_NAME, read_history
+from lata_lightning.charts import alignment_over_training
+
+
+def log_heat_map(loggers: Sequence[Logger], prefix: str, directory: Path | None, step: int) -> None:
+    """Send the alignment of every layer over the run, as ``{prefix}/alignment_by_layer``, to each logger that takes figures or images.
+
+    Those are loggers whose experiment has ``add_figure`` (TensorBoard), and those that have ``log_image`` (W&B). Nothing is sent without
+    matplotlib (the extra ``report``), without an output directory, and where no alignment was measured.
+    """
+    if directory is None or find_spec("matplotlib") is None:
+        return
+    drawing = [(getattr(getattr(logger, "experiment", None), "add_figure", None), getattr(logger, "log_image", None)) for logger in loggers]
+    if not any(add_figure or log_image for add_figure, log_image in drawing):
+        return
+    rows = read_history(directory / HISTORY_NAME)
+    chart = alignment_over_training([(row["step"], row["epoch"], Alignment.from_json(row)) for row in rows])
+    if chart is None:
+        return
+    from lata_lightning.pictures import draw, pixels
+
+    for add_figure, log_image in drawing:
+        if add_figure is not None:
+            add_figure(f"{prefix}/alignment_by_layer", draw(chart), global_step=step)
+        elif log_image is not None:
+            log_image(key=f"{prefix}/alignment_by_layer", images=[pixels(draw(chart))], step=step)

@@ -1,0 +1,84 @@
+"""Tasks of lm-evaluation-harness, from its own collection or from files. Needs the extra ``eval``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lata_lightning.errors import LataError, SourceError, first_three
+from lata_lightning.evaluation.answers import evaluating
+
+
+def evaluate_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    chat: bool = False,
+    batch_size: int = 8,
+) -> dict[str, dict[str, float]]:
+    """Scores of a model by task and metric, as the harness names them (``acc``, ``exact_match``, …), standard errors included.
+
+    Args:
+        model: Hugging Face causal language model; it stays as it is.
+        tokenizer: Of the model.
+        tasks: Names of tasks, groups or tags of the harness, or paths of files of one task each (``.yaml``). Such a file may name functions of Python
+            files beside it, which are then run.
+        limit: Only so many examples of each task.
+        num_fewshot: Examples before each question; by default what the task says.
+        chat: Ask in the tokenizer's chat format.
+        batch_size: Rows of a batch.
+
+    Returns:
+        By task (and group), then by metric; where a task filters answers, by ``metric,filter`` for filters other than ``none``.
+
+    Raises:
+        SourceError: A task is unknown, or its file or its data cannot be read.
+        LataError: The harness is not installed, there is no task, or a task cannot be run.
+    """
+    if not tasks:
+        raise LataError("there is no task to evaluate: give at least one")
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise LataError(f"tasks need lm-evaluation-harness ({error}): pip install 'lata_lightning[eval]'") from error
+    files = [task for task in tasks if task.endswith((".yaml", ".yml"))]
+    missing = [file for file in files if not Path(file).is_file()]
+    if missing:
+        raise SourceError(f"there are no such task files: {first_three(missing)}")
+    # Looking through the harness's own collection takes seconds, and files do not need it.
+    manager = TaskManager(include_defaults=len(files) < len(tasks))
+    unknown = [task for task in tasks if task not in files and task not in manager.all_tasks]
+    if unknown:
+        raise SourceError(
+            f"lm-evaluation-harness has no such tasks: {first_three(unknown)}. lm-eval ls tasks lists them; a task file ends in .yaml."
+        )
+    wanted = [str(Path(task).absolute()) if task in files else task for task in tasks]
+    try:
+        with evaluating(model):
+            found = simple_evaluate(
+                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                tasks=wanted,
+                task_manager=manager,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                apply_chat_template=chat,
+                log_samples=False,
+            )
+    except (OSError, ConnectionError) as error:
+        raise SourceError(
+            f"the data of a task cannot be had ({type(error).__name__}: {error}). Offline, give a task file with local data."
+        ) from error
+    except (KeyError, ValueError, TypeError) as error:
+        raise LataError(f"lm-evaluation-harness cannot run these tasks: {type(error).__name__}: {error}") from error
+    return {task: _figures(row) for task, row in found["results"].items()}
+
+
+def _figures(row: dict[str, Any]) -> dict[str, float]:
+    numbers = {name: float(value) for name, value in row.items() if isinstance(value, int | float) and "," in name}
+    return {name.removesuffix(",none"): value for name, value in numbers.items()}

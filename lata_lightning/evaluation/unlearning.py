@@ -1,0 +1,367 @@
+"""How well a model has forgotten: the measures of TOFU, MUSE and OpenUnlearning.
+
+Names, definitions and the layout of the results are those of OpenUnlearning (arXiv:2506.12618), so that results can be laid beside its tables.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import fmean, harmonic_mean
+from typing import Any, NamedTuple
+
+from lata_lightning.errors import CorruptFileError, LataError, first_three
+from lata_lightning.evaluation.answers import Answers, AnswerScore, generated
+from lata_lightning.evaluation.questions import Question, read_questions
+
+UTILITY_SETS = {"retain": "retain", "real_authors": "ra", "world_facts": "wf"}
+"""The sets over which TOFU takes model utility, with their prefixes in the results."""
+_TRUTH_RATIO = "forget_truth_ratio"
+
+
+class ForgetQuality(NamedTuple):
+    """Outcome of a Kolmogorov-Smirnov test; ``log10`` is None where the value is too small for a float."""
+
+    value: float
+    log10: float | None
+
+
+class Unlearning(NamedTuple):
+    """What an evaluation found.
+
+    Attributes:
+        evaluation: By measure, ``agg_value`` and ``value_by_index`` with the figures of each row.
+        summary: By measure, ``agg_value`` alone; None where a measure has no value.
+        notes: Why measures have no value, or not the usual meaning; one sentence each.
+    """
+
+    evaluation: dict[str, dict[str, Any]]
+    summary: dict[str, float | None]
+    notes: list[str]
+
+
+def truth_ratio(correct_loss: float, perturbed_losses: Sequence[float]) -> float:
+    """How likely wrong answers are, compared with the right one in other words.
+
+    Args:
+        correct_loss: Mean negative log-likelihood of the paraphrased right answer's tokens, in nats.
+        perturbed_losses: The same of the wrong answers, at least one.
+
+    Returns:
+        Geometric mean of the wrong answers' probabilities over the probability of the right one, each normalised by its length; not negative, below 1
+        where the model prefers the right answer, infinite where it overflows. The text of the source writes an arithmetic mean; the geometric one
+        is what its code, and so its tables, have.
+
+    Raises:
+        LataError: There is no wrong answer.
+
+    Source: TOFU, arXiv:2401.06121, equation 1 and ``aggregate_eval_stat.py``.
+    """
+    if not perturbed_losses:
+        raise LataError("a truth ratio needs at least one wrong answer")
+    try:
+        return math.exp(correct_loss - fmean(perturbed_losses))
+    except OverflowError:
+        return math.inf
+
+
+def forget_quality(ratios: Sequence[float], reference: Sequence[float]) -> ForgetQuality:
+    """How likely it is that two models' truth ratios come from one distribution.
+
+    Args:
+        ratios: Truth ratios on the rows to be forgotten, of the model that was made to forget them.
+        reference: Those of a model trained without these rows.
+
+    Returns:
+        The p-value of the two-sided Kolmogorov-Smirnov test, in [0, 1], and its decimal logarithm. High: the models cannot be told apart.
+
+    Raises:
+        LataError: One side is empty, or SciPy is not installed.
+
+    Source: TOFU, arXiv:2401.06121, section 3.3.
+    """
+    if not ratios or not reference:
+        raise LataError(f"forget quality compares the truth ratios of two models, got {len(ratios)} and {len(reference)} of them")
+    _need("scipy")
+    from scipy.stats import ks_2samp
+
+    value = float(ks_2samp(ratios, reference).pvalue)
+    return ForgetQuality(value, math.log10(value) if value > 0 else None)
+
+
+def exact_memorization(hits: Sequence[bool]) -> float:
+    """Share of an answer's tokens that are the most likely ones when the tokens before them are fed in.
+
+    Args:
+        hits: For each token of the answer, without the one that ends the turn, whether it is; at least one.
+
+    Returns:
+        In [0, 1].
+
+    Source: Tirumala et al., arXiv:2205.10770; OpenUnlearning, arXiv:2506.12618.
+    """
+    _check_hits(hits)
+    return sum(hits) / len(hits)
+
+
+def extraction_strength(hits: Sequence[bool]) -> float:
+    """Share of an answer that the model completes by itself from the shortest beginning after which it makes no mistake.
+
+    Args:
+        hits: For each token of the answer, without the one that ends the turn, whether it is the most likely one when the tokens before it are fed in;
+            at least one.
+
+    Returns:
+        1 − k/n for the smallest k of n tokens after which all are hits: 1 where all are, 0 where the last one is none. (OpenUnlearning's code gives
+        1/n in that last case, as it never tries the empty rest.)
+
+    Source: Carlini et al., arXiv:2012.07805; OpenUnlearning, arXiv:2506.12618, definition for tokens fed in.
+    """
+    _check_hits(hits)
+    completed = 0
+    while completed < len(hits) and hits[-1 - completed]:
+        completed += 1
+    return completed / len(hits)
+
+
+def rouge_l_recall(answers: Sequence[str], references: Sequence[str]) -> list[float]:
+    """ROUGE-L recall of each answer: the longest common subsequence of words, as a share of the reference's words.
+
+    Args:
+        answers: What a model answered.
+        references: What is right, one for each.
+
+    Returns:
+        In [0, 1], in their order; words are stemmed by Porter's rules, as in TOFU; 0 where either side has no words.
+
+    Raises:
+        LataError: The numbers differ, or NLTK, which stems, is not installed.
+
+    Source: TOFU, arXiv:2401.06121; MUSE, arXiv:2407.06460, knowledge memorisation.
+    """
+    if len(answers) != len(references):
+        raise LataError(f"ROUGE-L compares each answer with one reference, got {len(answers)} and {len(references)}")
+    _need("nltk")
+    from torchmetrics.functional.text.rouge import rouge_score
+
+    return [
+        float(rouge_score(answer, reference, use_stemmer=True, rouge_keys="rougeL")["rougeL_recall"])
+        for answer, reference in zip(answers, references, strict=True)
+    ]
+
+
+def model_utility(values: Sequence[float]) -> float:
+    """Harmonic mean of what a model can still do: low as soon as one value is, 0 where one is 0.
+
+    Args:
+        values: In [0, 1], at least one. TOFU takes nine: probability, ROUGE-L recall and truth ratio on the sets retain, real authors, world facts.
+
+    Raises:
+        LataError: There is no value, or one is negative.
+
+    Source: TOFU, arXiv:2401.06121, section 3.3.
+    """
+    if not values or min(values) < 0:
+        raise LataError(f"model utility needs at least one value and none below 0, got {list(values)}")
+    return float(harmonic_mean(values))
+
+
+def reference_ratios(path: str | Path) -> list[float]:
+    """Truth ratios on the rows to be forgotten, from the ``…_EVAL.json`` of a retrained model.
+
+    Raises:
+        CorruptFileError: The file holds none.
+    """
+    try:
+        rows = json.loads(Path(path).read_text("utf-8"))[_TRUTH_RATIO]["value_by_index"]
+        found = [float(rows[index]["score"]) for index in sorted(rows, key=int)]
+        if not found or not all(map(math.isfinite, found)):
+            raise ValueError("no ratio, or one that is not finite")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptFileError(
+            f"{path} holds no truth ratios ({error!r}): give the _EVAL.json of a retrained model, or its directory"
+        ) from error
+    return found
+
+
+class UnlearningEvaluation:
+    """All measures on one collection of questions, prepared once for many models.
+
+    Args:
+        tokenizer: Hugging Face tokenizer of the models, with a chat template and an end token.
+        forget: JSONL file of the rows to be forgotten (see ``read_questions``).
+        utility: Files by set of ``UTILITY_SETS``: what the model should still know.
+        max_new_tokens: Most tokens of a generated answer.
+
+    Raises:
+        SourceError, CorruptFileError: A file cannot be read.
+        LataError: A row has other fields, a set is unknown, or NLTK is not installed.
+    """
+
+    def __init__(self, tokenizer: Any, forget: str | Path, utility: Mapping[str, str | Path], max_new_tokens: int = 200) -> None:
+        unknown = set(utility) - set(UTILITY_SETS)
+        if unknown:
+            raise LataError(f"utility is taken on the sets {', '.join(UTILITY_SETS)}, not on {', '.join(sorted(unknown))}")
+        # Generation takes long: what is missing should be known before.
+        _need("nltk")
+        self._forget = _Set(tokenizer, read_questions(forget), max_new_tokens)
+        self._utility = {name: _Set(tokenizer, read_questions(utility[name]), max_new_tokens) for name in UTILITY_SETS if name in utility}
+
+    def truth_ratios(self, model: Any) -> list[float] | None:
+        """Truth ratios of a model on the rows to be forgotten; None where not all of them have wrong answers."""
+        return self._forget.scored(model).truth_ratios
+
+    def __call__(self, model: Any, reference: Sequence[float] | None = None) -> Unlearning:
+        """Every measure of a model, which stays as it is.
+
+        Args:
+            model: Hugging Face causal language model.
+            reference: Truth ratios of a model retrained without the rows to be forgotten; without them there is no forget quality.
+
+        Raises:
+            LataError: The model gives no finite likelihood to an answer.
+        """
+        forgetting, notes = self._measure_forgetting(model, reference)
+        utility, more = self._measure_utility(model)
+        found = forgetting | utility
+        return Unlearning(found, {name: entry["agg_value"] for name, entry in found.items()}, notes + more)
+
+    def _measure_forgetting(self, model: Any, reference: Sequence[float] | None) -> tuple[dict[str, dict[str, Any]], list[str]]:
+        scored = self._forget.scored(model)
+        ratios, quality, notes = scored.truth_ratios, None, []
+        if ratios is None:
+            notes.append("no truth ratio and no forget quality: not every row to be forgotten has a 'perturbed_answer'")
+        elif reference is None:
+            notes.append("no forget quality: it compares with a model retrained without these rows; give one as the reference")
+        else:
+            quality = forget_quality(ratios, reference)
+        # The token that ends the turn is no part of what was memorised.
+        hits = [score.hits[:-1] for score in scored.answers]
+        return {
+            "forget_quality": _single(None if quality is None else quality.value),
+            "forget_quality_log10": _single(None if quality is None else quality.log10),
+            _TRUTH_RATIO: _entry(ratios, [min(ratio, 1 / ratio) if ratio else 0.0 for ratio in ratios or ()]),
+            "forget_Q_A_Prob": scored.probabilities(),
+            "forget_Q_A_ROUGE": self._forget.rouge(model),
+            "exact_memorization": _entry([exact_memorization(row) for row in hits]),
+            "extraction_strength": _entry([extraction_strength(row) for row in hits]),
+        }, notes
+
+    def _measure_utility(self, model: Any) -> tuple[dict[str, dict[str, Any]], list[str]]:
+        found: dict[str, dict[str, Any]] = {}
+        incomplete = []
+        for name, questions in self._utility.items():
+            prefix, scored = UTILITY_SETS[name], questions.scored(model)
+            ratios = scored.truth_ratios
+            # On general knowledge TOFU takes the probability of the answer among the wrong ones, on its own authors the plain one.
+            key, probability = ("Prob", scored.probabilities()) if name == "retain" else ("Prob_normalised", scored.shares())
+            found |= {
+                f"{prefix}_Q_A_{key}": probability,
+                f"{prefix}_Q_A_ROUGE": questions.rouge(model),
+                f"{prefix}_Truth_Ratio": _entry(ratios, [max(0.0, 1 - ratio) for ratio in ratios or ()]),
+            }
+            incomplete += [name] if ratios is None else []
+        values = [entry["agg_value"] for entry in found.values()]
+        notes = []
+        if not self._utility:
+            notes.append("no model utility: it needs questions that the model should still answer")
+        elif incomplete:
+            notes.append(f"no model utility: not every row of {', '.join(incomplete)} has a 'perturbed_answer'")
+        elif len(self._utility) < len(UTILITY_SETS):
+            notes.append(f"model utility is over {', '.join(self._utility)} only; TOFU's is over {', '.join(UTILITY_SETS)}")
+        found["model_utility"] = _single(model_utility(values) if values and not incomplete else None)
+        return found, notes
+
+
+class _Scored(NamedTuple):
+    """Scores of the answers of one set: as they are, in other words, and wrong ones; the last two None where rows lack them."""
+
+    answers: list[AnswerScore]
+    right: list[AnswerScore] | None
+    wrong: list[list[AnswerScore]] | None
+
+    @property
+    def truth_ratios(self) -> list[float] | None:
+        if self.right is None or self.wrong is None:
+            return None
+        return [truth_ratio(right.loss, [one.loss for one in wrong]) for right, wrong in zip(self.right, self.wrong, strict=True)]
+
+    def probabilities(self) -> dict[str, Any]:
+        rows = [{"prob": score.probability, "avg_loss": score.loss} for score in self.answers]
+        return {"agg_value": fmean(row["prob"] for row in rows), "value_by_index": _by_index(rows)}
+
+    def shares(self) -> dict[str, Any]:
+        """Probability of each answer among itself and the wrong ones."""
+        if self.wrong is None:
+            return _single(None)
+        sums = [score.probability + sum(one.probability for one in wrong) for score, wrong in zip(self.answers, self.wrong, strict=True)]
+        shares = [score.probability / total if total else 0.0 for score, total in zip(self.answers, sums, strict=True)]
+        return {"agg_value": fmean(shares), "value_by_index": _by_index([{"prob": share} for share in shares])}
+
+
+class _Set:
+    """The questions of one file, with the tokens of every answer that is scored."""
+
+    def __init__(self, tokenizer: Any, questions: Sequence[Question], max_new_tokens: int) -> None:
+        self._tokenizer, self._questions, self._max_new_tokens = tokenizer, questions, max_new_tokens
+        empty = [question.prompt for question in questions if not question.answer]
+        if empty:
+            raise LataError(f"what was memorised of an answer needs one that is not empty; empty are the answers to {first_three(empty)}")
+        self._answers = Answers(tokenizer, [(question.prompt, question.answer) for question in questions])
+        self._right = self._wrong = None
+        if all(question.perturbed for question in questions):
+            # TOFU's sets of real authors and world facts have no paraphrases; there the answer itself stands for them.
+            self._right = Answers(tokenizer, [(question.prompt, question.paraphrased or question.answer) for question in questions])
+            self._wrong = Answers(tokenizer, [(question.prompt, wrong) for question in questions for wrong in question.perturbed])
+
+    def scored(self, model: Any) -> _Scored:
+        answers = self._answers.scores(model)
+        right = None if self._right is None else self._right.scores(model)
+        wrong = [] if self._wrong is None else self._wrong.scores(model)
+        strange = sum(not math.isfinite(score.loss) for score in (*answers, *(right or ()), *wrong))
+        if strange:
+            raise LataError(
+                f"the model gives {strange} answers a likelihood that is no number: are its weights whole, and its precision wide enough?"
+            )
+        rest = iter(wrong)
+        return _Scored(
+            answers, right, None if right is None else [[next(rest) for _ in question.perturbed] for question in self._questions]
+        )
+
+    def rouge(self, model: Any) -> dict[str, Any]:
+        answers = generated(model, self._tokenizer, [question.prompt for question in self._questions], self._max_new_tokens)
+        recalls = rouge_l_recall(answers, [question.answer for question in self._questions])
+        rows = [
+            {"rougeL_recall": recall, "input": question.prompt, "ground_truth": question.answer, "generation": answer}
+            for recall, question, answer in zip(recalls, self._questions, answers, strict=True)
+        ]
+        return {"agg_value": fmean(recalls), "value_by_index": _by_index(rows)}
+
+
+def _single(value: float | None) -> dict[str, Any]:
+    return {"agg_value": value}
+
+
+def _entry(values: Sequence[float] | None, judged: Sequence[float] | None = None) -> dict[str, Any]:
+    """Each row's value, and the mean of the values or of what they are judged by."""
+    if values is None:
+        return _single(None)
+    rows = [{"score": value if math.isfinite(value) else None} for value in values]
+    return {"agg_value": fmean(values if judged is None else judged), "value_by_index": _by_index(rows)}
+
+
+def _by_index(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    return {str(index): row for index, row in enumerate(rows)}
+
+
+def _check_hits(hits: Sequence[bool]) -> None:
+    if not hits:
+        raise LataError("an answer without tokens was not memorised or forgotten: give at least one")
+
+
+def _need(module: str) -> None:
+    if find_spec(module) is None:
+        raise LataError(f"this measure needs {module}, which is not installed: pip install 'lata_lightning[eval]'")

@@ -1,0 +1,126 @@
+"""Charts as plotly figures; the page gives them their colours, which follow its theme."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.colors import sample_colorscale, unlabel_rgb
+
+from lata_lightning.charts import Chart, HeatMap, Lines, ink_on
+
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
+_MOST_ROWS, _MOST_COLUMNS = 24, 12
+"""Labels on the vertical and on the horizontal axis."""
+_MOST_NUMBERS = 8
+
+
+def plotly_figure(chart: Chart) -> go.Figure:
+    """The chart for plotly, every value in it as it is; ``meta`` says which colours of the page each trace takes."""
+    figure = _heat_map(chart) if isinstance(chart, HeatMap) else _lines(chart)
+    figure.update_layout(template="none", margin={"l": 8, "r": 8, "t": 8, "b": 8}, hovermode="closest", dragmode=False, autosize=True)
+    figure.update_xaxes(automargin=True, fixedrange=True)
+    figure.update_yaxes(automargin=True, fixedrange=True)
+    return figure
+
+
+def plotly_json(chart: Chart) -> str:
+    """Data and layout for a script element: no character in it can end the element."""
+    found: dict[str, Any] = json.loads(plotly_figure(chart).to_json())
+    text = json.dumps({"data": found["data"], "layout": found["layout"]}, allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _heat_map(chart: HeatMap) -> go.Figure:
+    low, high = chart.limits
+    name = "PuOr" if chart.diverging else "Viridis"
+    # The ends of the diverging scale are nearly black.
+    scale = sample_colorscale(name, 9, *((0.1, 0.9) if chart.diverging else (0.0, 1.0)))
+    columns, rows = _shown(chart.columns), _shown(chart.rows)
+    gap = 1 if len(columns) <= _MOST_ROWS and len(rows) <= _MOST_ROWS else 0
+    trace = go.Heatmap(
+        z=chart.values,
+        x=columns,
+        y=rows,
+        zmin=low,
+        zmax=high,
+        colorscale=scale,
+        hoverongaps=False,
+        xgap=gap,
+        ygap=gap,
+        hovertemplate=f"%{{y}}<br>%{{x}}<br>{_literal(chart.value_title)} %{{z:{chart.form}}}<extra></extra>",
+        colorbar={"thickness": 10, "outlinewidth": 0, "xpad": 6, "ticklen": 3, "nticks": 5},
+        meta={"colours": name},
+    )
+    # Rows of a finger's width as long as there are few, thinner ones on a figure that still fits a screen.
+    height = max(26 * len(rows), 96) if len(rows) <= 16 else min(320 + 6 * len(rows), 720)
+    figure = go.Figure(trace, {"height": height + 64})
+    if len(columns) <= _MOST_NUMBERS and len(rows) <= _MOST_ROWS:
+        cells = [
+            (column, row, value)
+            for row, values in zip(rows, chart.values, strict=True)
+            for column, value in zip(columns, values, strict=True)
+            if value is not None
+        ]
+        shades = sample_colorscale(scale, [min(max((value - low) / (high - low), 0.0), 1.0) for *_, value in cells]) if cells else []
+        figure.add_scatter(
+            x=[column for column, _, _ in cells],
+            y=[row for _, row, _ in cells],
+            text=[format(value, chart.form) for *_, value in cells],
+            mode="text",
+            textfont={"size": 11, "color": [ink_on(*(part / 255 for part in unlabel_rgb(shade))) for shade in shades]},
+            hoverinfo="skip",
+            showlegend=False,
+            meta={"cells": len(columns)},
+        )
+    figure.update_xaxes(_names(chart.columns, chart.column_ticks, chart.column_title, _MOST_COLUMNS), showgrid=False, ticks="")
+    figure.update_yaxes(_names(chart.rows, chart.row_ticks, chart.row_title, _MOST_ROWS), showgrid=False, ticks="", autorange="reversed")
+    return figure
+
+
+def _lines(chart: Lines) -> go.Figure:
+    figure = go.Figure(layout={"height": 320})
+    for line in chart.series:
+        places = list(line.points)
+        at = "%{x}" if chart.ticks else f"{_literal(chart.x_title)} %{{x:~g}}"
+        figure.add_scatter(
+            x=_shown([str(place) for place in places]) if chart.ticks else places,
+            y=list(line.points.values()),
+            name=_literal(line.name),
+            mode="lines+markers",
+            line={"width": 2},
+            marker={"size": 7, "symbol": SYMBOLS[line.colour % len(SYMBOLS)]},
+            meta={"series": line.colour},
+            hovertemplate=f"{_literal(line.name)}<br>{at}<br>{_literal(chart.y_title)} %{{y:{chart.form}}}<extra></extra>",
+        )
+    figure.update_layout(showlegend=len(chart.series) > 1, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
+    if chart.ticks:
+        figure.update_xaxes(_names(tuple(chart.ticks), tuple(chart.ticks.values()), chart.x_title, _MOST_COLUMNS))
+    else:
+        figure.update_xaxes(title=_literal(chart.x_title))
+    figure.update_xaxes(showgrid=False, zeroline=False, ticks="")
+    figure.update_yaxes(title=_literal(chart.y_title), zeroline=False, ticks="", nticks=8)
+    return figure
+
+
+def _names(names: tuple[str, ...], ticks: tuple[str, ...], title: str, most: int) -> dict[str, Any]:
+    every = -(-len(names) // most)
+    return {
+        "type": "category",
+        "tickmode": "array",
+        "tickvals": _shown(names)[::every],
+        "ticktext": _shown(ticks)[::every],
+        "title": _literal(title),
+    }
+
+
+def _shown(names: Iterable[str]) -> list[str]:
+    return [_literal(name) for name in names]
+
+
+def _literal(text: str) -> str:
+    """Text as plotly has to be given it: it reads tags in every text, formulas between dollars, and variables of a template after ``%{``."""
+    return html.escape(text, quote=False).replace("$", "&#36;").replace("%{", "%&#123;")

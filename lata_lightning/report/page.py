@@ -1,0 +1,103 @@
+"""The page: one file that holds its figures, its style and what draws them, and asks the network for nothing."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import version
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+
+from lata_lightning.errors import LataError, OutputError
+from lata_lightning.report.contents import Report
+
+GENERATOR = '<meta name="generator" content="lata_lightning">'
+
+
+def check_extra(*modules: str) -> None:
+    """Refuse to begin without the libraries of the extra ``report``.
+
+    Raises:
+        LataError: One of them is not installed.
+    """
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise LataError(f"a report needs {', '.join(missing)}, which is not installed: pip install 'lata_lightning[report]'")
+
+
+def check_output(path: str | Path) -> None:
+    """Refuse to write over anything but an earlier report.
+
+    Raises:
+        OutputError: The path is a directory, or a file that is no report.
+    """
+    target = Path(path)
+    if not target.exists():
+        return
+    if target.is_dir():
+        raise OutputError(f"{target} is a directory; name the file to write, such as {target / 'report.html'}")
+    with target.open("rb") as file:
+        known = GENERATOR.encode() in file.read(2048)
+    if not known:
+        raise OutputError(f"{target} exists and is no report; choose another --output, or remove it first")
+
+
+def render(report: Report) -> str:
+    """The whole page as text; everything that comes from files is escaped. The same report gives the same page.
+
+    Raises:
+        LataError: The extra ``report`` is not installed.
+    """
+    check_extra("plotly", "jinja2")
+    import jinja2
+    from plotly.offline import get_plotlyjs
+
+    from lata_lightning.report.interactive import plotly_figure, plotly_json
+
+    scripts = {"theme": _asset("theme.js"), "plotly": get_plotlyjs(), "page": _asset("page.js")}
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(_asset("page.html")).render(
+        report=report,
+        generator=GENERATOR,
+        style=_asset("page.css"),
+        scripts=scripts,
+        policy=_policy(list(scripts.values())),
+        figures={chart.key: plotly_json(chart) for chart in report.charts},
+        heights={chart.key: int(plotly_figure(chart).layout.height) for chart in report.charts},
+        tables={chart.key: chart.table() for chart in report.charts},
+        version=version("lata_lightning"),
+    )
+
+
+def write(report: Report, path: str | Path) -> None:
+    """Write the page; it appears whole or not at all.
+
+    Raises:
+        OutputError: The path is taken by something else, or cannot be written.
+        LataError: The extra ``report`` is not installed.
+    """
+    check_output(path)
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.partial")
+    text = render(report)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, "utf-8")
+        partial.replace(target)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise OutputError(f"{target} cannot be written: {error.strerror}") from error
+
+
+def _asset(name: str) -> str:
+    return files("lata_lightning.report").joinpath(name).read_text("utf-8")
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    """Nothing is fetched, and no script runs but those of the page: what a name in a file might smuggle in stays text."""
+    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts)
+    return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"

@@ -1,0 +1,169 @@
+"""What a report is about: the output of runs, saved vectors, scale curves."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lata_lightning.alignment import Alignment
+from lata_lightning.callbacks.history import HISTORY_NAME, read_history
+from lata_lightning.errors import CorruptFileError, LataError, SourceError, first_three
+from lata_lightning.store.directories import holds_vector
+from lata_lightning.store.task_vector import TaskVector
+
+# As in callbacks/lata.py, which imports Lightning; a test holds both together.
+VECTOR_NAME = "task_vector"
+TUNE_NAME = "tune.json"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One line of a history: of the whole model what is known, and every layer."""
+
+    step: int
+    epoch: int
+    task_norm: float
+    alignment: float | None
+    relative_norm: float | None
+    layers: Alignment
+
+
+@dataclass(frozen=True)
+class ScaleCurves:
+    """What scales scored.
+
+    Attributes:
+        curves: Score by rising scale, by the name of what was scored and, where there are several, of the rule.
+        metric: What a score is.
+        chosen: The point that was chosen, in words; empty where the file says none.
+    """
+
+    curves: Mapping[str, Mapping[float, float]]
+    metric: str
+    chosen: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One input of a report.
+
+    Attributes:
+        label: Short name, unique in the report.
+        path: As it was given.
+        history: The measurements of a run, oldest first.
+        vector: The task vector, opened.
+        vector_path: Where it lies.
+        scales: What was tried on it.
+    """
+
+    label: str
+    path: str
+    history: tuple[Measurement, ...] = ()
+    vector: TaskVector | None = None
+    vector_path: Path | None = None
+    scales: ScaleCurves | None = None
+
+
+def open_subjects(paths: Sequence[str | Path]) -> list[Subject]:
+    """What lies at each path, tensors unread.
+
+    A path is the output directory of a run (``history.jsonl``, ``task_vector``, ``tune.json``, whichever of them are there), or a saved
+    vector, or a ``tune.json``.
+
+    Raises:
+        SourceError: A path holds none of them, or no measurement yet.
+        CorruptFileError: A file cannot be understood.
+        LataError: A path is given twice.
+    """
+    twice = {str(path) for path in paths if [Path(other).resolve() for other in paths].count(Path(path).resolve()) > 1}
+    if twice:
+        raise LataError(f"each run or vector can be shown once; given more than once are {first_three(twice)}")
+    labels = [_name(Path(path)) for path in paths]
+    labels = [str(path) if labels.count(label) > 1 else label for path, label in zip(paths, labels, strict=True)]
+    return [_open(Path(path), str(path), label) for path, label in zip(paths, labels, strict=True)]
+
+
+def read_scales(path: Path) -> ScaleCurves:
+    """Scores by scale, from ``{"points": [{"scale": 0.5, "scores": {"math": 0.61}}]}``.
+
+    A point may also have ``weighting``, the rule it was tried under, and ``control``, scores of what must not suffer; the file may have ``metric``
+    and ``best``, the scale and weighting that were chosen.
+
+    Raises:
+        CorruptFileError: The file is not of this form, holds no score, or a number that is not finite.
+    """
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        curves: dict[str, dict[float, float]] = {}
+        for point in data["points"]:
+            rule = f", {point['weighting']}" if "weighting" in point else ""
+            for mark, scores in (("", point["scores"]), (" (control)", point.get("control", {}))):
+                for name, score in scores.items():
+                    curves.setdefault(f"{name}{mark}{rule}", {})[float(point["scale"])] = float(score)
+        if not curves or not all(math.isfinite(number) for curve in curves.values() for pair in curve.items() for number in pair):
+            raise ValueError("no score, or one that is not finite")
+        best = data.get("best")
+        chosen = "" if best is None else f"{best['weighting']} at scale {float(best['scale']):g}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptFileError(
+            f'{path} holds no scale curve ({error!r}): expected {{"points": [{{"scale": number, "scores": {{name: number}}}}]}}'
+        ) from error
+    rising = {name: dict(sorted(curve.items())) for name, curve in curves.items()}
+    return ScaleCurves(rising, str(data.get("metric", "score")), chosen)
+
+
+def _open(path: Path, given: str, label: str) -> Subject:
+    if path.is_file():
+        return Subject(label, given, scales=read_scales(path))
+    if holds_vector(path):
+        return Subject(label, given, vector=TaskVector.open(path), vector_path=path)
+    history, vector, tuned = path / HISTORY_NAME, path / VECTOR_NAME, path / TUNE_NAME
+    if not (history.is_file() or holds_vector(vector) or tuned.is_file()):
+        raise SourceError(f"{given} is no run and no vector: it holds no {HISTORY_NAME}, {VECTOR_NAME} or {TUNE_NAME}. {_hint(path)}")
+    subject = Subject(
+        label,
+        given,
+        history=_measurements(history),
+        vector=TaskVector.open(vector) if holds_vector(vector) else None,
+        vector_path=vector if holds_vector(vector) else None,
+        scales=read_scales(tuned) if tuned.is_file() else None,
+    )
+    if not subject.history and subject.vector is None and subject.scales is None:
+        raise SourceError(f"the history of {given} is empty: nothing has been measured yet. Wait for the first epoch to end.")
+    return subject
+
+
+def _name(path: Path) -> str:
+    whole = path.resolve()
+    return whole.parent.name if whole.name in (VECTOR_NAME, TUNE_NAME) else whole.name or str(whole)
+
+
+def _hint(path: Path) -> str:
+    if not path.exists():
+        return "There is nothing at this path; check the spelling."
+    below = [child.name for child in path.iterdir() if (child / HISTORY_NAME).is_file() or holds_vector(child)]
+    return f"Name what lies in it, {first_three(below)}." if below else "Give the output_dir of a LATACallback, or what lata extract wrote."
+
+
+def _measurements(path: Path) -> tuple[Measurement, ...]:
+    found = []
+    for number, row in enumerate(read_history(path), start=1):
+        try:
+            found.append(_measurement(row))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptFileError(f"line {number} of {path} is no measurement ({error!r}). Was it changed by hand?") from error
+    return tuple(found)
+
+
+def _measurement(row: Mapping[str, Any]) -> Measurement:
+    alignment = Alignment.from_json(row)
+    figures = [row["task_norm"], row.get("alignment"), row.get("relative_norm")]
+    for stats in (*alignment.layers.values(), *alignment.outside.values()):
+        figures += [stats.alignment, stats.relative_norm, stats.task_norm, stats.instruction_norm, stats.coefficient]
+    if not all(value is None or math.isfinite(value) for value in figures):
+        raise ValueError("a value that is not finite")
+    return Measurement(int(row["step"]), int(row["epoch"]), float(figures[0]), figures[1], figures[2], alignment)

@@ -1,0 +1,95 @@
+"""Lightning's command line with the callback in place: the body of `lata fit`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+
+from lata_lightning.callbacks.lata import LATACallback
+from lata_lightning.errors import LataError
+from lata_lightning.training.classification import ImageClassificationModule, SequenceClassificationModule
+from lata_lightning.training.labelled_data import ImageDataModule, LabelledTextDataModule
+from lata_lightning.training.module import CausalLMModule
+from lata_lightning.training.text_data import TextDataModule
+
+# A recipe may name these without their module, as it is imported here; the first of each kind is what stands for no name.
+MODULES = (CausalLMModule, SequenceClassificationModule, ImageClassificationModule)
+DATA_MODULES = (TextDataModule, LabelledTextDataModule, ImageDataModule)
+
+
+class FitCLI(LightningCLI):
+    """``fit`` with sections ``model``, ``data``, ``trainer`` and ``lata``, and one directory for what a run leaves.
+
+    | in the directory | what |
+    |---|---|
+    | ``lata/`` | history and task vector of the callback |
+    | ``checkpoints/`` | Lightning checkpoints, also to resume from |
+    | ``logs/version_n/`` | metrics, and the whole configuration; a resumed run has a version of its own |
+
+    ``model`` and ``data`` are any LightningModule and LightningDataModule by their class path, ``CausalLMModule`` and ``TextDataModule`` unless given.
+
+    Args:
+        arguments: The command line without the name of the program: ``["fit", "--config", …]``.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        super().__init__(
+            seed_everything_default=0,
+            args=list(arguments),
+            parser_kwargs={"prog": "lata", "fit": {"description": "Fine-tune a model and keep its task vector."}},
+            auto_configure_optimizers=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Only ``fit``."""
+        return {"fit": LightningCLI.subcommands()["fit"]}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The callback's section, the directory of the run, and what model and data are unless given."""
+        parser.add_lightning_class_args(LATACallback, "lata")
+        parser.add_argument("--output", type=str, default="run", help="Directory for what the run leaves; it must not hold another run.")
+        parser.set_defaults({"model": {"class_path": _path(MODULES[0])}, "data": {"class_path": _path(DATA_MODULES[0])}})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses what was given, whatever the name and arguments of the program are."""
+        self.config = parser.parse_args(args)
+
+    def instantiate_classes(self) -> None:
+        """Makes trainer, model and data; what is wrong with an argument is said in the words of the class that found it."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # jsonargparse puts what a constructor raises into a report on every type it tried.
+            reason: BaseException | None = error
+            while reason is not None and not isinstance(reason, LataError):
+                reason = reason.__cause__ or reason.__context__
+            raise reason or error from None
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer, with everything that was given no place of its own put into the directory of the run."""
+        output = Path(self._get(self.config_init, "output"))
+        given = self._get(self.config_init, "trainer", default={})
+        placed: dict[str, Any] = {} if given.get("default_root_dir") else {"default_root_dir": str(output)}
+        if given.get("logger") in (None, True):
+            placed["logger"] = CSVLogger(output, name="logs")
+        trainer = super().instantiate_trainer(**placed, **kwargs)
+        if given.get("fast_dev_run"):
+            # A trial run is to write nothing, but ModelCheckpoint would still save the last weights.
+            trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, ModelCheckpoint)]  # type: ignore[attr-defined]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, LATACallback) and callback.output_dir is None:
+                callback.output_dir = output / callback.name
+            elif isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(output / "checkpoints")
+        return trainer
+
+
+def _path(found: type) -> str:
+    return f"{found.__module__}.{found.__qualname__}"

@@ -1,0 +1,253 @@
+"""Learning one task after the other: a fine-tune and a task vector for each, and the model that holds them all after each."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lata_lightning.callbacks.handover import VECTOR_NAME
+from lata_lightning.callbacks.lata import LATACallback
+from lata_lightning.errors import CorruptFileError, LataError, OutputError, first_three
+from lata_lightning.evaluation.continual import summary
+from lata_lightning.layers import Level
+from lata_lightning.merging import Term, merge
+from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.store.writer import write_json
+from lata_lightning.training.loading import load_causal_lm
+from lata_lightning.weighting import DEFAULT_THRESHOLD, Weighting
+
+Rule = Literal["sequential", "merge"]
+ACCURACIES_NAME = "accuracies.json"
+MODEL_NAME = "model"
+RUN_NAME = "run"
+_PARTIAL = ".partial"
+_CHECKPOINT = "latest"
+_SAFE_NAME = re.compile(r"\w[\w.-]*")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a sequence.
+
+    Attributes:
+        name: Letters, digits, ``_``, ``.`` and ``-``; its directory is named after it.
+        prepare: From the directory of a model, what ``Trainer(**options).fit(module, datamodule=data)`` needs to train it on this task: module, data and
+            options. The module must hold the model of that directory.
+        score: Score of a model on held-out data of this task; higher is better.
+        seed: Set before the fine-tune.
+    """
+
+    name: str
+    prepare: Callable[[Path], tuple[pl.LightningModule, Any, Mapping[str, Any]]]
+    score: Callable[[Any], float]
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What came of a sequence.
+
+    Attributes:
+        tasks: Names in order.
+        reference: Score of each task under the start, before anything was learned.
+        accuracies: A row for each stage, with the score of every task, later ones included.
+        model: Directory of the model after the last stage.
+    """
+
+    tasks: tuple[str, ...]
+    reference: Sequence[float]
+    accuracies: Sequence[Sequence[float]]
+    model: Path
+
+    @property
+    def summary(self) -> dict[str, float | None]:
+        """Average accuracy, backward and forward transfer and forgetting; None where one has no value."""
+        return summary(self.accuracies, self.reference)
+
+
+def learn_in_sequence(
+    start: str | Path,
+    tasks: Sequence[Task],
+    output: str | Path,
+    *,
+    rule: Rule = "merge",
+    weighting: Weighting = "none",
+    scale: float = 1.0,
+    instruction_vector: str | Path | TaskVector | None = None,
+    level: Level = "block",
+    threshold: float = DEFAULT_THRESHOLD,
+    outside: float = 0.0,
+    keep_checkpoints: bool = False,
+) -> Learned:
+    """Learn tasks one after the other, and keep the accuracy matrix.
+
+    With the rule ``merge`` each task is learned from the start, and the model after stage k is start + Σ scale · coefficient · vector over the first k
+    tasks: plain task arithmetic with the weighting ``none``, LATA with another one. With ``sequential`` each task is learned from the model before it,
+    which is ordinary fine-tuning; its vectors count from that model.
+
+    A stage that is done stands complete in ``output/01-name``, ``02-name``, …, each with ``run`` (task vector and history) and ``model``. A sequence that
+    was broken off goes on when it is called again in the same way: stages that stand there are not trained again, and the one that was under way starts
+    afresh, or goes on from its last checkpoint, if these are kept. ``output/accuracies.json`` is written after each stage.
+
+    Runs in one process.
+
+    Args:
+        start: Model directory or hub id.
+        tasks: In the order in which they are learned, with different names.
+        output: A directory that does not exist yet, or that of the same sequence.
+        rule: ``merge`` or ``sequential``.
+        weighting: Rule for the coefficients, with ``merge``; others than ``none`` need an instruction vector.
+        scale: Multiplier of every vector, with ``merge``.
+        instruction_vector: A saved one, of which ``start`` is the instruct model, to measure alignment with under ``merge``.
+        level: Unit of the coefficients.
+        threshold: For the weighting ``threshold``.
+        outside: Coefficient of the tensors in no layer.
+        keep_checkpoints: Write a checkpoint at the end of each epoch of the task under way; it goes when the stage is done.
+
+    Returns:
+        The matrix and the last model.
+
+    Raises:
+        LataError: A name or setting has no meaning, a score is no finite number, or a trainer has several processes.
+        OutputError: The directory holds something else, another sequence, or a later stage without an earlier one.
+        CorruptFileError: The accuracy matrix in it cannot be read.
+
+    Source: Sequence and matrix as in Lopez-Paz and Ranzato, arXiv:1706.08840; merged task vectors, arXiv:2212.04089 and 2502.20186.
+    """
+    _check(tasks, rule, weighting, scale, instruction_vector)
+    directory, names = Path(output), tuple(task.name for task in tasks)
+    settings = {
+        "start": str(start), "tasks": list(names), "rule": rule, "weighting": weighting, "scale": scale, "level": level,
+        "threshold": threshold, "outside": outside,
+    }  # fmt: skip
+    record = _Record.open(directory, settings)
+    if not record.reference:
+        record.reference = _scores(tasks, start)
+        record.save()
+    model, terms = Path(start), list[Term]()
+    stages = [directory / f"{number:02d}-{name}" for number, name in enumerate(names, start=1)]
+    _check_prefix(stages)
+    for number, (task, stage) in enumerate(zip(tasks, stages, strict=True), start=1):
+        origin = Path(start) if rule == "merge" else model
+        if not stage.exists():
+            del record.accuracies[number - 1 :]
+            partial = directory / f".{stage.name}{_PARTIAL}"
+            instruction = instruction_vector if rule == "merge" else None
+            callback = LATACallback(
+                instruction, weighting=weighting if instruction else "none", level=level, output_dir=partial / RUN_NAME, threshold=threshold,
+                outside=outside, table=False,
+            )  # fmt: skip
+            _train(task, origin, partial, callback, keep_checkpoints)
+            new = Term(TaskVector.open(partial / RUN_NAME / VECTOR_NAME), scale if rule == "merge" else 1.0)
+            shutil.rmtree(partial / MODEL_NAME, ignore_errors=True)
+            merge(origin, [*terms, new], partial / MODEL_NAME)
+            shutil.rmtree(partial / _CHECKPOINT, ignore_errors=True)
+            partial.rename(stage)
+        if rule == "merge":
+            terms.append(Term(TaskVector.open(stage / RUN_NAME / VECTOR_NAME), scale))
+        model = stage / MODEL_NAME
+        if len(record.accuracies) < number:
+            record.accuracies.append(_scores(tasks, model))
+            record.save()
+    return Learned(names, record.reference, record.accuracies, model)
+
+
+class _Record:
+    """The file with settings and accuracy matrix."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], reference: list[float], accuracies: list[list[float]]) -> None:
+        self._path, self._settings, self.reference, self.accuracies = path, settings, reference, accuracies
+
+    @classmethod
+    def open(cls, directory: Path, settings: Mapping[str, Any]) -> _Record:
+        """That of an earlier call with the same settings, or a new one."""
+        path = directory / ACCURACIES_NAME
+        if not directory.exists():
+            directory.mkdir(parents=True)
+            found = cls(path, settings, [], [])
+            found.save()
+            return found
+        if not path.is_file():
+            raise OutputError(f"{directory} exists already and is not the output of a sequence. Choose another output, or remove it first.")
+        try:
+            data = json.loads(path.read_text("utf-8"))
+            known, reference, accuracies = data["settings"], list(data["reference"]), [list(row) for row in data["accuracies"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptFileError(f"{path} holds no accuracy matrix ({error!r})") from error
+        other = [f"{name}: {known.get(name)!r} there, {value!r} here" for name, value in settings.items() if known.get(name) != value]
+        if other:
+            raise OutputError(f"{directory} holds another sequence; different are {first_three(other)}. Choose another output.")
+        return cls(path, settings, reference, accuracies)
+
+    def save(self) -> None:
+        """Put the whole file in its place at once."""
+        data = {
+            "settings": dict(self._settings),
+            "reference": self.reference,
+            "accuracies": self.accuracies,
+            "stages": [summary(self.accuracies[: stage + 1], self.reference) for stage in range(len(self.accuracies))],
+        }
+        partial = self._path.with_name(f".{self._path.name}{_PARTIAL}")
+        write_json(partial, data)
+        partial.replace(self._path)
+
+
+def _check(tasks: Sequence[Task], rule: str, weighting: Weighting, scale: float, instruction_vector: object) -> None:
+    names = [task.name for task in tasks]
+    wrong = {name for name in names if names.count(name) > 1 or not _SAFE_NAME.fullmatch(name)}
+    if not names or wrong:
+        raise LataError(
+            f"tasks need different names of letters, digits, '_', '.' and '-'; of {len(names)} names others are {first_three(wrong)}"
+        )
+    if rule not in get_args(Rule):
+        raise LataError(f"unknown rule {rule!r}; choose one of {', '.join(get_args(Rule))}")
+    if rule == "sequential" and (weighting != "none" or scale != 1.0):
+        raise LataError(f"under the rule 'sequential' nothing is weighted or scaled, got weighting {weighting!r} and scale {scale}")
+    if weighting != "none" and instruction_vector is None:
+        raise LataError(f"the weighting {weighting!r} needs an instruction vector to measure the alignment with")
+
+
+def _check_prefix(stages: Sequence[Path]) -> None:
+    done = [stage.name for stage in stages if stage.exists()]
+    missing = [stage.name for stage in stages[: len(done)] if not stage.exists()]
+    if missing:
+        raise OutputError(f"{stages[0].parent} lacks {first_three(missing)} before later stages. Put it back, or remove the later ones.")
+
+
+def _train(task: Task, origin: Path, partial: Path, callback: LATACallback, keep_checkpoints: bool) -> None:
+    """One fine-tune into a directory that is not finished yet."""
+    run, kept = partial / RUN_NAME, partial / _CHECKPOINT
+    if (run / VECTOR_NAME).exists():
+        # It is written whole, at the end of training.
+        return
+    checkpoint = next(kept.glob("*.ckpt"), None) if keep_checkpoints else None
+    if checkpoint is None:
+        # What a broken-off fine-tune left without a checkpoint is worth nothing.
+        shutil.rmtree(partial, ignore_errors=True)
+    pl.seed_everything(task.seed, workers=True, verbose=False)
+    module, data, options = task.prepare(origin)
+    callbacks = [*options.get("callbacks", ()), callback]
+    if keep_checkpoints:
+        callbacks.append(ModelCheckpoint(kept, filename=_CHECKPOINT, enable_version_counter=False))
+    trainer = pl.Trainer(**{"default_root_dir": partial, **options, "callbacks": callbacks, "enable_checkpointing": keep_checkpoints})
+    if trainer.world_size > 1:
+        raise LataError(f"a sequence runs in one process, and the trainer of {task.name} has {trainer.world_size}; set devices=1")
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+
+
+def _scores(tasks: Sequence[Task], model: str | Path) -> list[float]:
+    loaded = load_causal_lm(str(model))
+    scores = [float(task.score(loaded)) for task in tasks]
+    strange = [task.name for task, score in zip(tasks, scores, strict=True) if not math.isfinite(score)]
+    if strange:
+        raise LataError(f"scores must be finite numbers; under {model} they are not for {first_three(strange)}")
+    return scores

@@ -1,0 +1,195 @@
+"""Data modules for classifiers: a column of texts or of images, and one of labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+from transformers import AutoImageProcessor, AutoTokenizer
+
+from lata_lightning.errors import LataError, SourceError, first_line, first_three
+from lata_lightning.training.data import shards_of
+from lata_lightning.training.tables import check_columns, divided, open_table
+from lata_lightning.training.text_data import model_name
+
+
+class LabelledDataModule(LightningDataModule):
+    """Rows with a label; what else they hold says the child.
+
+    Labels are whole numbers from 0, or words. The order of rows depends on the seed and the epoch only, and several processes share one order out.
+    """
+
+    def __init__(
+        self,
+        data: str | list[str],
+        column: str,
+        label_column: str = "label",
+        label_names: list[str] | None = None,
+        validation: str | list[str] | None = None,
+        validation_share: float = 0.0,
+        batch_size: int = 16,
+        preprocessor: str | None = None,
+        subset: str | None = None,
+        split: str = "train",
+        validation_split: str = "train",
+        seed: int = 0,
+    ) -> None:
+        """Keep the settings; data is read in ``setup``.
+
+        Args:
+            data: Files (paths or patterns), a directory, or the name of a data set on the hub.
+            column: Column of what is classified.
+            label_column: Column of the labels.
+            label_names: Which words the labels 0, 1, … are; by default the sorted words of ``data``.
+            validation: The same as ``data`` for the validation loop.
+            validation_share: Without ``validation``: share of the rows of ``data`` to hold out, which their contents decide.
+            batch_size: Rows a batch, of each process.
+            preprocessor: Directory or hub id of the tokenizer or image processor; by default that of the model in training.
+            subset: Configuration of the data set on the hub.
+            split: Split of ``data`` to train on.
+            validation_split: Split of ``validation``.
+            seed: Order of the rows, and which are held out.
+
+        Raises:
+            LataError: A number is out of range, or there are two sources of validation rows.
+        """
+        super().__init__()
+        if batch_size < 1 or not 0 <= validation_share < 1:
+            raise LataError(f"batch_size must be at least 1 and validation_share in [0, 1), not {batch_size} and {validation_share}")
+        if validation_share and validation is not None:
+            raise LataError("validation_share holds rows of data out: it does not go with validation")
+        self.data, self.column, self.label_column, self.label_names = data, column, label_column, label_names
+        self.validation, self.validation_share, self.batch_size = validation, validation_share, batch_size
+        self.preprocessor_name, self.subset, self.split, self.validation_split, self.seed = (
+            preprocessor,
+            subset,
+            split,
+            validation_split,
+            seed,
+        )
+        self.preprocessor: Any = None
+        self._train: Any = None
+        self._validation: Any = None
+
+    def prepare_data(self) -> None:
+        """Fetches what lies on the hub, on one process."""
+        open_table(self.data, self.split, self.subset)
+
+    def setup(self, stage: str) -> None:
+        """Reads the data, numbers the labels and divides the rows, once.
+
+        Raises:
+            LataError: The data cannot be read, lacks a column or a value, has labels the model does not have, or leaves a split empty.
+            SourceError: The tokenizer or image processor cannot be loaded.
+        """
+        if self.preprocessor is not None:
+            return
+        preprocessor = self._load(self.preprocessor_name or model_name(self.trainer))
+        train = self._numbered(open_table(self.data, self.split, self.subset))
+        if self.validation is not None:
+            self._train, self._validation = train, self._numbered(open_table(self.validation, self.validation_split, self.subset))
+        else:
+            contents = (self._content(row) for row in train) if self.validation_share else [None] * len(train)
+            kept, held = divided(range(len(train)), contents, self.validation_share, self.seed)
+            self._train, self._validation = train.select(kept), train.select(held) if held else None
+        self.preprocessor = preprocessor
+
+    def train_dataloader(self) -> Any:
+        """Shuffled anew every epoch, each process its share; the epoch comes from the trainer."""
+        sampler: Any = DistributedSampler(self._ready(), shuffle=True, seed=self.seed, **shards_of(self.trainer))
+        return DataLoader(self._train, self.batch_size, sampler=sampler, collate_fn=self._collate)
+
+    def val_dataloader(self) -> Any:
+        """The rows held out or given for validation, in order, or an empty list."""
+        self._ready()
+        return [] if self._validation is None else DataLoader(self._validation, self.batch_size, collate_fn=self._collate)
+
+    def _load(self, name: str) -> Any:
+        """Tokenizer or image processor."""
+        raise NotImplementedError
+
+    def _content(self, row: dict[str, Any]) -> Any:
+        """What decides on which side of a split a row is."""
+        raise NotImplementedError
+
+    def _inputs(self, values: Sequence[Any]) -> dict[str, Tensor]:
+        """What the model takes."""
+        raise NotImplementedError
+
+    def _collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        return {**self._inputs([row[self.column] for row in rows]), "labels": torch.tensor([row[self.label_column] for row in rows])}
+
+    def _numbered(self, table: Any) -> Any:
+        """The two columns, with numbers for labels."""
+        check_columns(table.column_names, [self.column, self.label_column])
+        table = table.select_columns([self.column, self.label_column])
+        for column in (self.column, self.label_column):
+            empty = table.data.column(column).null_count
+            if empty:
+                raise LataError(f"column {column!r} must have a value in every row; {empty} of {len(table)} have none")
+        labels = list(table[self.label_column])
+        if all(isinstance(label, str) for label in labels):
+            if self.label_names is None:
+                self.label_names = sorted(set(labels))
+            unknown = set(labels) - set(self.label_names)
+            if unknown:
+                raise LataError(f"there are labels that are not among the {len(self.label_names)} label_names, {first_three(unknown)}")
+            numbers = [self.label_names.index(label) for label in labels]
+            table = table.remove_columns(self.label_column).add_column(self.label_column, numbers)
+        else:
+            numbers = labels
+        wrong = [label for label in numbers if not isinstance(label, int)]
+        if wrong:
+            raise LataError(f"labels must be whole numbers from 0, or words; {len(wrong)} are neither, the first is {wrong[0]!r}")
+        config = getattr(getattr(getattr(self.trainer, "lightning_module", None), "model", None), "config", None)
+        classes = getattr(config, "num_labels", None)
+        if min(numbers) < 0 or (classes is not None and max(numbers) >= classes):
+            raise LataError(f"labels run from {min(numbers)} to {max(numbers)}, the model has {classes} classes; set its num_labels")
+        return table
+
+    def _ready(self) -> Any:
+        if self._train is None:
+            raise LataError("call setup() before asking for a loader; the Trainer does")
+        return self._train
+
+
+class LabelledTextDataModule(LabelledDataModule):
+    """Texts with labels, cut to the length the tokenizer gives its model (``model_max_length``)."""
+
+    def __init__(self, data: str | list[str], column: str = "text", **settings: Any) -> None:
+        super().__init__(data, column, **settings)
+
+    def _load(self, name: str) -> Any:
+        try:
+            return AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError, KeyError) as error:
+            raise SourceError(f"cannot load a tokenizer from {name!r}: {first_line(error)}") from error
+
+    def _content(self, row: dict[str, Any]) -> Any:
+        return row
+
+    def _inputs(self, values: Sequence[Any]) -> dict[str, Tensor]:
+        return dict(self.preprocessor(list(values), padding=True, truncation=True, return_tensors="pt"))
+
+
+class ImageDataModule(LabelledDataModule):
+    """Images with labels: a directory with a folder for each class, or a data set with a column of images."""
+
+    def __init__(self, data: str | list[str], column: str = "image", **settings: Any) -> None:
+        super().__init__(data, column, **settings)
+
+    def _load(self, name: str) -> Any:
+        try:
+            return AutoImageProcessor.from_pretrained(name)
+        except (OSError, ValueError, KeyError) as error:
+            raise SourceError(f"cannot load an image processor from {name!r}: {first_line(error)}") from error
+
+    def _content(self, row: dict[str, Any]) -> Any:
+        return row[self.column].tobytes()
+
+    def _inputs(self, values: Sequence[Any]) -> dict[str, Tensor]:
+        return dict(self.preprocessor([image.convert("RGB") for image in values], return_tensors="pt"))

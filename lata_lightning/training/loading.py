@@ -1,0 +1,69 @@
+"""Hugging Face models made ready for training: loaded, packed to four bits, given adapters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from lata_lightning.errors import LataError, SourceError, first_line, first_three
+
+
+def load_causal_lm(source: str, dtype: str = "float32", *, quantize: bool = False) -> Any:
+    """Hugging Face causal language model from a directory or hub id, in evaluation mode.
+
+    Args:
+        source: Directory or hub id.
+        dtype: Name of the torch floating type to hold the weights in.
+        quantize: Pack the matrices of the blocks to four bits (NF4, double quantisation), as QLoRA does.
+
+    Raises:
+        LataError: ``quantize`` without bitsandbytes.
+        SourceError: It cannot be loaded; the message carries the reason.
+    """
+    more: dict[str, Any] = {}
+    if quantize:
+        if find_spec("bitsandbytes") is None:
+            raise LataError(
+                "four-bit weights need bitsandbytes, which is not installed: pip install bitsandbytes, or train without quantize"
+            )
+        more["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+        )
+        if torch.cuda.is_available():
+            # Packed weights stay where they are packed: each process packs on its own device.
+            more["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **more)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"cannot load {source!r} as a causal language model: {first_line(error)}") from error
+
+
+def with_adapters(model: Any, lora: Mapping[str, Any], *, quantized: bool = False) -> Any:
+    """The model wrapped by peft, its own weights frozen, with fresh LoRA adapters that start at zero.
+
+    Args:
+        model: transformers causal language model; it is changed in place.
+        lora: Arguments of ``peft.LoraConfig``; ``target_modules`` may be left out where peft knows the architecture.
+        quantized: Whether the weights are packed to four bits.
+
+    Raises:
+        LataError: An argument is unknown, or no module has the names given.
+    """
+    known = LoraConfig.__dataclass_fields__
+    unknown = [name for name in lora if name not in known]
+    if unknown:
+        raise LataError(
+            f"lora takes the arguments of peft.LoraConfig, unknown are {first_three(unknown)}; some it knows: r, lora_alpha, target_modules"
+        )
+    if quantized:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    try:
+        return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **lora}))
+    except (TypeError, ValueError) as error:
+        raise LataError(f"peft cannot put adapters into the model: {first_line(error)}") from error

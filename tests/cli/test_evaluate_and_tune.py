@@ -1,0 +1,262 @@
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lata_lightning.cli import tune as tune_command
+from lata_lightning.cli.main import main
+from lata_lightning.evaluation import tuning, unlearning
+from lata_lightning.evaluation.accuracy import exact_match
+from lata_lightning.evaluation.perplexity import perplexity
+from lata_lightning.evaluation.questions import METRICS
+from lata_lightning.layers import LEVELS
+from lata_lightning.quickstart.exercises import exercises
+from lata_lightning.quickstart.experts import BASE, INSTRUCT
+from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.weighting import WEIGHTINGS
+
+TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife. " * 2
+SKILLS = {skill: exercises(skill, "test", 6, seed=1) for skill in ("copy", "twice")}
+
+
+@pytest.fixture
+def lata(monkeypatch, tmp_path, capsys):
+    """Runs a command in a fresh directory with the shipped models and some data; gives exit status, standard output and standard error."""
+    for name, path in {"base": BASE, "instruct": INSTRUCT}.items():
+        (tmp_path / name).symlink_to(path)
+    for skill, pairs in SKILLS.items():
+        (tmp_path / f"{skill}.jsonl").write_text(
+            "".join(json.dumps({"prompt": prompt, "answer": answer}) + "\n" for prompt, answer in pairs)
+        )
+    (tmp_path / "prose.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
+    monkeypatch.chdir(tmp_path)
+
+    def run(line):
+        try:
+            status = main(shlex.split(line))
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def scores_of(path, *skills):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(INSTRUCT)
+    return [exact_match(model, tokenizer, SKILLS[skill]) for skill in skills]
+
+
+def test_choices_spelled_out_are_those_of_the_library():
+    assert tuple(tune_command.DEFAULT_GRID) == tuning.DEFAULT_GRID
+    parser = main.__globals__["build_parser"]()
+    actions = {
+        name: {action.dest: action for action in parser._subcommands_action._name_parser_map[name]._actions}
+        for name in ("tune", "evaluate")
+    }
+    assert actions["tune"]["weighting"]._typehint.__args__ == WEIGHTINGS
+    assert actions["tune"]["level"]._typehint.__args__ == LEVELS
+    assert actions["tune"]["keep"].default == tuning.DEFAULT_KEPT
+    assert {actions[name]["metric"]._typehint.__args__ for name in actions} == {METRICS}
+
+
+def test_evaluate_scores_files_and_writes_them(lata):
+    status, printed, _ = lata("evaluate instruct --data copy.jsonl twice.jsonl --format json --output scores")
+    assert status == 0
+    right = scores_of(INSTRUCT, "copy", "twice")
+    assert json.loads(printed) == {"copy": {"exact_match": right[0]}, "twice": {"exact_match": right[1]}}
+    assert right[0] == 1
+    kept = json.loads(open_text("scores/scores.json"))
+    assert kept == {"model": "instruct", "scores": json.loads(printed)}
+    status, _, said = lata("evaluate instruct --data copy.jsonl --output scores")
+    assert (status, "scores/scores.json exists already" in said) == (1, True)
+
+
+def open_text(path):
+    return Path(path).read_text("utf-8")
+
+
+def test_evaluate_gives_the_perplexity_of_text(lata):
+    status, printed, _ = lata("evaluate base --data prose.jsonl --metric perplexity --context-length 32 --format json")
+    assert status == 0
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(BASE), AutoTokenizer.from_pretrained(BASE)
+    assert json.loads(printed)["prose"]["perplexity"] == pytest.approx(perplexity(model, tokenizer, TEXT, 32))
+    status, printed, _ = lata("evaluate base --data prose.jsonl --metric perplexity --dtype bfloat16")
+    assert status == 0
+    assert "prose" in printed
+    assert "perplexity" in printed
+
+
+def test_a_score_that_is_no_number_is_null(lata, monkeypatch):
+    monkeypatch.setattr("lata_lightning.evaluation.questions.prepare", lambda *_: lambda model: float("inf"))
+    status, printed, _ = lata("evaluate base --data prose.jsonl --metric perplexity --format json --output out")
+    assert status == 0
+    assert json.loads(printed) == json.loads(open_text("out/scores.json"))["scores"] == {"prose": {"perplexity": None}}
+
+
+def test_evaluate_runs_a_task_file(lata, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "task.yaml").write_text(
+        "task: own\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: copy.jsonl\ntest_split: test\noutput_type: generate_until\n"
+        'doc_to_text: "{{prompt}}"\ndoc_to_target: "{{answer}}"\ngeneration_kwargs:\n  until: ["\\n"]\n  max_gen_toks: 12\n'
+        "metric_list:\n  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+    status, printed, said = lata("evaluate instruct --tasks task.yaml --chat true --limit 2 --format json --output tasks")
+    assert status == 0, said
+    assert json.loads(printed)["own"]["exact_match"] == 1
+    assert json.loads(open_text("tasks/tasks.json"))["scores"] == json.loads(printed)
+
+
+def test_evaluate_writes_the_measures_of_unlearning(lata, tmp_path):
+    pytest.importorskip("nltk")
+    pytest.importorskip("scipy")
+    rows = [{"question": prompt, "answer": answer, "perturbed_answer": [answer[::-1]]} for prompt, answer in SKILLS["copy"]]
+    (tmp_path / "forget.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = "evaluate instruct --forget forget.jsonl --retain forget.jsonl --max-new-tokens 12 --name COPY --format json"
+    status, printed, said = lata(f"{line} --reference base --output out")
+    assert status == 0
+    summary = json.loads(open_text("out/COPY_SUMMARY.json"))
+    assert summary == json.loads(printed)["COPY"]
+    assert summary["forget_Q_A_ROUGE"] == summary["exact_memorization"] == summary["extraction_strength"] == 1
+    assert summary["forget_quality"] < 0.05
+    assert summary["model_utility"] > 0.5
+    assert "model utility is over retain only" in said
+    evaluation = json.loads(open_text("out/COPY_EVAL.json"))
+    assert len(evaluation["forget_truth_ratio"]["value_by_index"]) == 6
+    # A model cannot be told from itself.
+    status, printed, _ = lata(f"{line} --reference out/COPY_EVAL.json --output again")
+    assert status == 0
+    assert json.loads(printed)["COPY"]["forget_quality"] == 1
+    status, printed, said = lata(f"{line} --output third")
+    assert json.loads(printed)["COPY"]["forget_quality"] is None
+    assert "no forget quality" in said
+
+
+def test_evaluate_says_what_it_needs(lata, tmp_path, monkeypatch):
+    assert "one of --data, --tasks and --forget: 0 of them" in lata("evaluate instruct")[2]
+    assert "2 of them" in lata("evaluate instruct --data copy.jsonl --tasks x")[2]
+    assert "give --output DIRECTORY" in lata("evaluate instruct --forget copy.jsonl")[2]
+    assert "a --name without slashes" in lata("evaluate instruct --forget copy.jsonl --output out --name a/b")[2]
+    assert "cannot be put on the device 'nowhere'" in lata("evaluate instruct --data copy.jsonl --device nowhere")[2]
+    assert "absent does not exist" in lata("evaluate absent --data copy.jsonl")[2]
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (bare / file).symlink_to(INSTRUCT / file)
+    assert "bare holds no tokenizer that can be loaded" in lata("evaluate bare --data copy.jsonl")[2]
+    monkeypatch.setattr(unlearning, "find_spec", lambda name: None)
+    status, _, said = lata("evaluate instruct --forget copy.jsonl --output out")
+    assert (status, "needs nltk, which is not installed" in said) == (1, True)
+
+
+def test_tune_finds_the_scale_and_the_command_it_prints_writes_that_model(lata):
+    pytest.importorskip("matplotlib")
+    status, printed, said = lata("tune base instruct --data copy.jsonl twice.jsonl --grid 0.25 1 --output out")
+    assert status == 0
+    data = json.loads(open_text("out/tune.json"))
+    assert [(point["weighting"], point["scale"]) for point in data["points"]] == [("none", 0), ("none", 0.25), ("none", 1)]
+    expected = dict(zip(("copy", "twice"), scores_of(INSTRUCT, "copy", "twice"), strict=True))
+    assert data["points"][2]["scores"] == expected
+    assert (data["best"]["scale"], data["best"]["score"]) == (1, sum(expected.values()) / 2)
+    assert data["command"].startswith("lata tune base instruct")
+    for name, head in (("tune.png", b"\x89PNG"), ("tune.svg", b"<?xml")):
+        assert Path(f"out/{name}").read_bytes().startswith(head)
+    assert "copy has 6 distinct rows; a scale chosen on fewer than 200" in said
+    line = printed.strip().splitlines()[-1]
+    assert line == "lata merge base instruct --weighting none --scale=1 --output MODEL"
+    assert lata(line.removeprefix("lata "))[0] == 0
+    assert scores_of("MODEL", "copy", "twice") == list(expected.values())
+    status, _, said = lata("tune base instruct --data copy.jsonl --output out")
+    assert (status, "out exists already" in said) == (1, True)
+
+
+def noisy(tmp_path):
+    """A task vector with some noise in the late blocks, saved beside the instruction vector."""
+    instruct = AutoModelForCausalLM.from_pretrained(INSTRUCT)
+    tuned = {name: tensor.clone() for name, tensor in instruct.state_dict().items()}
+    for name in tuned:
+        place = name.split(".")
+        if place[1] == "layers":
+            tuned[name] += 0.002 * (1 + int(place[2])) * torch.randn_like(tuned[name])
+    TaskVector.between(INSTRUCT, tuned).save(tmp_path / "vector")
+    TaskVector.between(BASE, INSTRUCT, kind="instruction").save(tmp_path / "instruction")
+
+
+def test_tune_tries_rules_and_prints_what_they_need(lata, tmp_path):
+    noisy(tmp_path)
+    line = "tune instruct vector --instruction instruction --data copy.jsonl --metric perplexity --figure false"
+    status, printed, _ = lata(f"{line} --grid 1 --output out")
+    assert status == 0
+    points = json.loads(open_text("out/tune.json"))["points"]
+    assert [(point["weighting"], point["scale"]) for point in points] == [("none", 0), ("none", 1), ("linear", 0), ("linear", 1)]
+    assert points[0]["scores"] == points[2]["scores"]
+    assert points[1]["scores"] != points[3]["scores"]
+    assert "out/tune.png" not in printed
+    status, _, said = lata(f"{line} --grid=-1 --output negative")
+    assert (status, "scales must be finite and not negative; others are 1: ['-1.0']" in said) == (1, True)
+
+
+def test_the_printed_command_says_what_the_rule_was_taken_with(lata):
+    # The vector that makes instruct of base, weighted along itself: every part of it helps.
+    assert lata("extract base instruct --output vector")[0] == 0
+    assert lata("extract base instruct --output instruction --kind instruction")[0] == 0
+    shared = "--instruction instruction --level submodule --threshold 0.5 --outside 1.0 --start instruct --check-base false"
+    line = f"tune base vector --data copy.jsonl --metric perplexity --weighting linear log linear {shared} --grid 1 --figure false --output out"
+    status, printed, _ = lata(line)
+    assert status == 0
+    best = json.loads(open_text("out/tune.json"))["best"]
+    assert best["weighting"] in ("linear", "log")
+    assert printed.strip().splitlines()[-1] == f"lata merge base vector --weighting {best['weighting']} --scale=1 {shared} --output MODEL"
+    assert lata(printed.strip().splitlines()[-1].removeprefix("lata "))[0] == 0
+    status, printed, _ = lata("evaluate MODEL --data copy.jsonl --metric perplexity --format json")
+    assert json.loads(printed)["copy"]["perplexity"] == pytest.approx(best["score"])
+
+
+def test_tune_forgets_under_the_control(lata):
+    line = "tune instruct vector --data copy.jsonl --forget true --control twice.jsonl --grid 0.25 0.5 1 --figure false"
+    assert lata("extract base instruct --output vector")[0] == 0
+    status, printed, said = lata(f"{line} --keep 0.9 --output out")
+    assert status == 0
+    assert "twice (control) has 6 distinct rows" in said
+    data = json.loads(open_text("out/tune.json"))
+    assert (data["task"], data["kept"]) == ("forget", 0.9)
+    allowed = [point for point in data["points"] if point["control"]["twice"] >= 0.9 * data["points"][0]["control"]["twice"]]
+    least = min(point["scores"]["copy"] for point in allowed)
+    assert data["best"]["score"] == least
+    assert data["points"][-1]["scores"]["copy"] == 0
+    status, printed, _ = lata(f"{line} --keep 0.001 --metric perplexity --output second")
+    assert status == 0
+    scale = json.loads(open_text("second/tune.json"))["best"]["scale"]
+    assert scale > 0
+    assert printed.strip().splitlines()[-1] == f"lata forget instruct vector --weighting none --scale={scale:g} --output MODEL"
+
+
+def test_taking_off_several_vectors_is_a_merge_at_a_negative_scale(lata):
+    assert lata("extract base instruct --output vector")[0] == 0
+    status, printed, _ = lata(
+        "tune instruct vector vector --data copy.jsonl --forget true --control prose.jsonl --context-length 32 --metric perplexity --keep 0.000001 "
+        "--grid 0.5 --figure false --output out"
+    )
+    assert status == 0
+    assert printed.strip().splitlines()[-1] == "lata merge instruct vector vector --weighting none --scale=-0.5 --output MODEL"
+
+
+def test_tune_says_when_nothing_helps(lata):
+    status, printed, _ = lata("tune instruct base --data copy.jsonl --grid 1 --figure false --output out")
+    assert status == 0
+    assert printed.strip().splitlines()[-1] == "No scale above 0 is better than the model as it is."
+
+
+def test_tune_says_what_it_needs(lata, monkeypatch):
+    assert "--forget needs --control FILE" in lata("tune base instruct --data copy.jsonl --forget true --output out")[2]
+    assert "--control is for --forget only" in lata("tune base instruct --data copy.jsonl --control twice.jsonl --output out")[2]
+    said = lata("tune base instruct --data copy.jsonl --weighting linear --output out --figure false")[2]
+    assert "stores no alignment by block, so the rule 'linear' needs an instruction vector" in said
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "the figure needs matplotlib" in lata("tune base instruct --data copy.jsonl --output out")[2]
+    assert lata("tune base instruct --output out")[0] == 2
