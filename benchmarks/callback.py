@@ -4,7 +4,8 @@
 
 Time: the quickstart's math expert is trained for two epochs; what the callback's measurements take is compared with the epochs they follow, and with a
 plain sum over the same tensors. Memory: a larger model takes two steps in a process of its own for each way of keeping the start weights, and the
-peak resident memory is compared with that of the run without the callback. Writes benchmarks/results/callback.json and .md.
+peak resident memory is compared with that of the run without the callback; so is that of Lightning's EMAWeightAveraging and, where trl is
+installed, of its BEMACallback under the Trainer of transformers. Writes benchmarks/results/callback.json and .md.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import sys
 import tempfile
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 PROVIDERS = ("memory", "spill", "source", "lora")
@@ -71,6 +74,7 @@ def peak(directory: Path, provider: str, hidden: int, blocks: int) -> None:
     """Train two steps and print the peak resident memory in bytes; runs in a process of its own."""
     import lightning.pytorch as pl
     import torch
+    from lightning.pytorch.callbacks import EMAWeightAveraging
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from lata_lightning import LATACallback
@@ -101,7 +105,12 @@ def peak(directory: Path, provider: str, hidden: int, blocks: int) -> None:
             return torch.optim.SGD([parameter for parameter in self.parameters() if parameter.requires_grad], lr=1e-3)
 
     callbacks = []
-    if not provider.startswith("without"):
+    if provider.startswith("trainer"):
+        _under_trainer(directory, provider, LlamaForCausalLM.from_pretrained(start))
+        return
+    if provider == "ema":
+        callbacks = [EMAWeightAveraging()]
+    elif not provider.startswith("without"):
         callbacks = [LATACallback(base_weights=provider, output_dir=directory / f"run-{provider}", export=(), table=False)]
     batches = torch.utils.data.DataLoader(torch.randint(0, 4096, (2, 16)), batch_size=1)
     trainer = pl.Trainer(
@@ -109,6 +118,25 @@ def peak(directory: Path, provider: str, hidden: int, blocks: int) -> None:
         callbacks=callbacks, default_root_dir=directory,
     )  # fmt: skip
     trainer.fit(Module(), batches)
+    print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def _under_trainer(directory: Path, provider: str, model: Any) -> None:
+    """The same two steps by the Trainer of transformers, without and with trl's callback, which keeps the start weights and an average."""
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    callbacks = []
+    if provider == "trainer-bema":
+        from trl import BEMACallback
+
+        callbacks = [BEMACallback(update_freq=1, update_after=0, min_ema_multiplier=0.0)]
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 4096, (2, 16))]
+    options = TrainingArguments(
+        directory / provider, max_steps=2, per_device_train_batch_size=1, use_cpu=True, optim="sgd", learning_rate=1e-3, save_strategy="no",
+        report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    Trainer(model, options, train_dataset=rows, callbacks=callbacks).train()
     print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
@@ -136,7 +164,10 @@ def main() -> None:
         seconds = training(Path(folder))
         # The first run writes the start model, so that all that count find it.
         measured_peak(Path(folder), "without", options)
-        peaks = {provider: measured_peak(Path(folder), provider, options) for provider in ("without", "without-lora", *PROVIDERS)}
+        cases = ["without", "without-lora", *PROVIDERS, "ema"]
+        if find_spec("trl") is not None:
+            cases += ["trainer", "trainer-bema"]
+        peaks = {provider: measured_peak(Path(folder), provider, options) for provider in cases}
         size = (Path(folder) / f"start-{options.hidden}-{options.blocks}" / "model.safetensors").stat().st_size
     report(seconds, peaks, size)
 
@@ -163,10 +194,17 @@ def report(seconds: dict[str, float], peaks: dict[str, int], size: int) -> None:
         "| start weights | more than without the callback | per trainable parameter |",
         "|---|---|---|",
     ]
-    for provider in PROVIDERS:
-        extra = peaks[provider] - peaks["without-lora" if provider == "lora" else "without"]
-        each = "–" if provider == "lora" else f"{extra / (size / 4):.2f} bytes"
-        lines.append(f"| {provider} | {extra / 2**20:+.0f} MiB | {each} |")
+    named = {
+        **{provider: provider for provider in PROVIDERS},
+        "ema": "beside it: EMAWeightAveraging of Lightning",
+        "trainer-bema": "beside it: BEMACallback of trl",
+    }
+    for provider, name in named.items():
+        if provider in peaks:
+            without = {"lora": "without-lora", "trainer-bema": "trainer"}.get(provider, "without")
+            extra = peaks[provider] - peaks[without]
+            each = "–" if provider == "lora" else f"{extra / (size / 4):.2f} bytes"
+            lines.append(f"| {name} | {extra / 2**20:+.0f} MiB | {each} |")
     text = "\n".join(lines) + "\n"
     print(text)
     RESULTS.mkdir(exist_ok=True)
