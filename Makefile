@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 # Two threads on a busy two-core machine can be 30 times slower than one, and models this small gain nothing from a second.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test parity lint format benchmark clean
+.PHONY: quickstart test parity lint format docs benchmark clean
 
 quickstart: $(READY) ## the whole job on the shipped checkpoints
 	$(BIN)/lata quickstart --output quickstart-output
@@ -28,6 +28,9 @@ lint: $(READY) ## style and types
 format: $(READY) ## put the code into the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(READY) ## the site, docs/_build/index.html; nothing is fetched to build or to read it
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
 
 benchmark: $(READY) ## speed and memory beside plain passes over the same bytes; an hour and 30 GB of disk
 	$(BIN)/python -m benchmarks.startup
@@ -49,4 +52,4 @@ $(PARITY_READY): constraints.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PARITY_VENV) quickstart-output build *.egg-info
+	rm -rf $(VENV) $(PARITY_VENV) quickstart-output docs/_build build *.egg-info

@@ -41,8 +41,8 @@ def cosine_distance(one: Tensor, other: Tensor) -> Tensor:
 def nonlinearity(features: Callable[[float], Tensor], distance: Distance = l2_distance) -> Tensor:
     """Non-linearity score of a module, by position.
 
-    NLS = ∫₀¹∫₀¹ [ D(f(a), f(b)) / D(f(1), f(0)) − |a − b| ]² da db, with f(s) what the module gives out at start + s · vector. The integral is taken
-    over the five scales 0, ¼, ½, ¾ and 1 in each direction by Boole's rule: exact for changes that are quadratic in s,
+    NLS = ∫₀¹∫₀¹ [ D(f(a), f(b)) / D(f(1), f(0)) − ``|a − b|`` ]² da db, with f(s) what the module gives out at start + s · vector. The integral is
+    taken over the five scales 0, ¼, ½, ¾ and 1 in each direction by Boole's rule: exact for changes that are quadratic in s,
     two percent off for exponential ones.
 
     Args:

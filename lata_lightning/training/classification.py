@@ -19,11 +19,13 @@ class ClassificationModule(LightningModule):
 
     Optimizer and schedule are those of ``CausalLMModule``. Batches are dictionaries with ``labels`` of shape (rows,), int64, and what the model takes.
 
-    | logged key | when | what |
-    |---|---|---|
-    | ``train_loss`` | every training step, and the epoch's mean as ``train_loss_epoch`` | mean cross-entropy of the batch, in nats |
-    | ``val_loss`` | every validation epoch | mean over the rows |
-    | ``val_accuracy`` | every validation epoch | share of rows classified rightly, in [0, 1], over all processes |
+    ================ ================================================================= ===============================================================
+    logged key       when                                                              what
+    ================ ================================================================= ===============================================================
+    ``train_loss``   every training step, and the epoch's mean as ``train_loss_epoch`` mean cross-entropy of the batch, in nats
+    ``val_loss``     every validation epoch                                            mean over the rows
+    ``val_accuracy`` every validation epoch                                            share of rows classified rightly, in [0, 1], over all processes
+    ================ ================================================================= ===============================================================
 
     Attributes:
         model: The Hugging Face model, in training mode.

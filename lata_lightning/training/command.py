@@ -26,11 +26,13 @@ DATA_MODULES = (TextDataModule, LabelledTextDataModule, ImageDataModule)
 class FitCLI(LightningCLI):
     """``fit`` with sections ``model``, ``data``, ``trainer`` and ``lata``, and one directory for what a run leaves.
 
-    | in the directory | what |
-    |---|---|
-    | ``lata/`` | history and task vector of the callback |
-    | ``checkpoints/`` | Lightning checkpoints, also to resume from |
-    | ``logs/version_n/`` | metrics, and the whole configuration; a resumed run has a version of its own |
+    =================== ============================================================================
+    in the directory    what
+    =================== ============================================================================
+    ``lata/``           history and task vector of the callback
+    ``checkpoints/``    Lightning checkpoints, also to resume from
+    ``logs/version_n/`` metrics, and the whole configuration; a resumed run has a version of its own
+    =================== ============================================================================
 
     ``model`` and ``data`` are any LightningModule and LightningDataModule by their class path, ``CausalLMModule`` and ``TextDataModule`` unless given.
 

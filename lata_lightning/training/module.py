@@ -25,10 +25,12 @@ class CausalLMModule(LightningModule):
     ``position_ids`` where there are any. The loss is the mean negative log-likelihood, in nats, of the tokens whose
     label is not -100.
 
-    | logged key | when | what |
-    |---|---|---|
-    | ``train_loss`` | every training step, and the epoch's mean as ``train_loss_epoch`` | loss of the batch |
-    | ``val_loss`` | every validation epoch | mean loss over the validation batches, weighted by their labels |
+    ============== ======================================================= ===================================================
+    logged key     when                                                    what
+    ============== ======================================================= ===================================================
+    ``train_loss`` every step; the epoch's mean as ``train_loss_epoch``    loss of the batch
+    ``val_loss``   every validation epoch                                  mean loss over the batches, weighted by their labels
+    ============== ======================================================= ===================================================
 
     Checkpoints of a training with adapters hold no frozen weight: the model they adapt is loaded from where it lies.
     Under ``ModelParallelStrategy`` (FSDP2) every block is sharded by itself.

@@ -29,11 +29,13 @@ KNOWN_COLUMNS = (("messages",), ("prompt", "completion"), ("text",))
 class TextDataModule(LightningDataModule):
     """Rows of a hub data set or of JSONL, CSV or Parquet files, as tokens with labels.
 
-    | columns | what a row is | what is learned |
-    |---|---|---|
-    | ``messages`` | a conversation: a list of ``{"role": …, "content": …}`` | every turn of the assistant |
-    | ``prompt``, ``completion`` | a question and its answer | the answer |
-    | ``text`` | a document; a long one is several rows | all of it |
+    ========================== ======================================================= ===========================
+    columns                    what a row is                                           what is learned
+    ========================== ======================================================= ===========================
+    ``messages``               a conversation: a list of ``{"role": …, "content": …}`` every turn of the assistant
+    ``prompt``, ``completion`` a question and its answer                               the answer
+    ``text``                   a document; a long one is several rows                  all of it
+    ========================== ======================================================= ===========================
 
     Conversations and pairs take the form the tokenizer's chat template gives them. The order of rows depends on the seed and the epoch only, never
     on the machine, and several processes share one order out; a resumed run goes on with the rows that would have come.
