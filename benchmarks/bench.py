@@ -20,6 +20,20 @@ BLOCK = 1 << 22
 MIB = 1 << 20
 
 
+# A process begins with the peak memory of the one that starts it, so a small one has to.
+_LAUNCHER = """
+import json, os, subprocess, sys, time
+log, *command = sys.argv[1:]
+with open(log, 'wb') as output:
+    began = time.perf_counter()
+    child = subprocess.Popen(command, stdout=output, stderr=output)
+    _, status, usage = os.wait4(child.pid, 0)
+    seconds = time.perf_counter() - began
+child.returncode = os.waitstatus_to_exitcode(status)
+print(json.dumps([child.returncode, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024]))
+"""
+
+
 class Run(NamedTuple):
     """One process: seconds on the wall, seconds of processor time, peak resident memory in bytes."""
 
@@ -36,17 +50,14 @@ def process(command: Sequence[str | Path], cwd: Path | None = None) -> Run:
     """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
     log = Path(os.environ.get("TMPDIR", "/tmp")) / f"benchmark-{os.getpid()}.log"  # noqa: S108
-    with log.open("wb") as output:
-        began = time.perf_counter()
-        child = subprocess.Popen([str(part) for part in command], stdout=output, stderr=output, cwd=cwd, env=environment)
-        _, status, usage = os.wait4(child.pid, 0)
-        seconds = time.perf_counter() - began
-        child.returncode = os.waitstatus_to_exitcode(status)
+    launched = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(log), *map(str, command)]
+    told = subprocess.run(launched, cwd=cwd, env=environment, capture_output=True, text=True, check=True)
+    code, seconds, cpu, peak = json.loads(told.stdout)
     text = log.read_text("utf-8", "replace")
     log.unlink()
-    if child.returncode:
+    if code:
         raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{text[-2000:]}")
-    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    return Run(seconds, cpu, peak)
 
 
 def lata(*arguments: str | Path) -> list[str | Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,14 +13,13 @@ from torch import Tensor
 from lata_lightning.errors import LataError
 from lata_lightning.low_rank import LowRank
 
-PIECE = 1 << 15
+PIECE = 1 << 16
 """Entries per piece: what is computed of one stays in the cache of a core."""
 Load = Callable[[int, int], Tensor]
 """Gives the entries from one number to another of a flattened tensor, to be asked for in order; what it gives may be overwritten by the next
 call."""
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
-_MOST_WORKERS = 4
 
 
 def pieces_of(count: int) -> Iterator[tuple[int, int]]:
@@ -76,13 +74,13 @@ def in_parallel(work: Callable[[_Item], _Result], items: Sequence[_Item], worker
 
 
 def worker_count(workers: int | None) -> int:
-    """The number of threads to use; by default one for each core this process may use, at most 4.
+    """The number of threads to use; by default one: small steps wait for the interpreter's lock more than they gain from a second core.
 
     Raises:
         LataError: The number is less than 1.
     """
     if workers is None:
-        return min(_MOST_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        return 1
     if workers < 1:
         raise LataError(f"the number of workers must be at least 1, got {workers}")
     return workers
