@@ -11,6 +11,7 @@ from lata_lightning.errors import CorruptFileError, LataError, SourceError, firs
 from lata_lightning.evaluation.accuracy import ExactMatch
 from lata_lightning.evaluation.answers import AnswerPerplexity
 from lata_lightning.evaluation.perplexity import Perplexity
+from lata_lightning.store.directories import json_rows
 
 MetricName = Literal["exact_match", "perplexity"]
 METRICS: tuple[MetricName, ...] = get_args(MetricName)
@@ -119,17 +120,7 @@ def _read(path: str | Path) -> list[dict[str, Any]]:
         raise SourceError(f"{path} cannot be read as JSONL: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise CorruptFileError(f"{path} is no UTF-8 text ({error.reason})") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise CorruptFileError(f"line {number} of {path} is no JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise CorruptFileError(f"line {number} of {path} must be a JSON object, it is a {type(row).__name__}")
-        rows.append(row)
+    rows = list(json_rows(lines, path))
     if not rows:
         raise LataError(f"{path} holds no rows")
     return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,6 +128,28 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CorruptFileError(f"{path} must hold a JSON object, it holds a {type(data).__name__}")
     return data
+
+
+def json_rows(lines: Iterable[str], path: str | Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects on the lines of a file, blank lines passed over.
+
+    Args:
+        lines: Its lines.
+        path: Its name, for messages.
+
+    Raises:
+        CorruptFileError: A line is no JSON object.
+    """
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise CorruptFileError(f"line {number} of {path} is no JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise CorruptFileError(f"line {number} of {path} must be a JSON object, it is a {type(row).__name__}")
+        yield row
 
 
 def model_config(directory: Path) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lata_lightning.errors import CorruptFileError, LataError, SourceError
+from lata_lightning.errors import LataError, SourceError
+from lata_lightning.store.directories import json_rows
 from lata_lightning.training.rows import chat_rows
 
 
@@ -87,16 +87,7 @@ def model_inputs(rows: Iterable[Tensor], batch_size: int) -> list[dict[str, Tens
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise CorruptFileError(f"line {number} of {path} is no JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise CorruptFileError(f"line {number} of {path} must be a JSON object, it is a {type(row).__name__}")
-            yield row
+        yield from json_rows(lines, path)
 
 
 def _data_set(name: str) -> Iterator[dict[str, Any]]:
