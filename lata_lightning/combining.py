@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from math import isfinite
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lata_lightning.compiled import combine as combine_entries
 from lata_lightning.errors import CorruptFileError
 from lata_lightning.low_rank import LowRank
 from lata_lightning.pieces import Load, pieces_of, products, slices
-from lata_lightning.sums import difference
+from lata_lightning.sums import all_finite, difference
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Bits of a float64 that a float32 has no room for.
-_CUT = np.int64((1 << 29) - 1)
-# The smallest normal bfloat16 (and float32).
-_SMALLEST = 0x0080
+# Sums from which on a value no longer fits a dtype: halfway between its largest number and what would come next.
+_TOO_LARGE = {
+    torch.float16: 65520.0,
+    torch.bfloat16: (2 - 2.0**-8) * 2.0**127,
+    torch.float32: (2 - 2.0**-24) * 2.0**127,
+    torch.float64: math.inf,
+}
+NOT_FINITE = "NaN or infinite values"
 
 
 class Part(NamedTuple):
@@ -71,108 +75,64 @@ def combined(count: int, onto: Load, parts: Sequence[Part], dtype: torch.dtype) 
     for begin, end in pieces_of(count):
         weights = onto(begin, end)
         if not parts and weights.dtype == dtype:
-            _check_finite(weights, weights, dtype)
+            if not all_finite(weights):
+                raise CorruptFileError(NOT_FINITE)
             yield weights
             continue
-        room = room or _Room(end - begin, dtype)
+        room = room or _Room(end - begin, len(parts), dtype)
         yield room.add(weights, parts, begin, end)
 
 
 class _Room:
     """The memory in which the pieces of one tensor are summed, made once: new memory for each piece costs as much as the sums."""
 
-    def __init__(self, count: int, dtype: torch.dtype) -> None:
-        self._sum, self._term = (torch.empty(count, dtype=torch.float64) for _ in range(2))
-        self._single, self._wide = (torch.empty(count, dtype=torch.float32) for _ in range(2))
+    def __init__(self, count: int, number: int, dtype: torch.dtype) -> None:
+        self._count, self._number, self._dtype = count, number, dtype
+        self._vectors: dict[torch.dtype, Tensor] = {}
+        self._onto: dict[torch.dtype, Tensor] = {}
         self._merged = torch.empty(count, dtype=dtype)
+        self._odd = torch.empty(count) if dtype.itemsize == 2 else None
 
     def add(self, weights: Tensor, parts: Sequence[Part], begin: int, end: int) -> Tensor:
         """Weights plus all parts, rounded."""
         count = end - begin
-        total, term = self._sum[:count], self._term[:count]
-        if not parts:
-            total.zero_()
-        start = weights
-        if weights.element_size() == 2 and any(part.from_onto for part in parts):
-            start = self._wide[:count].copy_(weights)
-        for number, part in enumerate(parts):
-            vector = part.vector(begin, end)
-            if part.from_onto:
-                vector = self._less(vector, start)
-            elif part.start is not None:
-                vector = self._less(vector, part.start(begin, end))
-            # Opposite terms must cancel exactly. Hence the vectors are summed before the weights come in, and each product is rounded before it is
-            # added (in add_(…, alpha=…) it would not be).
-            if number == 0:
-                total.copy_(vector).mul_(part.factor)
-            else:
-                total.add_(term.copy_(vector).mul_(part.factor))
-        total.add_(term.copy_(weights))
-        _keep_minus_zero(weights, total)
-        merged = self._merged[:count]
-        if merged.element_size() == 2:
-            _round_once(total, self._single[:count], term, merged)
+        loaded = [(part.vector(begin, end), None if part.start is None else part.start(begin, end)) for part in parts]
+        held = {weights.dtype, *(side.dtype for pair in loaded for side in pair if side is not None)}
+        wide = torch.float64 if torch.float64 in held else torch.float32
+        vectors, onto = self._rows(wide, count)
+        if weights.dtype == wide:
+            onto = weights
         else:
-            merged.copy_(total)
-        _check_finite(merged, total, merged.dtype)
+            onto.copy_(weights)
+        less = np.zeros(len(parts), bool)
+        for number, (part, (vector, start)) in enumerate(zip(parts, loaded, strict=True)):
+            row = vectors[number]
+            start = weights if part.from_onto else start
+            if start is None:
+                row.copy_(vector)
+            elif torch.promote_types(torch.promote_types(vector.dtype, start.dtype), torch.float32) != wide:
+                # Both sides are float32 or less, and so is their difference, whatever the other parts are.
+                row.copy_(difference(vector, start))
+            else:
+                row.copy_(vector)
+                less[number] = part.from_onto
+                if not part.from_onto:
+                    row.sub_(start)
+        merged = self._merged[:count]
+        found = merged if self._odd is None else self._odd[:count]
+        factors = np.array([part.factor for part in parts], np.float64)
+        largest = combine_entries(onto.numpy(), vectors.numpy(), less, factors, found.numpy(), self._odd is not None)
+        if self._odd is not None:
+            merged.copy_(found)
+        # The largest magnitude comes as its bits, as NaN would compare with nothing.
+        if not np.uint64(largest).view(np.float64) < _TOO_LARGE[self._dtype]:
+            fits = np.isfinite(np.uint64(largest).view(np.float64))
+            raise CorruptFileError(f"values too large for {self._dtype}" if fits else NOT_FINITE)
         return merged
 
-    def _less(self, tuned: Tensor, start: Tensor) -> Tensor:
-        if torch.float64 in (tuned.dtype, start.dtype):
-            return difference(tuned, start)
-        single = self._single[: tuned.numel()]
-        return torch.sub(single.copy_(tuned), start, out=single)
-
-
-def _keep_minus_zero(weights: Tensor, total: Tensor) -> None:
-    """Put back the sign of weights of -0.0 to which nothing was added, as -0.0 + 0.0 is +0.0."""
-    bits = weights.view(_INTEGERS[weights.element_size()]).numpy()
-    lowest = np.iinfo(bits.dtype).min
-    # Looked for in the bits, as there are next to none.
-    if bits.min() == lowest:
-        found = np.flatnonzero(bits == lowest)
-        values = total.numpy()
-        values[found[values[found] == 0]] = -0.0
-
-
-def _round_once(total: Tensor, single: Tensor, odd: Tensor, merged: Tensor) -> None:
-    """Round float64 to a half precision, once; ``single`` (float32) and ``odd`` (float64) are scratch.
-
-    Torch goes through float32, and would round twice. So the float64 is first cut to the bits that a float32 holds, and the last of them set if
-    anything was cut off (rounding to odd): then the step to float32 is exact, and the second step rounds as the first value would.
-    """
-    bits, cut = total.view(torch.int64).numpy(), odd.view(torch.int64).numpy()
-    np.bitwise_and(bits, _CUT, out=cut)
-    np.add(cut, _CUT, out=cut)
-    np.bitwise_or(cut, bits, out=cut)
-    np.bitwise_and(cut, ~_CUT, out=cut)
-    single.copy_(odd)
-    merged.copy_(single)
-    if merged.dtype == torch.bfloat16:
-        # Below its smallest normal number a float32 holds fewer bits.
-        small = (merged.view(torch.int16).numpy() & 0x7FFF) <= _SMALLEST
-        if small.any():
-            found = np.flatnonzero(small)
-            found = found[total.numpy()[found] != 0]
-            merged[found] = _beside_the_middle(total[found]).to(torch.bfloat16)
-
-
-def _beside_the_middle(total: Tensor) -> Tensor:
-    """Float64 values as float32 ones that torch rounds to bfloat16 as it should round the float64.
-
-    A value that float32 rounds onto the middle between two neighbours would be rounded a second time, the wrong way half of the time; it is put
-    back on its own side of the middle.
-    """
-    single = total.float()
-    values, exact = single.numpy(), total.numpy()
-    found = np.flatnonzero((values.view(np.uint32) & 0xFFFF) == 0x8000)
-    side = np.where(exact[found] > values[found], np.float32(np.inf), np.float32(-np.inf))
-    values[found] = np.where(exact[found] == values[found], values[found], np.nextafter(values[found], side))
-    return single
-
-
-def _check_finite(merged: Tensor, total: Tensor, dtype: torch.dtype) -> None:
-    # The sum is finite where every value is, and far cheaper to look at.
-    if not isfinite(merged.sum(dtype=torch.float64)) and not torch.isfinite(merged).all():
-        overflow = merged is not total and torch.isfinite(total).all()
-        raise CorruptFileError(f"values too large for {dtype}" if overflow else "NaN or infinite values")
+    def _rows(self, wide: torch.dtype, count: int) -> tuple[Tensor, Tensor]:
+        """Room for the vectors, of shape (number, count), and for the weights."""
+        if wide not in self._vectors:
+            self._vectors[wide] = torch.empty(self._number * self._count, dtype=wide)
+            self._onto[wide] = torch.empty(self._count, dtype=wide)
+        return self._vectors[wide][: self._number * count].view(self._number, count), self._onto[wide][:count]

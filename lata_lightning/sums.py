@@ -1,8 +1,7 @@
 """The pass over the weights: the three sums of each tensor.
 
-Subtraction happens at the precision the weights are held in (never below float32). Sums are accumulated in float64, chunk by chunk, so that no
-temporary of the size of a tensor is made; on a CPU, float32 products are first summed in rows of 256, which keeps the relative error near
-1e-9 (of half precision values, 1e-8) at the speed of the memory. Of a difference held as factors (LoRA) the sums come from the factors.
+Subtraction happens at the precision the weights are held in (never below float32). Products and sums are float64, chunk by chunk, so that no
+temporary of the size of a tensor is made. Of a difference held as factors (LoRA) the sums come from the factors.
 """
 
 from __future__ import annotations
@@ -15,19 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lata_lightning.compiled import sums as entry_sums
 from lata_lightning.errors import CorruptFileError, LataError, LayoutMismatchError, first_three
 from lata_lightning.low_rank import LowRank
 from lata_lightning.moments import Moments, Start, check_start
 from lata_lightning.pieces import Load, slices
 
-# Entries whose float32 products are summed in float32: rows of a chunk. Their roundings average out over the rows of a whole chunk.
-_ROW = 1 << 8
-_FEWEST = 256 * _ROW
-# Entries per chunk: on a CPU a chunk of both vectors stays in the cache, on an accelerator launches must not dominate.
-_CPU_CHUNK = 512 * _ROW
+# Entries per chunk: on a CPU what is read of a file stays in the cache, on an accelerator launches must not dominate.
+_CPU_CHUNK = 1 << 17
 _DEVICE_CHUNK = 1 << 22
-# Sums of a row outside have products that float32 rounds away, or that overflow it.
-_SAFE = (1e-20, 1e30)
+# Integers as wide as a dtype, and the bits of infinity among them.
+_INFINITE = {
+    torch.float16: (torch.int16, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float32: (torch.int32, 0x7F80_0000),
+    torch.float64: (torch.int64, 0x7FF0_0000_0000_0000),
+}
 
 
 def difference(tuned: Tensor, start: Tensor) -> Tensor:
@@ -73,7 +75,10 @@ def tensor_sums(
     if vector.device.type != "cpu":
         return _device_sums(vector, instruction, subtract, start)
     direction, origin = (None if tensor is None else slices(tensor.cpu()) for tensor in (instruction, subtract))
-    return streamed_sums(vector.numel(), slices(vector), direction, subtract=origin, start=start, instruction_squared=instruction_squared)
+    found = streamed_sums(vector.numel(), slices(vector), direction, subtract=origin, start=start)
+    if instruction is not None and instruction_squared is not None:
+        found[2] = instruction_squared
+    return found
 
 
 def streamed_sums(
@@ -83,7 +88,6 @@ def streamed_sums(
     *,
     subtract: Load | None = None,
     start: Start = "instruct",
-    instruction_squared: float | None = None,
 ) -> Tensor:
     """The three sums of a tensor on the CPU that is given piece by piece; as ``tensor_sums``.
 
@@ -93,51 +97,32 @@ def streamed_sums(
         instruction: Gives those of the instruction vector.
         subtract: Gives those of the start weights, where ``vector`` gives tuned ones.
         start: As for ``tensor_sums``.
-        instruction_squared: As for ``tensor_sums``.
     """
     chunks = []
-    room = torch.empty(min(_CPU_CHUNK, count))
     for begin in range(0, count, _CPU_CHUNK):
         end = min(begin + _CPU_CHUNK, count)
-        task = vector(begin, end)
+        task, origin, direction = vector(begin, end), None, None
         if subtract is not None:
             origin = subtract(begin, end)
-            plain = task.dtype == origin.dtype == torch.float32
-            task = torch.sub(task, origin, out=room[: end - begin]) if plain else difference(task, origin)
-        direction = None if instruction is None else instruction(begin, end)
-        if start == "base" and direction is not None:
-            # What is left of two long vectors may be short: in float64, as long as they are not subtracted yet.
-            task = task.double() - direction.double()
-        inner = 0.0 if direction is None else dot(task, direction)
-        square = 0.0 if direction is None or instruction_squared is not None else dot(direction, direction)
-        chunks.append((inner, dot(task, task), square))
-    sums = [math.fsum(column) for column in zip(*chunks, strict=True)] if chunks else [0.0, 0.0, 0.0]
-    if instruction is not None and instruction_squared is not None:
-        sums[2] = instruction_squared
-    return torch.tensor(sums, dtype=torch.float64)
+            if task.dtype != origin.dtype:
+                task, origin = difference(task, origin), None
+        if instruction is not None:
+            direction = _array(instruction(begin, end))
+        chunks.append(entry_sums(_array(task), None if origin is None else _array(origin), direction, start == "base"))
+    found = [math.fsum(column) for column in zip(*chunks, strict=True)] if chunks else [0.0, 0.0, 0.0]
+    return torch.tensor(found, dtype=torch.float64)
 
 
-def dot(one: Tensor, other: Tensor) -> float:
-    """Sum of products of the entries of two flat tensors on the CPU, a chunk or less; the same whatever the number of threads."""
-    square = one is other
-    a = (one if one.dtype in (torch.float32, torch.float64) else one.float()).numpy()
-    b = a if square else (other if other.dtype in (torch.float32, torch.float64) else other.float()).numpy()
-    if len(a) < _FEWEST or a.dtype != np.float32 or b.dtype != np.float32:
-        # Of few rows the roundings would not average out.
-        return _exact_dot(a, b)
-    whole = len(a) - len(a) % _ROW
-    with np.errstate(over="ignore", invalid="ignore"):
-        rows = np.vecdot(a[:whole].reshape(-1, _ROW), b[:whole].reshape(-1, _ROW))
-    found = float(rows.sum(dtype=np.float64))
-    if not math.isfinite(found) or (square and not (_SAFE[0] < rows.min() and rows.max() < _SAFE[1])):
-        return _exact_dot(a, b)
-    return found + _exact_dot(a[whole:], b[whole:]) if whole < len(a) else found
+def all_finite(values: Tensor) -> bool:
+    """Whether a tensor on the CPU, of a floating dtype and contiguous, holds neither NaN nor infinite values."""
+    integers, infinite = _INFINITE[values.dtype]
+    bits = values.reshape(-1).view(integers).numpy()
+    # Of magnitudes, those of NaN and of infinity have the largest bits.
+    return bits.size == 0 or int(np.bitwise_and(bits, np.iinfo(bits.dtype).max).max()) < infinite
 
 
-def _exact_dot(a: np.ndarray[Any, np.dtype[Any]], b: np.ndarray[Any, np.dtype[Any]]) -> float:
-    # Piece by piece, as BLAS shares out longer products among its threads, and the sum would depend on their number.
-    pieces = (slice(begin, begin + 16 * _ROW) for begin in range(0, len(a), 16 * _ROW))
-    return math.fsum(float(np.dot(a[piece].astype(np.float64), b[piece].astype(np.float64))) for piece in pieces)
+def _array(values: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
+    return (values if values.dtype in (torch.float32, torch.float64) else values.float()).numpy()
 
 
 def _device_sums(vector: Tensor, instruction: Tensor | None, subtract: Tensor | None, start: Start) -> Tensor:

@@ -32,8 +32,7 @@ def test_the_sums_agree_with_numpy_across_the_bounds_of_chunks(size, dtype):
     expected = closed_form(task, instruction)
     norms = [math.sqrt(expected[1] * expected[2]), expected[1], expected[2]]
     for found, wanted, norm in zip(tensor_sums(task, instruction).tolist(), expected, norms, strict=True):
-        # Long sums are made of float32 sums of 256 products each, whose roundings (2⁻²⁴) mostly cancel; all others are float64 throughout.
-        assert abs(found - wanted) <= (1e-13 if size < 65536 or dtype == torch.float64 else 2e-8) * norm
+        assert abs(found - wanted) <= 1e-14 * norm
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-22, 1e-10, 1.0, 1e15, 1e18])
@@ -41,7 +40,7 @@ def test_long_vectors_of_any_size_keep_their_length(size):
     # Squares of the smallest and the largest fit no float32.
     task = torch.randn(2 * CHUNK) * size
     _, square, _ = closed_form(task, task)
-    assert tensor_sums(task)[1].item() == pytest.approx(square, rel=2e-8)
+    assert tensor_sums(task)[1].item() == pytest.approx(square, rel=1e-14)
 
 
 def test_a_long_vector_with_few_entries_keeps_its_length():
@@ -104,7 +103,7 @@ def test_sums_add_up_over_the_shards_of_a_tensor():
     whole = tensor_sums(task, instruction)
     parts = sum(tensor_sums(*pair) for pair in zip(task.split(701), instruction.split(701), strict=True))
     norms = torch.tensor([math.sqrt(whole[1] * whole[2]), whole[1], whole[2]])
-    assert ((whole - parts).abs() <= 2e-8 * norms).all()
+    assert ((whole - parts).abs() <= 1e-14 * norms).all()
 
 
 def test_small_integers_add_up_over_shards_to_the_last_bit():

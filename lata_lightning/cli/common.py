@@ -6,12 +6,14 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import monotonic
 from typing import Any, Literal, NamedTuple
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
 Format = Literal["table", "json"]
+_SECONDS_BETWEEN = 0.1
 
 
 class Command(NamedTuple):
@@ -81,4 +83,14 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=None)
-        yield lambda done, size: progress.update(task, completed=done, total=size)
+        shown = 0.0
+
+        def show(done: int, size: int) -> None:
+            # Whoever calls may do so for every small piece, and drawing costs more than a piece.
+            nonlocal shown
+            now = monotonic()
+            if now - shown >= _SECONDS_BETWEEN or done >= size:
+                shown = now
+                progress.update(task, completed=done, total=size)
+
+        yield show

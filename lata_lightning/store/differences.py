@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from lata_lightning.compiled import loss
 from lata_lightning.low_rank import Factors, LowRank
 from lata_lightning.pieces import Load
 from lata_lightning.store.hashing import content_hash
 from lata_lightning.store.manifest import Manifest, PrecisionLoss, factor_names
 from lata_lightning.store.sources import Fingerprinted, SafetensorsSource, Source
-from lata_lightning.sums import difference, dot
+from lata_lightning.sums import difference
 
 
 class Difference(Source):
@@ -161,14 +161,12 @@ class LossMeter:
     def add(self, full: Tensor, lower: Tensor) -> None:
         """Take in one piece of a flattened tensor, as it was and as it is stored."""
         self._used = True
-        wide = lower.to(full.dtype)
-        self._inner += dot(full, wide)
-        self._full += dot(full, full)
-        self._lower += dot(wide, wide)
-        before, after = int(np.count_nonzero(full.numpy())), int(np.count_nonzero(wide.numpy()))
-        # Rounding makes zeros, and never anything of a zero.
-        self._nonzero += before
-        self._lost += before - after
+        inner, square, lower_square, nonzero, lost = loss(full.numpy(), lower.to(full.dtype).numpy())
+        self._inner += inner
+        self._full += square
+        self._lower += lower_square
+        self._nonzero += nonzero
+        self._lost += lost
 
     def take(self, other: LossMeter) -> None:
         """Take in what another meter has seen."""

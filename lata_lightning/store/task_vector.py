@@ -37,6 +37,7 @@ from lata_lightning.store.writer import (
     layout_size,
     write_json,
 )
+from lata_lightning.sums import all_finite
 from lata_lightning.weighting import CLOSED_FORM, DEFAULT_THRESHOLD, ORIGINS, Origin, Weighting, coefficients
 
 STEM = "delta"
@@ -385,11 +386,10 @@ class TaskVector(Mapping[str, Tensor]):
             yield lower
 
     def _check_stored(self, name: str, full: Tensor, lower: Tensor) -> None:
-        # The sum is finite where every value is, and far cheaper to look at.
-        if math.isfinite(lower.sum(dtype=torch.float64)) or torch.isfinite(lower).all():
+        if all_finite(lower):
             return
         held = str(lower.dtype).removeprefix("torch.")
-        what = "holds NaN or infinite values" if not torch.isfinite(full).all() else f"does not fit {held}; use bfloat16 or float32"
+        what = "holds NaN or infinite values" if not all_finite(full) else f"does not fit {held}; use bfloat16 or float32"
         raise CorruptFileError(f"{name} of {self.label} {what}")
 
     def _identities(self) -> dict[str, Any]:
