@@ -109,7 +109,7 @@ def merge(
             that only a vector has. ``"union"`` adds them with the values of the tuned model (``Term.tuned``), whatever scale and coefficients
             are, together with its tokenizer. Rows that only ``onto`` has stay as they are. Nothing else changes where the vocabulary is one.
         command: Recorded in the card as how the model was made.
-        workers: Threads that merge a tensor each; by default 1. The result does not depend on it.
+        workers: Threads that merge a tensor each; by default one for each processor, up to four. The result does not depend on it.
         progress: Called after each piece that is written, with the bytes written so far and the bytes in all.
         note: Called before anything is written with each sentence about rows that are not shared; they are in the record and card as well.
 

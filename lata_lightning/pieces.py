@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,8 +14,8 @@ from torch import Tensor
 from lata_lightning.errors import LataError
 from lata_lightning.low_rank import LowRank
 
-PIECE = 1 << 16
-"""Entries per piece: what is computed of one stays in the cache of a core."""
+PIECE = 1 << 18
+"""Entries per piece: few enough for memory not to count, and enough for Python's part of a piece not to count either."""
 Load = Callable[[int, int], Tensor]
 """Gives the entries from one number to another of a flattened tensor, to be asked for in order; what it gives may be overwritten by the next
 call."""
@@ -74,13 +75,14 @@ def in_parallel(work: Callable[[_Item], _Result], items: Sequence[_Item], worker
 
 
 def worker_count(workers: int | None) -> int:
-    """The number of threads to use; by default one: small steps wait for the interpreter's lock more than they gain from a second core.
+    """The number of threads to use; by default one for each processor this process may run on, up to four.
 
     Raises:
         LataError: The number is less than 1.
     """
     if workers is None:
-        return 1
+        # More wait for the disk and for the interpreter's lock.
+        return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if workers < 1:
         raise LataError(f"the number of workers must be at least 1, got {workers}")
     return workers

@@ -11,8 +11,8 @@ from lata_lightning.merging import Term, merge
 from lata_lightning.pieces import PIECE, in_parallel, worker_count
 from lata_lightning.store.task_vector import TaskVector, verify
 
-ROWS, COLUMNS = 700, 300
-NAMES = [f"model.layers.{block}.{part}.weight" for block in range(3) for part in ("self_attn.q_proj", "mlp.up_proj")]
+ROWS, COLUMNS = 2000, 300
+NAMES = [f"model.layers.{block}.{part}.weight" for block in range(2) for part in ("self_attn.q_proj", "mlp.up_proj")]
 SIZE = len(NAMES) * ROWS * COLUMNS
 
 
@@ -137,6 +137,6 @@ def test_torch_has_its_threads_back_when_the_workers_are_done():
 def test_at_least_one_worker_is_needed():
     from lata_lightning import LataError
 
-    assert worker_count(None) == 1
+    assert 1 <= worker_count(None) <= 4
     with pytest.raises(LataError, match="number of workers must be at least 1, got 0"):
         worker_count(0)

@@ -59,7 +59,7 @@ def add_workers(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=PositiveInt | None,
-        help="Threads that work on a tensor each; 1 by default, more help where disks are slow. The result is the same.",
+        help="Threads that work on a tensor each; by default one for each processor, up to four. The result is the same.",
     )
 
 

@@ -324,7 +324,7 @@ class TaskVector(Mapping[str, Tensor]):
             path: A directory that does not exist yet. It appears complete or not at all.
             dtype: Precision to store: ``float32``, ``bfloat16`` or ``float16``. What a lower one costs is measured and recorded.
             max_shard_bytes: Bytes of tensors per file.
-            workers: Threads that write a tensor each; by default 1. The result does not depend on it.
+            workers: Threads that write a tensor each; by default one for each processor, up to four. The result does not depend on it.
             progress: Called after each piece with the bytes written so far and the bytes in all.
 
         Raises:

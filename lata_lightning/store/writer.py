@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,7 @@ from lata_lightning.errors import LataError, OutputError, first_three
 from lata_lightning.store.hashing import StoredHash, tensor_bytes
 
 MAX_SHARD_BYTES = 2 << 30
+_BYTES_AHEAD = 256 << 20
 PARTIAL_MARK = ".partial-"
 _CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -122,6 +124,8 @@ class ShardWriter:
         self._begins: dict[str, int] = {}
         self._hashes: dict[str, str] = {}
         self._lock, self._progress = threading.Lock(), progress
+        self._disk = ThreadPoolExecutor(1)
+        self._on_disk: list[Future[None]] = []
         self.written, self._size = 0, layout_size(layout)
 
     @property
@@ -154,7 +158,11 @@ class ShardWriter:
             meter.update(piece)
             offset = _write_at(descriptor, data, offset)
             with self._lock:
+                before = self.written
                 self.written += len(data)
+                if before // _BYTES_AHEAD != self.written // _BYTES_AHEAD:
+                    # The disk works while the next tensors are computed, instead of only at the end.
+                    self._on_disk.append(self._disk.submit(os.fsync, descriptor))
                 if self._progress is not None:
                     self._progress(self.written, self._size)
         if offset != end:
@@ -170,7 +178,10 @@ class ShardWriter:
         opened = list(self._open.values())
         self._open.clear()
         try:
+            self._disk.shutdown(cancel_futures=kind is not None)
             if kind is None:
+                for waited in self._on_disk:
+                    waited.result()
                 for descriptor in opened:
                     os.fsync(descriptor)
         finally:
