@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from benchmarks.bench import (
     middle,
     process,
     publish,
+    read_all,
     remove,
     seconds_of,
     table,
@@ -68,16 +70,22 @@ def compare(directory: Path, options: argparse.Namespace) -> None:
     output = directory / "output"
     scales = [str(scale) for scale in SCALES]
 
-    def ours(*given: Path) -> Run:
+    def prepared(*given: Path) -> None:
+        """No output, nothing left to write, and the inputs in the page cache, which the system may have taken back meanwhile."""
         remove(output)
+        os.sync()
+        read_all(weight_files(onto, *given))
+
+    def ours(*given: Path) -> Run:
+        prepared(*given)
         return process(lata("merge", onto, *given, "--scale", *scales, "--output", output))
 
     def by_loop() -> Run:
-        remove(output)
+        prepared(*tuned)
         return process([sys.executable, "-c", LOOP, onto, *tuned, output])
 
     def by_mergekit() -> Run:
-        remove(output)
+        prepared(*tuned)
         config = {
             "merge_method": "task_arithmetic",
             "base_model": str(onto),
@@ -88,7 +96,7 @@ def compare(directory: Path, options: argparse.Namespace) -> None:
         return process([options.mergekit, directory / "merge.yaml", output, "--no-copy-tokenizer"])
 
     def floor(given: list[Path]) -> float:
-        remove(output)
+        prepared(*given)
         return seconds_of(lambda: copy_floor(weight_files(onto, *given), onto, output))()
 
     sides = {
@@ -99,7 +107,6 @@ def compare(directory: Path, options: argparse.Namespace) -> None:
     }
     if options.mergekit:
         sides["mergekit-yaml, two tuned models"] = by_mergekit
-    in_turn({"warm": lambda: floor(tuned)}, 1)
     found = in_turn(sides, options.rounds)
     floors = sorted(found.pop("cp of the same bytes"))
     least = floors[len(floors) // 2]
