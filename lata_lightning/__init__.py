@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lata_lightning.callbacks.lata import LATACallback
     from lata_lightning.errors import LataError
     from lata_lightning.layers import LayerMap, layer_map
+    from lata_lightning.linearity.regression import regress
     from lata_lightning.linearity.solving import solve_coefficients
     from lata_lightning.merging import Term, forget, merge
     from lata_lightning.metric import LayerAlignment
@@ -36,6 +37,7 @@ _HOMES = {
     "linear_drop_by_rank": "weighting",
     "log_drop_by_rank": "weighting",
     "merge": "merging",
+    "regress": "linearity.regression",
     "solve_coefficients": "linearity.solving",
 }
 
@@ -55,6 +57,7 @@ __all__ = [
     "linear_drop_by_rank",
     "log_drop_by_rank",
     "merge",
+    "regress",
     "solve_coefficients",
 ]
 

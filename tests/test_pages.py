@@ -21,7 +21,16 @@ from lata_lightning.exports.coefficients import export_coefficients
 from lata_lightning.layers import LayerMap, Place
 from lata_lightning.linearity.solution import Solution
 from lata_lightning.moments import Moments
-from lata_lightning.store.manifest import FactorEntry, Identity, Manifest, PrecisionLoss, TensorEntry, library_versions
+from lata_lightning.store.manifest import (
+    FactorEntry,
+    Identity,
+    Manifest,
+    PrecisionLoss,
+    RegressedVector,
+    Regression,
+    TensorEntry,
+    library_versions,
+)
 from lata_lightning.store.task_vector import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -169,12 +178,23 @@ def test_the_table_of_regimes_is_that_of_the_benchmark():
 def test_the_card_of_linearity_measures_solves_and_merges(ran):
     folder, printed = ran("docs/linearity.md")
     assert "model.layers.7.mlp" in printed[0]
-    assert "model.layers.0.attention" in printed[-1]
-    for name in ("merged-in-closed-form", "merged-from-python"):
+    assert "model.layers.0.attention" in printed[2]
+    assert "one vector of 2" in printed[3]
+    for name in ("merged-in-closed-form", "merged-from-python", "merged-by-regression"):
         AutoModelForCausalLM.from_pretrained(folder / name)
     record = json.loads((folder / "merged-in-closed-form/merge.json").read_text())
     solution = Solution.open(folder / "coefficients.json")
     assert [term["coefficients"] for term in record["terms"]] == [dict(solved.coefficients) for solved in solution.vectors]
+
+
+def test_the_card_of_regression_makes_vectors_and_merges_them(ran):
+    folder, printed = ran("docs/regression.md")
+    assert "one vector of 2" in printed[0]
+    assert "plain means: ()" in printed[-1]
+    for name in ("merged-by-regression", "merged-from-python"):
+        AutoModelForCausalLM.from_pretrained(folder / name)
+    made = TaskVector.open(folder / "math-and-string").manifest.regression
+    assert [vector.data for vector in made.vectors] == [f"quickstart-output/data/{name}.jsonl" for name in ("math", "string")]
 
 
 def test_the_card_of_linearity_names_every_field_of_the_file(ran):
@@ -270,6 +290,7 @@ def manifest():
         step=1,
         epoch=1,
         precision_loss=PrecisionLoss(0.0, 1.0),
+        regression=Regression(True, 0.9, 1e-6, (RegressedVector("one", Identity("tuned"), 30, "one.jsonl"),), ("w",)),
         tensors={
             "w": TensorEntry((2, 2), "float32", None, False, (FactorEntry(1, 2.0, "blake3:02", "blake3:03"),)),
             "e": TensorEntry((2,), "float32"),

@@ -1,7 +1,8 @@
-"""``lata linearity`` and ``lata solve``."""
+"""``lata linearity``, ``lata solve`` and ``lata regress``."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from lata_lightning.cli.common import Command, add_format, note, print_json, progress_bar
-from lata_lightning.errors import LataError, SourceError
+from lata_lightning.errors import LataError, SourceError, first_three
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,14 +22,19 @@ if TYPE_CHECKING:
     from lata_lightning.store.task_vector import TaskVector
 
 
+_EACH = "One file of samples for each vector, of its own task, in the same order"
+
+
 def _linearity_arguments(parser: ArgumentParser) -> None:
-    _common_arguments(parser, "One file of samples for all vectors, or one for each", level="submodule")
+    _common_arguments(parser, "One file of samples for all vectors, or one for each")
+    _add_level(parser, "submodule")
     parser.add_argument("--distance", type=Literal["l2", "cosine"], default="l2", help="Distance of features.")
     parser.add_argument("--figure", type=str | None, help="Picture of the scores over depth to write: .png, .svg or .pdf.")
 
 
 def _solve_arguments(parser: ArgumentParser) -> None:
-    _common_arguments(parser, "One file of samples for each vector, of its own task, in the same order", level="block")
+    _common_arguments(parser, _EACH)
+    _add_level(parser, "block")
     parser.add_argument("--output", required=True, help="File of coefficients to write, for lata merge --coefficients.")
     parser.add_argument(
         "--outside",
@@ -39,7 +45,25 @@ def _solve_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--ridge", type=float, default=1e-6, help="Added to the diagonal of what is solved, in units of its mean.")
 
 
-def _common_arguments(parser: ArgumentParser, data: str, level: str) -> None:
+def _regress_arguments(parser: ArgumentParser) -> None:
+    _common_arguments(parser, _EACH)
+    parser.add_argument("--output", required=True, help="Directory to write the one vector to, which lata merge adds to START.")
+    parser.add_argument(
+        "--in-order",
+        type=bool,
+        default=True,
+        help="Fit each block to what the merged blocks before it give out; 'false': to what those of each task's own model give out, which is faster.",
+    )
+    parser.add_argument(
+        "--off-diagonal", type=float, default=0.9, help="Factor, from 0 to 1, of the entries off the diagonal of the matrices of inputs."
+    )
+    parser.add_argument("--ridge", type=float, default=1e-6, help="Added to the diagonal of what is solved, in units of its mean.")
+    parser.add_argument(
+        "--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="Precision to store the vector in."
+    )
+
+
+def _common_arguments(parser: ArgumentParser, data: str) -> None:
     parser.add_argument("start_model", metavar="START", help="Model the fine-tunes started from: directory or hub id, with tokenizer.")
     parser.add_argument("vectors", metavar="VECTOR", nargs="+", help="Saved vectors, or tuned models, whose vector is tuned − START.")
     parser.add_argument(
@@ -48,13 +72,16 @@ def _common_arguments(parser: ArgumentParser, data: str, level: str) -> None:
         required=True,
         help=f"{data}: JSONL with 'prompt' and 'answer', 'messages', or 'text' in each row, or the name of a data set.",
     )
-    parser.add_argument(
-        "--level", type=Literal["block", "submodule"], default=level, help="Blocks, or attention and MLP of each separately."
-    )
     parser.add_argument("--samples", type=int, default=30, help="Rows to take from the top of each file.")
     parser.add_argument("--max-tokens", type=int, default=512, help="Longer rows are cut, and so are rows longer than the model takes.")
     parser.add_argument("--batch-size", type=int, default=8, help="Rows that are run at once; makes no difference to the result.")
     parser.add_argument("--check-base", type=bool, default=True, help="Refuse vectors that are known to belong to different weights.")
+
+
+def _add_level(parser: ArgumentParser, level: str) -> None:
+    parser.add_argument(
+        "--level", type=Literal["block", "submodule"], default=level, help="Blocks, or attention and MLP of each separately."
+    )
     add_format(parser)
 
 
@@ -94,10 +121,7 @@ def _solve(options: Namespace, command: str) -> None:
     from lata_lightning.tables import show
 
     check_free(Path(options.output))
-    if len(options.data) != len(options.vectors):
-        raise LataError(
-            f"give one file of samples for each vector, in the same order: got {len(options.data)} files for {len(options.vectors)} vectors"
-        )
+    _check_data(options)
     vectors, samples = _vectors(options), _samples(options, options.data)
     with progress_bar("solve") as progress:
         solution = solve_coefficients(
@@ -118,6 +142,43 @@ def _solve(options: Namespace, command: str) -> None:
     note(
         f"written to {options.output}; merge with: lata merge {options.start_model} {' '.join(options.vectors)} --coefficients {options.output}"
     )
+
+
+def _regress(options: Namespace, command: str) -> None:
+    from lata_lightning.linearity.regression import regress
+    from lata_lightning.store.writer import check_free
+
+    check_free(Path(options.output))
+    _check_data(options)
+    vectors, samples = _vectors(options), _samples(options, options.data)
+    with progress_bar("regress") as progress:
+        found = regress(
+            options.start_model,
+            vectors,
+            samples,
+            in_order=options.in_order,
+            off_diagonal=options.off_diagonal,
+            ridge=options.ridge,
+            data=options.data,
+            check_base=options.check_base,
+            progress=progress,
+        )
+    with progress_bar("write") as progress:
+        saved = found.save(options.output, dtype=options.dtype, progress=progress)
+    regression = saved.manifest.regression
+    averaged = () if regression is None else regression.averaged
+    fitted = sum(len(saved.shape(name)) > 1 and name not in averaged and name not in saved.unchanged for name in saved)
+    sys.stdout.write(f"{options.output}: one vector of {len(vectors)}, {len(saved)} tensors, {fitted} of them fitted\n")
+    if averaged:
+        note(f"no linear layers or embeddings that the samples reach, and so plain means, are {first_three(averaged)}")
+    note(f"merge with: lata merge {options.start_model} {options.output} --output MERGED")
+
+
+def _check_data(options: Namespace) -> None:
+    if len(options.data) != len(options.vectors):
+        raise LataError(
+            f"give one file of samples for each vector, in the same order: got {len(options.data)} files for {len(options.vectors)} vectors"
+        )
 
 
 def _vectors(options: Namespace) -> list[TaskVector]:
@@ -199,4 +260,7 @@ COMMANDS = {
         _linearity,
     ),
     "solve": Command("Find the coefficients of a merge in closed form from a few samples of each task.", _solve_arguments, _solve),
+    "regress": Command(
+        "Make one vector of several, whose linear layers do on samples of each task what its own vector does.", _regress_arguments, _regress
+    ),
 }

@@ -126,6 +126,25 @@ class Shell:
         values |= {id(self._state[name]): piece.view(self._state[name].shape) for name, piece in pieces}
         return {name: values[id(self._state[name])] for name in names if id(self._state[name]) in values}
 
+    def stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values of tensors of the model under the names by which they are stored, tied ones under all of theirs: the inverse of ``fill``."""
+        found: dict[str, Tensor] = {}
+        converted: dict[str, Tensor] = {}
+        for name, value in tensors.items():
+            saved = [other for other in self.tied(name) if other in self._saved]
+            found |= dict.fromkeys(saved, value)
+            if not saved:
+                converted[name] = value
+        return found | under_checkpoint_names(self.model, converted) if converted else found
+
+    def tied(self, name: str) -> tuple[str, ...]:
+        """All names in the model of the tensor of this name, in one order whichever of them is given."""
+        return tuple(self._groups[id(self._state[name])])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor of the model."""
+        return tuple(self._state[name].shape)
+
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """Give tensors of the model values, tied ones one value."""
         self.model.load_state_dict(tensors, strict=False, assign=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lata_lightning.errors import CorruptFileError, LataError
 from lata_lightning.layers import Level
 from lata_lightning.linearity.solution import Fit, Solution, SolvedVector
-from lata_lightning.linearity.walk import Batch, Passage, StartModel, Walker
+from lata_lightning.linearity.walk import Batch, Passage, StartModel, Walker, check_samples, row_count
 from lata_lightning.store.manifest import Identity
 from lata_lightning.store.task_vector import TaskVector
 from lata_lightning.store.writer import Progress
@@ -106,15 +106,9 @@ def solve_coefficients(
     """
     if level not in ("block", "submodule"):
         raise LataError(f"coefficients in closed form are per block or per submodule, not per {level}")
-    if len(samples) != len(vectors):
-        raise LataError(
-            f"every vector needs the samples of its own task, in the same order: got {len(samples)} sets for {len(vectors)} vectors"
-        )
+    check_samples(vectors, samples)
     if ridge < 0:
         raise LataError(f"the ridge must not be negative, got {ridge}")
-    empty = [vector.label for vector, batches in zip(vectors, samples, strict=True) if not batches]
-    if empty:
-        raise LataError(f"every task needs samples; there are none for {', '.join(empty[:3])}")
     task_of = [task for task, batches in enumerate(samples) for _ in batches]
     walker = Walker(start, vectors, [batch for batches in samples for batch in batches], check_base=check_base)
     units = walker.units(level)
@@ -140,7 +134,7 @@ def solve_coefficients(
             SolvedVector(
                 vector.label,
                 vector.manifest.tuned_identity,
-                sum(len(next(iter(batch.values()))) for batch in samples[number]),
+                row_count(samples[number]),
                 _by_layer(vector, level, {layer: numbers[number] for layer, (numbers, _) in solved.items()}, outside),
             )
             for number, vector in enumerate(vectors)

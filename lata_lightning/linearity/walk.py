@@ -92,19 +92,7 @@ class Walker:
     """
 
     def __init__(self, start: StartModel, vectors: Sequence[TaskVector], batches: Sequence[Batch], *, check_base: bool = True) -> None:
-        if not vectors:
-            raise LataError("there is nothing to measure: give at least one vector")
-        from_base = [vector.label for vector in vectors if vector.start == "base"]
-        if from_base:
-            raise LataError(
-                f"a module is compared with itself in the start model, so vectors must start from instruct; from base started {first_three(from_base)}. "
-                "Take the instruction vector off first (without(instruction_vector)), or extract them as tuned − instruct."
-            )
-        if check_base:
-            check_same_start(vectors)
-        source = open_source(Path(start) if isinstance(start, os.PathLike) else start)
-        self._shell = Shell(empty_copy(start) if isinstance(start, nn.Module) else empty_model(source.config, source.label))
-        self.source, self._vectors = _match(source, vectors)
+        self._shell, self.source, self._vectors = opened(start, vectors, check_base=check_base)
         self._batches = batches
         blocks = Blocks(self._shell, vectors[0].layers)
         self.units, self._inside = blocks.units, blocks.tensors
@@ -173,7 +161,7 @@ class Walker:
         held = {name: tensor for name, tensor in self._now.weights.items() if name.startswith(module + ".")}
         deltas = self._now.deltas[vector]
         values = {name: tensor + scale * deltas[name] if name in moved else tensor for name, tensor in held.items()}
-        return functional_call(self._shell.model.get_submodule(module), _relative(values, module), args, kwargs)
+        return functional_call(self._shell.model.get_submodule(module), relative(values, module), args, kwargs)
 
     def without_padding(self, hidden: Tensor, batch: int, module: str) -> Tensor:
         """Hidden states of a batch as (positions, width), without padding.
@@ -201,13 +189,8 @@ class Walker:
 
     def _run(self, batch: int, stand: Stand) -> Tensor:
         self._now.stand[batch] = stand
-        inputs = dict(self._batches[batch])
-        if "use_cache" in inspect.signature(self._body.forward).parameters:
-            # A cache would take in the keys of every repetition.
-            inputs["use_cache"] = False  # type: ignore[assignment]
         self._now.batch = batch
-        with torch.no_grad():
-            hidden = _first_tensor(self._body(**inputs))
+        hidden = _first_tensor(call(self._body, self._batches[batch]))
         if hidden is None:
             raise LataError(f"{type(self._body).__name__} gives out no tensor")
         return self.without_padding(hidden, batch, list(self._inside)[-1])
@@ -235,7 +218,7 @@ class Walker:
         self._now.batch, self._now.inside = batch, True
         try:
             with torch.no_grad():
-                return functional_call(self._shell.model.get_submodule(path), _relative(self._now.weights, path), args, kwargs)
+                return functional_call(self._shell.model.get_submodule(path), relative(self._now.weights, path), args, kwargs)
         finally:
             self._now.inside = False
 
@@ -284,6 +267,64 @@ class _Now:
         self.inside = self.visiting = False
 
 
+def opened(start: StartModel, vectors: Sequence[TaskVector], *, check_base: bool = True) -> tuple[Shell, Source, list[Source]]:
+    """A start model without weights, its floating weights, and every vector, all under the names of the vectors.
+
+    Args:
+        start: Directory or hub id of a transformers model, or a module (which is not changed).
+        vectors: Task vectors from this start.
+        check_base: Refuse vectors that are known to start from different weights.
+
+    Raises:
+        SourceError: The start cannot be read, or does not say which model it is.
+        LayoutMismatchError: A vector does not hold the tensors of the model.
+        BaseMismatchError: Two vectors start from different weights.
+        LataError: There is no vector, or one started from base.
+    """
+    if not vectors:
+        raise LataError("there is nothing to measure: give at least one vector")
+    from_base = [vector.label for vector in vectors if vector.start == "base"]
+    if from_base:
+        raise LataError(
+            f"a module is compared with itself in the start model, so vectors must start from instruct; from base started {first_three(from_base)}. "
+            "Take the instruction vector off first (without(instruction_vector)), or extract them as tuned − instruct."
+        )
+    if check_base:
+        check_same_start(vectors)
+    source = open_source(Path(start) if isinstance(start, os.PathLike) else start)
+    shell = Shell(empty_copy(start) if isinstance(start, nn.Module) else empty_model(source.config, source.label))
+    return shell, *_match(source, vectors)
+
+
+def check_samples(vectors: Sequence[TaskVector], samples: Sequence[Sequence[Batch]]) -> None:
+    """Refuse samples that are not one set for each vector.
+
+    Raises:
+        LataError: Samples and vectors are not equally many, or a task has no samples.
+    """
+    if len(samples) != len(vectors):
+        raise LataError(
+            f"every vector needs the samples of its own task, in the same order: got {len(samples)} sets for {len(vectors)} vectors"
+        )
+    empty = [vector.label for vector, batches in zip(vectors, samples, strict=True) if not batches]
+    if empty:
+        raise LataError(f"every task needs samples; there are none for {', '.join(empty[:3])}")
+
+
+def row_count(batches: Sequence[Batch]) -> int:
+    """Rows in all batches."""
+    return sum(len(next(iter(batch.values()))) for batch in batches)
+
+
+def call(model: nn.Module, batch: Batch) -> Any:
+    """Output of a model for a batch, with no cache of keys, which would take in those of every repetition."""
+    inputs: dict[str, Any] = dict(batch)
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False
+    with torch.no_grad():
+        return model(**inputs)
+
+
 def _match(source: Source, vectors: Sequence[TaskVector]) -> tuple[Source, list[Source]]:
     """The floating weights of the start and every vector, under the names of the vectors."""
     source = named_like(source, vectors[0].tensors)
@@ -303,5 +344,6 @@ def _first_tensor(value: Any) -> Tensor | None:
     return next((found for entry in values if (found := _first_tensor(entry)) is not None), None)
 
 
-def _relative(tensors: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
+def relative(tensors: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
+    """Tensors of a model under the names they have in one of its modules."""
     return {name.removeprefix(module + "."): tensor for name, tensor in tensors.items()}

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lata_lightning.store.manifest import Manifest
 
 PAPER = "[LATA](https://arxiv.org/abs/2502.20186)"
+REGRESSION_PAPERS = ("[RegMean](https://arxiv.org/abs/2212.09849)", "[RegMean++](https://arxiv.org/abs/2508.03121)")
 CLOSED_FORM_PAPER = "[submodule linearity](https://arxiv.org/abs/2504.10902)"
 
 
@@ -33,6 +34,20 @@ def vector_card(manifest: Manifest, name: str) -> str:
     ]
     if manifest.step is not None:
         lines += [f"Taken at optimizer step {manifest.step}, after {manifest.epoch} finished epochs.", ""]
+    if manifest.regression is not None:
+        made = manifest.regression
+        lines += [
+            f"Made of several vectors by regression on the outputs of linear layers ({REGRESSION_PAPERS[made.in_order]}), "
+            f"{'on inputs from merged blocks' if made.in_order else 'on inputs from each own model'}, "
+            f"entries off the diagonal times {made.off_diagonal:g}, ridge {made.ridge:g}:",
+            "",
+            "| vector | rows of samples | from |",
+            "|---|---|---|",
+            *(f"| {vector.label} | {vector.samples} | {vector.data or '–'} |" for vector in made.vectors),
+            "",
+        ]
+        if made.averaged:
+            lines += [f"{len(made.averaged)} tensors of two axes or more are plain means; `task_vector.json` names them.", ""]
     if manifest.precision_loss is not None:
         cosine = manifest.precision_loss.cosine
         lines += [

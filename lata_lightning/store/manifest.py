@@ -105,6 +105,48 @@ class PrecisionLoss:
 
 
 @dataclass(frozen=True)
+class RegressedVector:
+    """One of the vectors that were made into one by regression on outputs.
+
+    Attributes:
+        label: Its path, or the two sides it lies between.
+        tuned: The tuned side.
+        samples: Rows of its task that were run.
+        data: Where these come from; None if that is not known.
+    """
+
+    label: str
+    tuned: Identity
+    samples: int
+    data: str | None = None
+
+
+@dataclass(frozen=True)
+class Regression:
+    """How a vector was made of several.
+
+    Attributes:
+        in_order: Whether blocks were fitted on what the merged blocks before them give out.
+        off_diagonal: Factor of the entries off the diagonal of the matrices of inputs.
+        ridge: As it was given, relative to the mean of the diagonal.
+        vectors: In the order in which they were given.
+        averaged: Tensors of two axes or more that are the plain mean.
+    """
+
+    in_order: bool
+    off_diagonal: float
+    ridge: float
+    vectors: tuple[RegressedVector, ...]
+    averaged: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Regression:
+        """The inverse of ``dataclasses.asdict``."""
+        vectors = tuple(RegressedVector(**{**entry, "tuned": Identity(**entry["tuned"])}) for entry in data["vectors"])
+        return cls(**{**data, "vectors": vectors, "averaged": tuple(data["averaged"])})
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything about a task vector but its tensors.
 
@@ -123,6 +165,7 @@ class Manifest:
         step, epoch: When it was taken, in optimizer steps and finished epochs; None for vectors extracted from files.
         precision_loss: Measured cost of a stored precision below float32.
         tensors: Shape, dtype and hash by name; empty until the vector is saved.
+        regression: How it was made, if it was made of several vectors.
     """
 
     kind: Kind
@@ -142,6 +185,7 @@ class Manifest:
     epoch: int | None = None
     precision_loss: PrecisionLoss | None = None
     tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
+    regression: Regression | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain types for JSON."""
@@ -167,6 +211,7 @@ class Manifest:
             "alignment_spread": None if self.alignment is None else self.alignment.spread,
             "alignment_too_flat_to_rank": None if self.alignment is None else self.alignment.flat,
             "precision_loss": None if self.precision_loss is None else asdict(self.precision_loss),
+            **({} if self.regression is None else {"regression": asdict(self.regression)}),
             "blocks": list(self.layers.blocks),
             "tied": [list(group) for group in self.tied],
             "tensors": {
@@ -230,6 +275,7 @@ class Manifest:
                 )
                 for name, entry in entries.items()
             },
+            regression=Regression.from_json(data["regression"]) if "regression" in data else None,
         )
 
 

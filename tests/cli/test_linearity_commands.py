@@ -3,11 +3,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
+from lata_lightning import regress
 from lata_lightning.cli.main import main
 from lata_lightning.quickstart.make_checkpoints import make_tokenizer
 from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.training.samples import model_inputs, read_samples, tokenised
 
 WORDS = {"math": "compute 1+2", "string": "reverse abc"}
 
@@ -18,11 +29,11 @@ def folder(tmp_path_factory):
     directory = tmp_path_factory.mktemp("linearity")
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=len(tokenizer),
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    sizes = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
+    }  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**sizes))
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name in ("instruct", "math", "string"):
         model.load_state_dict({key: tensor + (name != "instruct") * 0.03 * torch.randn_like(tensor) for key, tensor in start.items()})
@@ -30,11 +41,22 @@ def folder(tmp_path_factory):
     tokenizer.save_pretrained(directory / "instruct")
     model.save_pretrained(directory / "bare")
     model.save_pretrained(directory / "short")
+    tokenizer.save_pretrained(directory / "moe")
     tokenizer.model_max_length = 3
     tokenizer.save_pretrained(directory / "short")
     T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=20)).save_pretrained(
         directory / "t5"
     )
+    broken = dict(start)
+    broken["model.layers.0.mlp.up_proj.weight"] = torch.full((24, 16), torch.nan)
+    model.load_state_dict(broken)
+    model.save_pretrained(directory / "broken")
+    experts = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=2, num_experts_per_tok=1))
+    for name in ("moe", "moe-tuned"):
+        experts.save_pretrained(directory / name)
+        with torch.no_grad():
+            for parameter in experts.parameters():
+                parameter.add_(0.03 * torch.randn_like(parameter))
     for name, words in WORDS.items():
         rows = [{"prompt": f"{words}{number}", "answer": "x" * (number % 3 + 1)} for number in range(6)]
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -155,6 +177,42 @@ def test_linearity_prints_a_score_for_every_module_and_draws_it(lata, tmp_path):
     assert [line.split()[0] for line in table.splitlines() if "e-0" in line] == ["model", "model.layers.0", "model.layers.1"]
 
 
+REGRESS = "regress instruct math string --data math.jsonl string.jsonl --samples 5"
+
+
+@pytest.mark.parametrize("in_order", ["true", "false"])
+def test_a_regressed_vector_is_that_of_the_function_and_is_merged_like_any_other(lata, in_order):
+    status, printed, said = lata(f"{REGRESS} --in-order {in_order} --off-diagonal 0.8 --ridge 1e-5 --batch-size 2 --output one")
+    assert status == 0
+    assert printed == "one: one vector of 2, 21 tensors, 16 of them fitted\n"
+    assert "lata merge instruct one --output MERGED" in said
+    assert "plain means" not in said
+    tokenizer = AutoTokenizer.from_pretrained("instruct")
+    samples = [model_inputs(tokenised(read_samples(f"{name}.jsonl", 5), tokenizer, max_tokens=64)[0], 2) for name in WORDS]
+    vectors = [TaskVector.between("instruct", name) for name in WORDS]
+    expected = regress("instruct", vectors, samples, in_order=in_order == "true", off_diagonal=0.8, ridge=1e-5)
+    found = TaskVector.open("one")
+    assert list(found) == list(expected)
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
+    regression = found.manifest.regression
+    assert [(vector.samples, vector.data) for vector in regression.vectors] == [(5, "math.jsonl"), (5, "string.jsonl")]
+    facts = json.loads(lata("inspect one --format json")[1])
+    assert facts["regression of"] == "math − instruct, string − instruct"
+    assert lata("verify one")[0] == 0
+    assert lata("merge instruct one --scale 0.5 --output merged")[0] == 0
+    merged, start = state("merged"), state("instruct")
+    for name, tensor in merged.items():
+        assert torch.equal(tensor, (start[name] + 0.5 * found[name].double()).float().double()), name
+
+
+def test_a_regressed_vector_can_be_stored_in_half_the_room_and_says_what_is_a_plain_mean(lata):
+    status, _, said = lata("regress moe moe-tuned --data math.jsonl --samples 2 --dtype bfloat16 --output one")
+    assert status == 0
+    assert "so plain means, are 12: ['model.layers.0.block_sparse_moe.experts.0" in said
+    assert TaskVector.open("one").manifest.precision_loss is not None
+
+
 def test_what_is_cut_or_lacking_is_said(lata):
     said = lata("linearity instruct math --data math.jsonl --level block --max-tokens 4")[2]
     assert "math.jsonl: 6 of 6 rows were cut to 4 tokens" in said
@@ -170,6 +228,15 @@ def test_what_is_cut_or_lacking_is_said(lata):
         (f"{SOLVE} --output math", "math exists already"),
         (f"{SOLVE} --ridge -1 --output x", "the ridge must not be negative"),
         (f"{SOLVE} --batch-size 0 --output x", "a batch needs at least one row, not 0"),
+        ("regress instruct math string --data math.jsonl --output x", "got 1 files for 2 vectors"),
+        (f"{REGRESS} --output math", "math exists already"),
+        (f"{REGRESS} --ridge 0 --output x", "the ridge must be positive"),
+        (f"{REGRESS} --off-diagonal 2 --output x", "must lie in [0, 1]"),
+        ("regress instruct t5 --data math.jsonl --output x", "must hold the same tensors"),
+        (
+            "regress instruct broken --data math.jsonl --output x",
+            "holds NaN or infinite values in 1: ['model.layers.0.mlp.up_proj.weight']",
+        ),
         ("solve bare math --data math.jsonl --output x", "bare has no tokenizer that can be loaded"),
         ("solve t5 t5 --data math.jsonl --output x", "t5 has an encoder and a decoder"),
         ("solve instruct t5 --data math.jsonl --output x", "must hold the same tensors"),
@@ -204,6 +271,8 @@ def test_the_order_of_vectors_can_be_left_unchecked(lata):
     assert lata("merge instruct string math --coefficients two.json --check-base false --output merged")[0] == 0
 
 
-@pytest.mark.parametrize("line", ["solve instruct math", "linearity instruct math", f"{SOLVE} --output x --level tensor", "linearity"])
+@pytest.mark.parametrize(
+    "line", ["solve instruct math", "linearity instruct math", "regress instruct math", f"{SOLVE} --output x --level tensor", "linearity"]
+)
 def test_wrong_usage_gives_status_2(lata, line):
     assert lata(line)[0] == 2
