@@ -19,6 +19,7 @@ def evaluate_tasks(
     num_fewshot: int | None = None,
     chat: bool = False,
     batch_size: int = 8,
+    run_code: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Scores of a model by task and metric, as the harness names them (``acc``, ``exact_match``, …), standard errors included.
 
@@ -31,6 +32,8 @@ def evaluate_tasks(
         num_fewshot: Examples before each question; by default what the task says.
         chat: Ask in the tokenizer's chat format.
         batch_size: Rows of a batch.
+        run_code: Allow tasks that run the code a model writes, such as ``humaneval``, on this machine and as this user; they also need the environment
+            variable HF_ALLOW_CODE_EVAL to be 1.
 
     Returns:
         By task (and group), then by metric; where a task filters answers, by ``metric,filter`` for filters other than ``none``.
@@ -69,6 +72,7 @@ def evaluate_tasks(
                 num_fewshot=num_fewshot,
                 apply_chat_template=chat,
                 log_samples=False,
+                confirm_run_unsafe_code=run_code,
             )
     except (OSError, ConnectionError) as error:
         raise SourceError(

@@ -1,5 +1,6 @@
 import json
 import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +120,20 @@ def test_what_the_harness_does_not_know_is_refused(model, tokenizer, task_file, 
     missing.write_text(TASK.format(data=tmp_path / "no.jsonl"))
     with pytest.raises(SourceError, match="the data of a task cannot be had"):
         evaluate_tasks(model, tokenizer, [str(missing)])
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_code_of_models_is_run_only_on_demand(model, tokenizer, monkeypatch, allowed):
+    asked = {}
+    harness = ModuleType("lm_eval")
+    harness.simple_evaluate = lambda *_, **given: asked.update(given) or {"results": {}}
+    models, tasks = ModuleType("lm_eval.models.huggingface"), ModuleType("lm_eval.tasks")
+    models.HFLM = lambda **_: None
+    tasks.TaskManager = lambda **_: SimpleNamespace(all_tasks=["humaneval"])
+    for name, module in {"lm_eval": harness, "lm_eval.models.huggingface": models, "lm_eval.tasks": tasks}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    evaluate_tasks(model, tokenizer, ["humaneval"], **({"run_code": True} if allowed else {}))
+    assert asked["confirm_run_unsafe_code"] is allowed
 
 
 def test_without_the_harness_the_extra_is_named(model, tokenizer, monkeypatch):

@@ -1,0 +1,156 @@
+"""The page of the evidence, made from the results of every seed: tables, verdicts and figures.
+
+Seeds from 100 on are for development: candidates are chosen by them, and they decide nothing. What a seed has not run is left out, and said.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bench import RESULTS, table
+from benchmarks.methods import figures, forgetting_page, merging_page
+from benchmarks.methods.cells import (
+    ANCHORED,
+    LATA,
+    TASK_ARITHMETIC,
+    Result,
+    Results,
+    decisive,
+    grouped,
+    is_random,
+    of_values,
+    random_groups,
+)
+from benchmarks.methods.statistics import FEWEST_SEEDS, HEADROOM
+
+FOLDER = RESULTS / "methods"
+RULE = f"""The decision rule was fixed before the runs. A row **wins** in a setting only if, over at least {FEWEST_SEEDS} seeds that differ from
+pre-training on, the 95 % intervals (t distribution) of its paired differences to task arithmetic *and* to the mean of five random rank
+orders both lie above zero. It **loses** if that to task arithmetic lies below zero. Everything else is **not separated**. Each row's scale
+is chosen on validation from one and the same grid, and the row then scored once on test; *untuned* is test at scale 1. Rows with the log
+rule are judged by random ranks under the log rule, all others by those under the linear rule. p-values are adjusted by Holm for the rows of
+a table, and decide nothing. A setting can tell methods apart where task arithmetic keeps {100 * HEADROOM[0]:.0f} to {100 * HEADROOM[1]:.0f}
+% of the experts' own gain. ± is half a 95 % interval over the seeds."""
+
+
+def write(folder: Path = FOLDER, page: Path | None = None) -> str:
+    """Write the page and its figures; the text of the page.
+
+    Args:
+        folder: Holds the results, one JSON file a seed and part; the figures go there.
+        page: The Markdown file; by default beside the folder, under its name.
+    """
+    page = folder.with_suffix(".md") if page is None else page
+    results = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
+    sections: dict[str, Callable[[Results, Path, str], list[str]]] = {
+        "merging": merging_page.section,
+        "forgetting": forgetting_page.section,
+        "continual": _continual,
+        "heterogeneity": _heterogeneity,
+    }
+    lines = ["# Methods compared", "", _head(results), "", RULE]
+    for part, section in sections.items():
+        found = [result for result in results if result["part"] == part]
+        if found:
+            lines += ["", *section(found, folder, folder.relative_to(page.parent).as_posix() + "/")]
+    text = "\n".join(lines) + "\n"
+    page.write_text(text, "utf-8")
+    return text
+
+
+def _head(results: Results) -> str:
+    if not results:
+        return "No results yet: run `python -m benchmarks.methods seed 0`."
+    seeds = sorted({result["seed"] for result in results})
+    machine = next((result["machine"] for result in results if "machine" in result), None)
+    said = f"Measured on {machine}. " if machine else ""
+    said += f"Made by `python -m benchmarks.methods all` in {_minutes(results):.0f} minutes of one core. "
+    return f"{said}Seeds: {', '.join(map(str, seeds))}."
+
+
+def _minutes(results: Results) -> float:
+    """Processor time of the evaluations, and of the models, which the settings of a seed share."""
+    total = 0.0
+    training: dict[int, float] = {}
+    for result in results:
+        taken: Any = result.get("cpu_minutes", 0.0)
+        if isinstance(taken, dict):
+            total += taken["evaluation"]
+            training[result["seed"]] = max(training.get(result["seed"], 0.0), taken["training"])
+        else:
+            total += taken
+    return total + sum(training.values())
+
+
+def _continual(results: Results, folder: Path, link: str) -> list[str]:
+    shown, said = decisive(results)
+    names = shown[0]["methods"]
+    rows = {name: [name] for name in names if not is_random(name)} | random_groups(names)
+    measures = ("average_accuracy", "backward_transfer", "forward_transfer", "forgetting", "instruct")
+
+    def value(result: Result, name: str, measure: str) -> float | None:
+        found: Any = result["methods"][name][measure]
+        number: float | None = found[-1] if measure == "instruct" else found
+        return number
+
+    values: dict[str, dict[str, list[float]]] = {}
+    for measure in measures:
+        heading = "instruct skills at the end" if measure == "instruct" else measure.replace("_", " ")
+        values[heading] = {}
+        for label, names in rows.items():
+            for result in shown:
+                known = [number for name in names if (number := value(result, name, measure)) is not None]
+                if known:
+                    values[heading].setdefault(label, []).append(100 * sum(known) / len(known))
+    path = figures.bars(values, "Continual learning", "%, or points", folder / "continual.svg")
+    first = shown[0]
+    alone = of_values([100 * sum(result["alone"]) / len(result["alone"]) for result in shown])
+    lines = [
+        [label, first["methods"][names[0]]["kind"], *(of_values(values[heading].get(label)) for heading in values)]
+        for label, names in rows.items()
+    ]
+    return [
+        "## Continual learning",
+        "",
+        f"Tasks in order: {', '.join(first['tasks'])}; {len(shown)} seeds. Accuracies in %, transfer and forgetting in points, on test. Each task's own "
+        f"fine-tune from instruct scores {alone} on it, on average.{said}",
+        "",
+        *table(["row", "kind", *values], lines),
+        "",
+        f"![Continual learning by method]({link}{path.name})",
+    ]
+
+
+def _heterogeneity(results: Results, folder: Path, link: str) -> list[str]:
+    shown, said = decisive(results)
+    rows, points = [], {}
+    every = ({**row, "seed": result["seed"]} for result in shown for row in result["rows"])
+    for name, found in grouped(every, lambda row: str(row["name"])).items():
+        spreads, against, chance = zip(*(_spread_and_gains(row) for row in found), strict=True)
+        ranks, kept = ([row[key] for row in found] for key in ("rank_correlation", "headroom"))
+        measured = [of_values(spreads, ".3f"), of_values(ranks, ".2f"), of_values([100 * share for share in kept])]
+        rows.append([name, len(found), *measured, of_values(against), of_values(chance)])
+        points[name] = list(zip(spreads, against, strict=True))
+    title = "Spread of the alignments and what LATA gains"
+    path = figures.spread_against_gain(points, title, "LATA linear − task arithmetic, points", folder / "heterogeneity.svg")
+    heads = ["models", "seeds", "spread of alignments", "rank correlation of alignment with −ρ", "task arithmetic keeps, %"]
+    heads += ["LATA linear − task arithmetic", "LATA linear − random"]
+    return [
+        "## Heterogeneity",
+        "",
+        f"Does a wider spread of the alignments make LATA gain more? Gains are in points on test, over task arithmetic from instruct.{said}",
+        "",
+        *table(heads, rows),
+        "",
+        f"![{title}, by models]({link}{path.name})",
+    ]
+
+
+def _spread_and_gains(row: Result) -> tuple[float, float, float]:
+    """Spread of the alignments, and LATA's score less that of task arithmetic onto the same model and less that of random ranks, in points."""
+    scores = row["scores"]
+    plain = scores.get(ANCHORED, scores[TASK_ARITHMETIC])
+    return row["spread"], 100 * (scores[LATA] - plain), 100 * (scores[LATA] - scores["random"])

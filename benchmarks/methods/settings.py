@@ -1,0 +1,47 @@
+"""The settings in which merging is compared: track × protocol × experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal
+
+from benchmarks.methods.chain import Start
+from benchmarks.methods.tasks import SKILL_TASKS, TEXT_TASKS
+
+Track = Literal["skills", "text"]
+TASKS_OF: dict[Track, tuple[str, ...]] = {"skills": SKILL_TASKS, "text": TEXT_TASKS}
+PAIR_OF: dict[Track, tuple[str, str]] = {"skills": ("reverse", "sort"), "text": ("wikitext2", "gsm8k")}
+"""The pair that is merged unless others are asked for; of the skills those whose experts gain most."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is merged.
+
+    Attributes:
+        track: ``"skills"`` or ``"text"``.
+        protocol: What the experts were tuned from.
+        experts: Names of their tasks.
+    """
+
+    track: Track
+    protocol: Start
+    experts: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """As in ``--settings`` and in file names."""
+        return f"{self.track}-{self.protocol}-{'+'.join(self.experts)}"
+
+
+def settings(all_pairs: bool = False) -> list[Setting]:
+    """The triple of every track and protocol, and one pair of each, or all of them; triples first."""
+    kinds: list[tuple[Track, Start]] = [(track, protocol) for track in TASKS_OF for protocol in ("instruct", "base")]
+    triples = [Setting(track, protocol, TASKS_OF[track]) for track, protocol in kinds]
+    pairs = [
+        Setting(track, protocol, pair)
+        for track, protocol in kinds
+        for pair in (list(combinations(TASKS_OF[track], 2)) if all_pairs else [PAIR_OF[track]])
+    ]
+    return [*triples, *pairs]
