@@ -91,9 +91,12 @@ def test_links_lead_to_something_that_exists(page):
     assert broken == []
 
 
-def test_every_page_of_results_is_on_the_page_of_benchmarks():
-    included = re.findall(r"^```\{include\} \.\./(\S+)$", read("docs/benchmarks.md"), re.MULTILINE)
-    assert included == sorted(str(page.relative_to(ROOT)) for page in (ROOT / "benchmarks/results").glob("*.md"))
+def test_every_page_of_results_is_on_the_page_of_benchmarks_or_of_evidence():
+    included, compared = (
+        re.findall(r"^```\{include\} \.\./(\S+)$", read(page), re.MULTILINE) for page in ("docs/benchmarks.md", "docs/evidence.md")
+    )
+    assert included == sorted(included)
+    assert sorted([*included, *compared]) == sorted(str(page.relative_to(ROOT)) for page in (ROOT / "benchmarks/results").glob("*.md"))
 
 
 def test_every_public_name_has_its_place_in_the_reference():
