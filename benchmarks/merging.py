@@ -1,9 +1,10 @@
-"""A merge as a whole process, beside mergekit, a loop over transformers models, and cp of the bytes that have to be read and written.
+"""A merge as a whole process, beside mergekit, FusionBench, a loop over transformers models, and cp of the bytes that have to be read and written.
 
-    python -m benchmarks.merging [--parameters 1.1e9] [--rounds 3] [--mergekit PATH/TO/mergekit-yaml] [--directory DIR]
+    python -m benchmarks.merging [--parameters 1.1e9] [--rounds 3] [--mergekit PATH/TO/mergekit-yaml] [--fusion-bench PATH/TO/python] [--directory DIR]
 
 Onto and two tuned models in bfloat16, sharded, page cache warm. Writes benchmarks/results/merging.json and .md. ``make parity`` makes an environment
-with mergekit in it: --mergekit .venv-parity/bin/mergekit-yaml.
+with mergekit in it: --mergekit .venv-parity/bin/mergekit-yaml. FusionBench is taken from the environment of the python that is given; it has one scale for
+all vectors, which changes nothing in what is to be read, computed and written.
 """
 
 from __future__ import annotations
@@ -49,12 +50,24 @@ model.save_pretrained(output)
 """
 
 
+FUSION_BENCH = """
+import sys
+from fusion_bench.method import TaskArithmeticAlgorithm
+from fusion_bench.modelpool import CausalLMPool
+onto, *tuned, output = sys.argv[1:]
+models = {"_pretrained_": onto, **{f"expert_{index}": path for index, path in enumerate(tuned)}}
+pool = CausalLMPool(models, tokenizer=None, model_kwargs={"torch_dtype": "bfloat16"})
+TaskArithmeticAlgorithm(scaling_factor=0.4).run(pool).save_pretrained(output)
+"""
+
+
 def main() -> None:
     """Run all sides in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=float, default=1.1e9)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mergekit", default=shutil.which("mergekit-yaml"), help="mergekit-yaml of an environment that has it.")
+    parser.add_argument("--fusion-bench", help="python of an environment that has FusionBench.")
     parser.add_argument("--directory", type=Path, help="Where the models go, 15 GB for the default size; removed at the end.")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.directory) as folder:
@@ -84,6 +97,10 @@ def compare(directory: Path, options: argparse.Namespace) -> None:
         prepared(*tuned)
         return process([sys.executable, "-c", LOOP, onto, *tuned, output])
 
+    def by_fusion_bench() -> Run:
+        prepared(*tuned)
+        return process([options.fusion_bench, "-c", FUSION_BENCH, onto, *tuned, output])
+
     def by_mergekit() -> Run:
         prepared(*tuned)
         config = {
@@ -107,6 +124,8 @@ def compare(directory: Path, options: argparse.Namespace) -> None:
     }
     if options.mergekit:
         sides["mergekit-yaml, two tuned models"] = by_mergekit
+    if options.fusion_bench:
+        sides["FusionBench, two tuned models"] = by_fusion_bench
     found = in_turn(sides, options.rounds)
     floors = sorted(found.pop("cp of the same bytes"))
     least = floors[len(floors) // 2]

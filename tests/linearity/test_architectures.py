@@ -7,13 +7,12 @@ import pytest
 import torch
 import transformers
 from linear_models import tuned
+from small_architectures import SMALL, TEXT, build, samples_of
 
 from lata_lightning import TaskVector, solve_coefficients
 from lata_lightning.errors import LataError
 from lata_lightning.linearity.scores import measure_linearity, nonlinearity
 
-SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-TEXT = {**SMALL, "vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 DECODER = {**TEXT, "num_key_value_heads": 1}
 # Model class, config class, settings; then, per block: name of the layer in checkpoints, path of the module, and names of the tensors that move in it
 # (by their beginning, relative to the module; "" for all).
@@ -78,31 +77,6 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
-def build(name):
-    """A start and two tuned models."""
-    model, config, settings, layers = ARCHITECTURES[name]
-    torch.manual_seed(0)
-    start = getattr(transformers, model)(getattr(transformers, config)(**settings)).eval()
-    return start, [tuned(start, size=0.05, seed=seed) for seed in (1, 2)], layers
-
-
-def samples_of(name):
-    """Two batches of the first task and one of the second; the first row of each batch is padded, where there is padding."""
-    generator = torch.Generator().manual_seed(3)
-    batches = []
-    for count in (2, 3, 4):
-        if name == "vit":
-            batches.append({"pixel_values": torch.randn(count, 3, 8, 8, generator=generator)})
-            continue
-        mask = torch.ones(count, 7, dtype=torch.long)
-        mask[0, 4:] = 0
-        batch = {"input_ids": torch.randint(3, 40, (count, 7), generator=generator), "attention_mask": mask}
-        if name == "t5":
-            batch |= {"decoder_input_ids": torch.randint(3, 40, (count, 5), generator=generator), "decoder_attention_mask": mask[:, :5]}
-        batches.append(batch)
-    return [batches[:2], batches[2:]]
-
-
 def hidden(output):
     return output[0] if isinstance(output, tuple) else output
 
@@ -152,7 +126,7 @@ def reference(start, models, path, beginnings, samples):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_coefficients_equal_those_of_whole_models_with_plain_hooks(name, tmp_path):
-    start, models, layers = build(name)
+    start, models, layers = build(ARCHITECTURES[name])
     samples = samples_of(name)
     start.save_pretrained(tmp_path / "start")
     vectors = [TaskVector.between(start, model) for model in models]
@@ -170,7 +144,7 @@ def test_coefficients_equal_those_of_whole_models_with_plain_hooks(name, tmp_pat
 
 @pytest.mark.parametrize("name", ["llama", "t5", "vit"])
 def test_scores_equal_those_of_whole_models_with_plain_hooks(name):
-    start, models, layers = build(name)
+    start, models, layers = build(ARCHITECTURES[name])
     samples = samples_of(name)
     (found,) = measure_linearity(start, [TaskVector.between(start, models[0])], samples[:1])
     scores = {score.layer: score for score in found.scores}
@@ -220,7 +194,7 @@ def test_scores_equal_those_of_whole_models_with_plain_hooks(name):
 
 
 def test_a_part_that_is_no_module_of_its_own_has_no_branch():
-    start, models, _ = build("bert")
+    start, models, _ = build(ARCHITECTURES["bert"])
     (found,) = measure_linearity(start, [TaskVector.between(start, models[0])], samples_of("bert")[:1])
     scores = {score.layer: score for score in found.scores}
     assert scores["bert.encoder.layer.0.mlp"].branch is None
@@ -229,7 +203,7 @@ def test_a_part_that_is_no_module_of_its_own_has_no_branch():
 
 
 def test_inputs_that_lack_the_decoder_are_refused_by_the_model_itself():
-    start, models, _ = build("t5")
+    start, models, _ = build(ARCHITECTURES["t5"])
     inputs = {"input_ids": torch.tensor([[3, 4]])}
     with pytest.raises(ValueError, match="You must specify exactly one of input_ids or inputs_embeds"):
         solve_coefficients(start, [TaskVector.between(start, models[0])], [[inputs]])
@@ -262,8 +236,8 @@ def test_a_block_that_is_run_several_times_counts_every_time():
 
 
 def test_vectors_of_another_architecture_are_refused():
-    start, models, _ = build("llama")
-    other, tuned_others, _ = build("gpt2")
+    start, models, _ = build(ARCHITECTURES["llama"])
+    other, tuned_others, _ = build(ARCHITECTURES["gpt2"])
     with pytest.raises(LataError, match="must hold the same tensors"):
         solve_coefficients(start, [TaskVector.between(other, tuned_others[0])], [samples_of("llama")[0]])
     assert models

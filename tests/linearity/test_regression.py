@@ -9,6 +9,7 @@ import torch
 import transformers
 from linear_models import Chain, changed, tuned, vectors_of
 from peft import LoraConfig, get_peft_model
+from small_architectures import SMALL, TEXT, build, samples_of
 from tiny_models import llama
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -16,8 +17,6 @@ from transformers.pytorch_utils import Conv1D
 from lata_lightning import TaskVector, Term, merge, regress
 from lata_lightning.errors import BaseMismatchError, CorruptFileError, LataError, LayoutMismatchError, WeightingError
 
-SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-TEXT = {**SMALL, "vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 # Model, config and settings; then what follows one after the other: embeddings, the two blocks, and linear layers behind them.
 ARCHITECTURES = {
@@ -47,31 +46,6 @@ ARCHITECTURES = {
         "ViTForImageClassification", "ViTConfig", {**SMALL, "image_size": 8, "patch_size": 4}, [["vit.layers.0"], ["vit.layers.1"], ["classifier"]],
     ),
 }  # fmt: skip
-
-
-def build(name):
-    """A start and two tuned models."""
-    model, config, settings, stages = ARCHITECTURES[name]
-    torch.manual_seed(0)
-    start = getattr(transformers, model)(getattr(transformers, config)(**settings)).eval()
-    return start, [tuned(start, size=0.05, seed=seed) for seed in (1, 2)], stages
-
-
-def samples_of(name):
-    """Two batches of the first task and one of the second; the first row of each batch is padded, where there is padding."""
-    generator = torch.Generator().manual_seed(3)
-    batches = []
-    for count in (2, 3, 4):
-        if name == "vit":
-            batches.append({"pixel_values": torch.randn(count, 3, 8, 8, generator=generator)})
-            continue
-        mask = torch.ones(count, 7, dtype=torch.long)
-        mask[0, 4:] = 0
-        batch = {"input_ids": torch.randint(3, 40, (count, 7), generator=generator), "attention_mask": mask}
-        if name == "t5":
-            batch |= {"decoder_input_ids": torch.randint(3, 40, (count, 5), generator=generator), "decoder_attention_mask": mask[:, :5]}
-        batches.append(batch)
-    return [batches[:2], batches[2:]]
 
 
 def inputs_of(model, modules, batches):
@@ -167,7 +141,7 @@ def reference(start, models, samples, stages, *, in_order, off_diagonal):
 @pytest.mark.parametrize("in_order", [True, False])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_real_architectures_equal_least_squares_on_whole_models(name, in_order, tmp_path):
-    start, models, stages = build(name)
+    start, models, stages = build(ARCHITECTURES[name])
     samples = samples_of(name)
     start.save_pretrained(tmp_path / "start")
     vectors = [TaskVector.between(start, model) for model in models]
@@ -391,7 +365,7 @@ def test_a_tied_head_is_fitted_as_the_embedding():
 
 
 def test_an_embedding_is_fitted_to_what_the_encoder_looks_up_without_its_own_padding():
-    start, models, _ = build("t5")
+    start, models, _ = build(ARCHITECTURES["t5"])
     vectors = vectors_of(start, models)
     # As long as what the decoder takes in, but padded elsewhere.
     mask, other = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
