@@ -28,6 +28,7 @@ _EACH = "One file of samples for each vector, of its own task, in the same order
 def _linearity_arguments(parser: ArgumentParser) -> None:
     _common_arguments(parser, "One file of samples for all vectors, or one for each")
     _add_level(parser, "submodule")
+    add_format(parser)
     parser.add_argument("--distance", type=Literal["l2", "cosine"], default="l2", help="Distance of features.")
     parser.add_argument("--figure", type=str | None, help="Picture of the scores over depth to write: .png, .svg or .pdf.")
 
@@ -35,6 +36,7 @@ def _linearity_arguments(parser: ArgumentParser) -> None:
 def _solve_arguments(parser: ArgumentParser) -> None:
     _common_arguments(parser, _EACH)
     _add_level(parser, "block")
+    add_format(parser)
     parser.add_argument("--output", required=True, help="File of coefficients to write, for lata merge --coefficients.")
     parser.add_argument(
         "--outside",
@@ -82,7 +84,6 @@ def _add_level(parser: ArgumentParser, level: str) -> None:
     parser.add_argument(
         "--level", type=Literal["block", "submodule"], default=level, help="Blocks, or attention and MLP of each separately."
     )
-    add_format(parser)
 
 
 def _linearity(options: Namespace, command: str) -> None:
