@@ -235,7 +235,7 @@ def test_the_model_of_a_chain_is_one_object_with_the_weights_given(tmp_path):
 
 @pytest.mark.parametrize("task", ["reverse", "wikitext2"])
 def test_calibration_rows_are_training_rows_with_their_padding_masked(task, data):
-    (batch,) = chains.batches_of(task, 0, 8)
+    (batch,) = chains.batches_of(tasks.TASKS[task], chains.order_of(task, 0), 8)
     assert len(batch["input_ids"]) == 8
     found = [tasks.tokenizer().decode(ids[mask.bool()]) for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
     rows = tasks.TASKS[task].rows(chains.order_of(task, 0))

@@ -199,6 +199,6 @@ def test_a_run_says_the_same_again_and_trains_nothing_twice(chain, tmp_path, mon
     del first["cpu_minutes"], second["cpu_minutes"]
     assert json.loads(json.dumps(first)) == second
     for case in first["cases"].values():
-        assert {"negation", "LATA linear", "LATA log", "LATA threshold", "random 1", "random 2"} <= case["methods"].keys()
+        assert {"negation", "LATA linear", "LATA log", "LATA threshold", "random linear 1", "random log 2"} <= case["methods"].keys()
         assert case["methods"]["negation"]["norm"] > case["methods"]["trimmed to 20%"]["norm"] > 0
         assert case["target"].keys() == {"validation", "test"}

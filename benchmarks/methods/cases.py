@@ -18,6 +18,8 @@ from lata_lightning.store.task_vector import TaskVector
 
 Weights = Mapping[str, Tensor]
 Batch = Mapping[str, Tensor]
+CALIBRATION_ROWS = 32
+"""Training rows of each task that methods may look at."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Case:
         base: The raw language model it was made from.
         experts: The tuned models; one is enough for the rows that weight a single vector.
         seed: Of everything random.
-        calibration: For each expert batches of inputs of the model from its TRAINING task, about 30 rows, with an ``attention_mask`` where padded.
+        calibration: For each expert batches of inputs of the model from its TRAINING task, with an ``attention_mask`` where padded.
         model: Scratch for methods that run data; its weights are whatever the last one left.
         validation_score: Of a model's weights, higher is better; only few-shot tuning uses it.
     """

@@ -21,7 +21,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.methods.tasks import CONTEXT, SEEN_EXERCISES, SKILL_TASKS, TASKS, base_texts, self_instruct, tokenizer, training_exercises
+from benchmarks.methods.tasks import (
+    CONTEXT,
+    SEEN_EXERCISES,
+    SKILL_TASKS,
+    TASKS,
+    Task,
+    base_texts,
+    self_instruct,
+    tokenizer,
+    training_exercises,
+)
 from lata_lightning.quickstart.exercises import INSTRUCT_SKILLS
 from lata_lightning.training.module import CausalLMModule
 from lata_lightning.training.rows import Batches, MixtureBatchSampler, Row, Rows, chat_rows, collate, raw_tokens
@@ -280,10 +290,16 @@ def expert_recipe(task: str, start: Start, seed: int, data: Path | None) -> Reci
     return Recipe((learned, *replay), steps, rate, 2048, seed=own)
 
 
-def batches_of(task: str, seed: int, rows: int) -> list[dict[str, Tensor]]:
-    """Some rows of what the expert of a task is trained on, as one batch of ``input_ids`` and ``attention_mask``."""
-    found = TASKS[task].rows(order_of(task, seed))
-    if TASKS[task].raw:
+def batches_of(task: Task, order: int, rows: int) -> list[dict[str, Tensor]]:
+    """Some rows of what a task is learned from, as one batch of ``input_ids`` and ``attention_mask``.
+
+    Args:
+        task: Whose rows these are.
+        order: The seed that the learner's own rows are made by.
+        rows: How many.
+    """
+    found = task.rows(order)
+    if task.raw:
         text = _raw_tokens(tuple(found))
         step = len(text) // rows
         taken = [Row(text[number * step :][:CONTEXT].long(), text[number * step :][:CONTEXT].long()) for number in range(rows)]

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.methods.cases import Case
-from benchmarks.methods.chain import Chain, Recipe, skill_recipe
+from benchmarks.methods.cases import CALIBRATION_ROWS, Case
+from benchmarks.methods.chain import Chain, Recipe, batches_of, skill_recipe
+from benchmarks.methods.layerwise import RULES
 from benchmarks.methods.rules import METHODS, RANDOM_ROWS, TASK_ARITHMETIC
 from benchmarks.methods.tasks import INSTRUCT, SEEN_EXERCISES, TASKS, SkillTask, Split
 from lata_lightning.evaluation.continual import summary
@@ -32,7 +33,12 @@ LEARNING_RATE = 4e-4
 MEMORY = 200
 """Exercises of each earlier task that replay may look at again."""
 SCALES = (0.1, 0.2, 0.35, 0.6, 1.0, 1.5)
-MERGES = (TASK_ARITHMETIC, "LATA linear, block", "LATA log, block", *(f"random linear {number}" for number in range(1, RANDOM_ROWS + 1)))
+MERGES = (
+    TASK_ARITHMETIC,
+    *(f"LATA {rule}, block" for rule in RULES),
+    *(f"random {rule} {number}" for rule in RULES for number in range(1, RANDOM_ROWS + 1)),
+    "output regression",
+)
 
 
 def run(chain: Chain) -> dict[str, Any]:
@@ -86,7 +92,7 @@ def start(chain: Chain) -> dict[str, Tensor]:
 
 def recipe(chain: Chain, number: int, *, replay: bool) -> Recipe:
     """How a task is learned, by its number in the sequence."""
-    task, own = SEQUENCE[number], chain.seed * 1000 + 61 + number
+    task, own = SEQUENCE[number], _order(chain, number)
     steps = max(1, round(STEPS * chain.shape.tuning))
     found = skill_recipe({task.name: task.rows(own)}, chain.seed, steps, learning_rate=LEARNING_RATE, data=chain.data, order=own)
     if not replay or number == 0:
@@ -94,9 +100,14 @@ def recipe(chain: Chain, number: int, *, replay: bool) -> Recipe:
     chat, *rest = found.parts
     shares = dict(chat.shares or {})
     shares[task.name] /= 2
-    earlier = {each.name: each.rows(own - number + index)[:MEMORY] for index, each in enumerate(SEQUENCE[:number])}
+    earlier = {each.name: each.rows(_order(chain, index))[:MEMORY] for index, each in enumerate(SEQUENCE[:number])}
     shares |= dict.fromkeys(earlier, shares[task.name] / number)
     return replace(found, parts=(replace(chat, examples={**chat.examples, **earlier}, shares=shares), *rest))
+
+
+def _order(chain: Chain, number: int) -> int:
+    """Seed of the exercises of a task, by its number in the sequence."""
+    return chain.seed * 1000 + 61 + number
 
 
 def magmax(vectors: Sequence[Weights]) -> dict[str, Tensor]:
@@ -134,7 +145,8 @@ def _case(chain: Chain, experts: Sequence[Weights]) -> Case:
     def not_looked_at(_: Weights) -> float:
         raise NotImplementedError("these merges look at no scores but those the scale is chosen by")
 
-    return Case(instruct, instruct, chain.base(), tuple(experts), chain.seed, (), None, not_looked_at)
+    calibration = [batches_of(task, _order(chain, number), CALIBRATION_ROWS) for number, task in enumerate(SEQUENCE[: len(experts)])]
+    return Case(instruct, instruct, chain.base(), tuple(experts), chain.seed, calibration, chain.model(instruct), not_looked_at)
 
 
 def _merged(chain: Chain, kind: str, reference: Sequence[float], delta: Callable[[int], Weights]) -> dict[str, Any]:

@@ -156,7 +156,8 @@ def removals(chain: Chain, ancestry: Ancestry, vector: TaskVector, alignment: Al
     }
     for number in range(1, RANDOM_RANKS + 1):
         values = random_values(list(linear), f"forgetting/{chain.seed}/{number}")
-        found[f"random {number}"] = ("control", weighted(vector, linear_drop_by_rank(values), "block"))
+        for rule, ranked in RULES.items():
+            found[f"random {rule} {number}"] = ("control", weighted(vector, ranked(values), "block"))
     deltas = {name: Removal(kind, dict(taken)) for name, (kind, taken) in found.items()}
     deltas |= {f"trimmed to {kept:.0%}": Removal("baseline", trimmed(dict(vector), kept)) for kept in TRIMMED}
     instruction = instruction_vector(chain)

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from benchmarks.bench import machine
 from benchmarks.methods import tasks
-from benchmarks.methods.cases import Case
-from benchmarks.methods.chain import Chain, Weights, batches_of
+from benchmarks.methods.cases import CALIBRATION_ROWS, Case
+from benchmarks.methods.chain import Chain, Weights, batches_of, order_of
 from benchmarks.methods.rules import TASK_ARITHMETIC, Method, methods_for
 from benchmarks.methods.settings import Setting
 from lata_lightning.errors import LataError
@@ -32,7 +32,6 @@ from lata_lightning.store.manifest import library_versions
 
 SCALES = (0.0, 0.1, 0.2, 0.3, 0.45, 0.65, 1.0, 1.4, 2.0, 2.8, 4.0)
 UNTUNED = 1.0
-CALIBRATION_ROWS = 32
 DIGITS = 6
 
 
@@ -100,7 +99,7 @@ def run(chain: Chain, setting: Setting, scales: Sequence[float] = SCALES, method
         base=base,
         experts=tuple(experts.values()),
         seed=chain.seed,
-        calibration=[batches_of(task, chain.seed, CALIBRATION_ROWS) for task in setting.experts],
+        calibration=[batches_of(tasks.TASKS[task], order_of(task, chain.seed), CALIBRATION_ROWS) for task in setting.experts],
         model=model,
         validation_score=validation_score,
     )

@@ -11,8 +11,9 @@ from benchmarks.methods.tasks import SKILL_TASKS, TEXT_TASKS
 
 Track = Literal["skills", "text"]
 TASKS_OF: dict[Track, tuple[str, ...]] = {"skills": SKILL_TASKS, "text": TEXT_TASKS}
-PAIR_OF: dict[Track, tuple[str, str]] = {"skills": ("reverse", "sort"), "text": ("wikitext2", "gsm8k")}
-"""The pair that is merged unless others are asked for; of the skills those whose experts gain most."""
+PAIR_OF: dict[Track, tuple[str, str]] = {"skills": ("compute", "sort"), "text": ("wikitext2", "gsm8k")}
+"""The pair that is merged unless others are asked for. On development seed 100 task arithmetic keeps 68 % of what these two skills gain, and 83 and 88 %
+of the other pairs; all pairs of text lie between 74 and 77 %."""
 
 
 @dataclass(frozen=True)
