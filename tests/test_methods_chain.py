@@ -271,8 +271,8 @@ def test_settings_are_a_triple_and_one_pair_of_every_track_and_protocol():
         "skills-base-compute+reverse+sort",
         "text-instruct-wikitext2+gsm8k+mbpp",
         "text-base-wikitext2+gsm8k+mbpp",
-        "skills-instruct-reverse+sort",
-        "skills-base-reverse+sort",
+        "skills-instruct-compute+sort",
+        "skills-base-compute+sort",
         "text-instruct-wikitext2+gsm8k",
         "text-base-wikitext2+gsm8k",
     ]

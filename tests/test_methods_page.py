@@ -79,12 +79,13 @@ def forgetting(seed):
 
 def continual(seed):
     def row(kind, accuracy):
+        own = accuracy + noise(seed, kind)
         return {
             "kind": kind,
-            "accuracies": [],
-            "instruct": [0.9, 0.8],
+            "matrix": [[0.9, 0.1, 0.1], [own + 0.1, own + 0.1, 0.1], [own, own, own]],
+            "instruct": [0.9, 0.85, 0.8],
             "scales": None,
-            "average_accuracy": accuracy + noise(seed, kind),
+            "average_accuracy": own,
             "backward_transfer": -0.1,
             "forward_transfer": None,
             "forgetting": 0.1,
@@ -92,10 +93,19 @@ def continual(seed):
 
     methods = {
         "sequential fine-tuning": row("baseline", 0.4),
-        LATA: row("method", 0.6),
-        **{name: row("control", 0.5) for name in RANDOM[:5]},
+        TASK_ARITHMETIC: row("method", 0.5),
+        LATA: row("candidate", 0.6),
+        **{name: row("control", 0.5) for name in RANDOM},
     }
-    return {"part": "continual", "seed": seed, "tasks": ["reverse", "encode"], "alone": [0.9, 0.7], "methods": methods, "cpu_minutes": 1.0}
+    return {
+        "part": "continual",
+        "seed": seed,
+        "tasks": ["reverse", "encode", "sort"],
+        "reference": [0.1, 0.1, 0.1],
+        "alone": [0.9, 0.9, 0.9],
+        "methods": methods,
+        "cpu_minutes": 1.0,
+    }
 
 
 def heterogeneity(seed):
@@ -223,10 +233,26 @@ def test_measures_without_a_value_are_a_dash(whole):
     assert row[-1] == "80.0 ± 0.0"
 
 
+def test_continual_verdicts_stand_only_at_stages_that_can_tell_methods_apart(whole):
+    text, _ = whole
+    place = "Accuracy on the tasks learned so far"
+    assert cells(text, "task arithmetic keeps of the gain, %", place) == ["63", "50"]
+    gained = sum(100 * (0.1 + noise(seed, "candidate") - noise(seed, "method")) for seed in range(5)) / 5
+    two, three = cells(text, LATA, place)
+    assert two.split("(")[1].startswith(f"+{gained:.1f}")
+    assert two.endswith(", wins)")
+    assert three.split("(")[1].startswith(f"+{gained:.1f}")
+    assert "wins" not in three
+    assert cells(text, "random ranks, log, mean of 5", place)[0].startswith("60.")
+    assert "(" not in cells(text, TASK_ARITHMETIC, place)[0]
+    assert ", loses)" in cells(text, "sequential fine-tuning", place)[0]
+
+
 def test_heterogeneity_counts_lata_from_task_arithmetic_onto_the_same_model(whole):
     text, _ = whole
     assert cells(text, "8 blocks, from instruct")[-2].startswith("10.")
     assert cells(text, "8 blocks, from base")[-2].startswith("2.")
+    assert "Over all 20 points the Spearman correlation of spread and gain is " in text
 
 
 def test_every_figure_of_the_page_is_there_small_and_the_same_again(whole):

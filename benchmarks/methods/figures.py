@@ -1,4 +1,4 @@
-"""Figures of the evidence: scale curves, forgetting curves, bars of continual learning, and the spread of alignments against the gain."""
+"""Figures of the evidence: scale curves, forgetting curves, accuracies of continual learning by task, and the spread of alignments against the gain."""
 
 from __future__ import annotations
 
@@ -47,26 +47,13 @@ def forgetting_curves(curves: Mapping[str, Sequence[tuple[float, float]]], title
     return _saved(figure, path)
 
 
-def bars(values: Mapping[str, Mapping[str, Sequence[float]]], title: str, y_title: str, path: Path) -> Path:
-    """Groups of bars with their 95 % intervals: by what is measured, then by method, the values of the seeds."""
-    figure, axes = _empty(title, "", y_title)
-    groups = list(values)
-    methods = list(dict.fromkeys(method for group in values.values() for method in group))
-    width = 0.8 / max(1, len(methods))
-    for number, method in enumerate(methods):
-        found = [(index, interval(values[group][method])) for index, group in enumerate(groups) if method in values[group]]
-        axes.bar(
-            [index + (number - (len(methods) - 1) / 2) * width for index, _ in found],
-            [each.mean for _, each in found],
-            width,
-            yerr=[each.half_width or 0.0 for _, each in found],
-            label=method,
-            color=COLOURS[number % len(COLOURS)],
-            error_kw={"elinewidth": 1},
-        )
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(groups)), groups, fontsize=8)
-    axes.legend(frameon=False, fontsize=8)
+def stage_curves(curves: Curves, title: str, path: Path) -> Path:
+    """Mean over the seeds by number of tasks learned, with the 95 % interval as a band."""
+    figure, axes = _empty(title, "tasks learned", "accuracy on them, %")
+    for number, (name, points) in enumerate(curves.items()):
+        _band(axes, number, name, {place: [100 * value for value in values] for place, values in points.items()})
+    places = sorted({place for points in curves.values() for place in points})
+    axes.set_xticks(places, [f"{place:g}" for place in places])
     return _saved(figure, path)
 
 

@@ -6,12 +6,14 @@ Seeds from 100 on are for development: candidates are chosen by them, and they d
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import spearmanr
+
 from benchmarks.bench import RESULTS, table
-from benchmarks.methods import figures, forgetting_page, merging_page
+from benchmarks.methods import continual_page, figures, forgetting_page, merging_page
 from benchmarks.methods.cells import (
     ANCHORED,
     LATA,
@@ -20,9 +22,7 @@ from benchmarks.methods.cells import (
     Results,
     decisive,
     grouped,
-    is_random,
     of_values,
-    random_groups,
 )
 from benchmarks.methods.statistics import FEWEST_SEEDS, HEADROOM
 
@@ -48,7 +48,7 @@ def write(folder: Path = FOLDER, page: Path | None = None) -> str:
     sections: dict[str, Callable[[Results, Path, str], list[str]]] = {
         "merging": merging_page.section,
         "forgetting": forgetting_page.section,
-        "continual": _continual,
+        "continual": continual_page.section,
         "heterogeneity": _heterogeneity,
     }
     lines = ["# Methods compared", "", _head(results), "", RULE]
@@ -85,45 +85,6 @@ def _minutes(results: Results) -> float:
     return total + sum(training.values())
 
 
-def _continual(results: Results, folder: Path, link: str) -> list[str]:
-    shown, said = decisive(results)
-    names = shown[0]["methods"]
-    rows = {name: [name] for name in names if not is_random(name)} | random_groups(names)
-    measures = ("average_accuracy", "backward_transfer", "forward_transfer", "forgetting", "instruct")
-
-    def value(result: Result, name: str, measure: str) -> float | None:
-        found: Any = result["methods"][name][measure]
-        number: float | None = found[-1] if measure == "instruct" else found
-        return number
-
-    values: dict[str, dict[str, list[float]]] = {}
-    for measure in measures:
-        heading = "instruct skills at the end" if measure == "instruct" else measure.replace("_", " ")
-        values[heading] = {}
-        for label, names in rows.items():
-            for result in shown:
-                known = [number for name in names if (number := value(result, name, measure)) is not None]
-                if known:
-                    values[heading].setdefault(label, []).append(100 * sum(known) / len(known))
-    path = figures.bars(values, "Continual learning", "%, or points", folder / "continual.svg")
-    first = shown[0]
-    alone = of_values([100 * sum(result["alone"]) / len(result["alone"]) for result in shown])
-    lines = [
-        [label, first["methods"][names[0]]["kind"], *(of_values(values[heading].get(label)) for heading in values)]
-        for label, names in rows.items()
-    ]
-    return [
-        "## Continual learning",
-        "",
-        f"Tasks in order: {', '.join(first['tasks'])}; {len(shown)} seeds. Accuracies in %, transfer and forgetting in points, on test. Each task's own "
-        f"fine-tune from instruct scores {alone} on it, on average.{said}",
-        "",
-        *table(["row", "kind", *values], lines),
-        "",
-        f"![Continual learning by method]({link}{path.name})",
-    ]
-
-
 def _heterogeneity(results: Results, folder: Path, link: str) -> list[str]:
     shown, said = decisive(results)
     rows, points = [], {}
@@ -134,6 +95,8 @@ def _heterogeneity(results: Results, folder: Path, link: str) -> list[str]:
         measured = [of_values(spreads, ".3f"), of_values(ranks, ".2f"), of_values([100 * share for share in kept])]
         rows.append([name, len(found), *measured, of_values(against), of_values(chance)])
         points[name] = list(zip(spreads, against, strict=True))
+    pairs = [pair for found in points.values() for pair in found]
+    trend = _trend([spread for spread, _ in pairs], [gain for _, gain in pairs])
     title = "Spread of the alignments and what LATA gains"
     path = figures.spread_against_gain(points, title, "LATA linear − task arithmetic, points", folder / "heterogeneity.svg")
     heads = ["models", "seeds", "spread of alignments", "rank correlation of alignment with −ρ", "task arithmetic keeps, %"]
@@ -141,12 +104,19 @@ def _heterogeneity(results: Results, folder: Path, link: str) -> list[str]:
     return [
         "## Heterogeneity",
         "",
-        f"Does a wider spread of the alignments make LATA gain more? Gains are in points on test, over task arithmetic from instruct.{said}",
+        f"Does a wider spread of the alignments make LATA gain more? Gains are in points on test, over task arithmetic from instruct. {trend}{said}",
         "",
         *table(heads, rows),
         "",
         f"![{title}, by models]({link}{path.name})",
     ]
+
+
+def _trend(spreads: Sequence[float], gains: Sequence[float]) -> str:
+    if len(set(spreads)) < 2 or len(set(gains)) < 2:
+        return ""
+    found = spearmanr(spreads, gains)
+    return f"Over all {len(gains)} points the Spearman correlation of spread and gain is {found.statistic:.2f} (p = {found.pvalue:.2g})."
 
 
 def _spread_and_gains(row: Result) -> tuple[float, float, float]:
