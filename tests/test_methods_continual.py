@@ -90,7 +90,7 @@ def test_replay_looks_at_exercises_that_the_earlier_task_was_learned_from(chain,
 
 def test_a_run_holds_a_matrix_for_every_method_and_says_the_same_again(chain, tmp_path, monkeypatch):
     monkeypatch.setattr(continual, "SCALES", (0.5, 1.0))
-    monkeypatch.setattr(continual, "MERGES", ("task arithmetic", "LATA linear, block", "output regression"))
+    monkeypatch.setattr(continual, "MERGES", ("task arithmetic", "LATA linear, block", "lata regress"))
     first = continual.run(chain)
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     second = continual.run(toy_chain(tmp_path))
@@ -104,7 +104,7 @@ def test_a_run_holds_a_matrix_for_every_method_and_says_the_same_again(chain, tm
         "MagMax",
         "task arithmetic",
         "LATA linear, block",
-        "output regression",
+        "lata regress",
     ]
     for name, row in first["methods"].items():
         assert torch.tensor(row["matrix"]).shape == (3, 3)

@@ -9,6 +9,7 @@ from benchmarks.methods import layerwise, matrices, rules
 from benchmarks.methods.rules import CONFIRMED, FEW_SHOT_TRIALS, METHODS, Case, methods_for
 from lata_lightning.alignment import Alignment, LayerStats
 from lata_lightning.errors import LataError
+from lata_lightning.linearity.regression import regress
 from lata_lightning.linearity.solving import solve_coefficients
 from lata_lightning.store.task_vector import TaskVector
 from lata_lightning.weighting import linear_drop_by_rank
@@ -425,95 +426,22 @@ def test_a_layer_along_the_instruction_vector_is_dropped_and_one_against_it_is_k
 # Candidates: matrices.
 
 
-def test_input_grams_leave_out_padding_and_count_tokens():
-    model = torch.nn.Sequential(torch.nn.Embedding(4, 2), torch.nn.Linear(2, 3))
-    with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0], [9.0, 9.0], [1.0, 1.0]]))
-
-    class Wrapped(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = model
-
-        def forward(self, input_ids, attention_mask=None):
-            return self.body(input_ids)
-
-    padded = {"input_ids": torch.tensor([[0, 1, 2], [3, 2, 2]]), "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}
-    whole = {"input_ids": torch.tensor([[1]])}
-    found = matrices.input_grams(Wrapped(), [padded, whole])
-    assert found["body.0.weight"].tolist() == [0.25, 0.5, 0.0, 0.25]
-    # (1,0)(1,0)ᵀ + 2 (0,2)(0,2)ᵀ + (1,1)(1,1)ᵀ, over four positions.
-    assert found["body.1.weight"].tolist() == [[0.5, 0.25], [0.25, 2.25]]
-    assert not any(module._forward_hooks for module in model)
-
-
-def test_output_regression_minimises_the_error_of_the_outputs_on_every_tasks_inputs():
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(30, 4, generator=generator).double() * torch.arange(1, 5) for _ in range(3)]
-    vectors = [{"w": torch.randn(2, 4, generator=generator).double()} for _ in range(3)]
-    grams = [{"w": each.T @ each / len(each)} for each in inputs]
-    found = matrices.output_regression(vectors, grams, off_diagonal=1.0)["w"].double()
-    matrix = np.concatenate([each.numpy() for each in inputs])
-    aim = np.concatenate([(each @ vector["w"].T).numpy() for each, vector in zip(inputs, vectors, strict=True)])
-    expected, *_ = np.linalg.lstsq(matrix, aim, rcond=None)
-    assert np.allclose(found.numpy(), expected.T, atol=1e-4)
-
-
-def test_output_regression_shrinks_the_off_diagonal_entries_by_a_tenth():
-    grams = [{"w": torch.tensor([[1.0, 1.0], [1.0, 1.0]]).double()}, {"w": torch.eye(2).double()}]
-    vectors = [{"w": torch.tensor([[1.0, 0.0]])}, {"w": torch.tensor([[0.0, 1.0]])}]
-    # W (C₁ + C₂) = τ₁ C₁ + τ₂ C₂ with 0.9 off the diagonal: W [[2, 0.9], [0.9, 2]] = [1, 1.9].
-    expected = torch.tensor([[2 - 0.9 * 1.9, 2 * 1.9 - 0.9]]) / (4 - 0.81)
-    assert torch.allclose(matrices.output_regression(vectors, grams)["w"], expected, atol=1e-5)
-
-
-def test_output_regression_keeps_what_tasks_with_inputs_of_their_own_have_learned():
-    grams = [{"w": torch.diag(torch.tensor(used, dtype=torch.float64))} for used in ([1.0, 1.0, 0.0], [0.0, 0.0, 1.0])]
-    vectors = [{"w": torch.tensor([[1.0, 2.0, 3.0]])}, {"w": torch.tensor([[4.0, 5.0, 6.0]])}]
-    assert torch.allclose(matrices.output_regression(vectors, grams)["w"], torch.tensor([[1.0, 2.0, 6.0]]), atol=1e-4)
-
-
-def test_output_regression_weights_the_rows_of_an_embedding_by_how_often_a_task_uses_the_token():
-    counts = [{"e": torch.tensor([1.0, 0.0, 0.5]).double()}, {"e": torch.tensor([0.0, 1.0, 1.5]).double()}]
-    vectors = [{"e": torch.tensor([[1.0], [1.0], [1.0]])}, {"e": torch.tensor([[5.0], [5.0], [5.0]])}]
-    assert torch.allclose(matrices.output_regression(vectors, counts)["e"], torch.tensor([[1.0], [5.0], [4.0]]), atol=1e-4)
-
-
-def test_output_regression_of_one_vector_is_that_vector():
-    case = made(experts=1)
-    for name in ("output regression", "output regression, in order"):
-        delta = built(name, case)
-        for tensor in rules.block_matrices(case.vectors[0]):
-            assert torch.allclose(delta[tensor], case.vectors[0][tensor], atol=1e-4), tensor
-
-
-def test_output_regression_in_order_gives_a_block_the_inputs_that_the_merged_ones_before_it_make():
+def test_regression_is_that_of_the_package_onto_instruct():
     case = made(experts=2)
-    delta = built("output regression, in order", case)
-    name = "model.layers.1.self_attn.q_proj.weight"
-    total, aim = np.zeros((8, 8)), np.zeros((8, 8))
-    for expert, vector, (inputs,) in zip(case.experts, case.vectors, case.calibration, strict=True):
-        before = ("model.embed_tokens", BLOCKS[0])
-        weights = {each: case.instruct[each] + delta[each] if each.startswith(before) else expert[each] for each in expert}
+    for name, in_order in (("lata regress", True), ("lata regress --in-order false", False)):
         model = llama(3).eval()
-        model.load_state_dict(weights)
-        seen = []
-        model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda module, args, out, seen=seen: seen.append(args[0]))
-        with torch.no_grad():
-            model(**inputs)
-        x = seen[0].reshape(-1, 8).double().numpy()
-        gram = x.T @ x / len(x)
-        gram = 0.9 * gram + 0.1 * np.diag(np.diag(gram))
-        total += gram
-        aim += vector[name].double().numpy() @ gram
-    assert np.allclose(delta[name].numpy(), aim @ np.linalg.inv(total), atol=1e-4)
-    assert not torch.allclose(delta[name], built("output regression", case)[name], atol=1e-3)
+        model.load_state_dict(dict(case.instruct))
+        expected = regress(model, case.vectors, case.calibration, in_order=in_order)
+        delta = built(name, case)
+        assert delta.keys() == expected.keys()
+        assert all(torch.equal(delta[tensor], expected[tensor]) for tensor in delta)
 
 
-def test_a_layer_without_inputs_gets_the_mean():
-    grams = [{"w": torch.zeros(2, 2).double()}] * 2
-    vectors = [{"w": torch.tensor([[1.0, 2.0]])}, {"w": torch.tensor([[3.0, 6.0]])}]
-    assert matrices.output_regression(vectors, grams)["w"].tolist() == [[2.0, 4.0]]
+def test_regression_of_one_vector_is_that_vector():
+    case = made(experts=1)
+    delta = built("lata regress", case)
+    for tensor in rules.block_matrices(case.vectors[0]):
+        assert torch.allclose(delta[tensor], case.vectors[0][tensor], atol=1e-4), tensor
 
 
 def test_interference_regression_stands_at_the_minimum_of_the_published_loss():

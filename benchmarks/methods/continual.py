@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.methods.cases import CALIBRATION_ROWS, Case
 from benchmarks.methods.chain import Chain, Recipe, batches_of, skill_recipe
 from benchmarks.methods.layerwise import RULES
-from benchmarks.methods.rules import METHODS, RANDOM_ROWS, TASK_ARITHMETIC
+from benchmarks.methods.rules import METHODS, RANDOM_ROWS, REGRESSION, TASK_ARITHMETIC
 from benchmarks.methods.tasks import INSTRUCT, SEEN_EXERCISES, TASKS, SkillTask, Split
 from lata_lightning.evaluation.continual import summary
 from lata_lightning.evaluation.scales import best_scale
@@ -37,7 +37,7 @@ MERGES = (
     TASK_ARITHMETIC,
     *(f"LATA {rule}, block" for rule in RULES),
     *(f"random {rule} {number}" for rule in RULES for number in range(1, RANDOM_ROWS + 1)),
-    "output regression",
+    REGRESSION,
 )
 
 

@@ -29,7 +29,7 @@ _DRAWN = (
     "MagMax",
     TASK_ARITHMETIC,
     "LATA linear, block",
-    "output regression",
+    "lata regress",
 )
 
 

@@ -25,6 +25,7 @@ from benchmarks.methods.statistics import FIRST_DEVELOPMENT_SEED
 from lata_lightning.alignment import Alignment
 from lata_lightning.evaluation.tuning import under_rules
 from lata_lightning.layers import LEVELS, Level
+from lata_lightning.linearity.regression import regress
 from lata_lightning.linearity.solving import DEFAULT_RIDGE, Products, solve_coefficients
 from lata_lightning.moments import STARTS, Start
 from lata_lightning.store.task_vector import TaskVector
@@ -36,10 +37,11 @@ Onto = Literal["start", "instruct"]
 
 TASK_ARITHMETIC = "task arithmetic"
 ANCHORED = "task arithmetic, anchored"
+REGRESSION = "lata regress"
 RANDOM_ROWS = 5
 CONFIRMED = (
-    "output regression",
-    "output regression, in order",
+    REGRESSION,
+    f"{REGRESSION} --in-order false",
     "less where shared, block",
     "own direction kept, block",
     "across instruction, block",
@@ -211,26 +213,10 @@ def together(case: Case, level: Level, rule: Callable[[Sequence[TaskVector], Lev
     return _each(case, level, rule(case.anchored, level))
 
 
-def output_regression(case: Case) -> Weights:
-    """Every linear layer fitted to the outputs of all experts on their own calibration inputs."""
-    grams = []
-    for expert, batches in zip(case.experts, case.calibration, strict=True):
-        _load(case, expert)
-        grams.append(matrices.input_grams(case.model, batches))
-    return matrices.output_regression(case.anchored, grams)
-
-
-def output_regression_in_order(case: Case) -> Weights:
-    """The same block by block, on the inputs that a block gets when everything before it is merged already; arXiv:2508.03121."""
-    vectors = case.anchored
-    merged: dict[str, Tensor] = {}
-    for names in _in_order(vectors[0]):
-        grams = []
-        for expert, batches in zip(case.experts, case.calibration, strict=True):
-            _load(case, {**expert, **{name: case.instruct[name] + tensor for name, tensor in merged.items()}})
-            grams.append(matrices.input_grams(case.model, batches, names))
-        merged |= matrices.output_regression([{name: vector[name] for name in names} for vector in vectors], grams)
-    return merged
+def regressed(case: Case, in_order: bool) -> Weights:
+    """Every linear layer fitted to the outputs of all experts on their own calibration inputs, by the package."""
+    _load(case, case.instruct)
+    return summed([regress(case.model, case.anchored, case.calibration, in_order=in_order)])
 
 
 def few_shot(case: Case, first: Weighting) -> Weights:
@@ -271,13 +257,6 @@ def per_layer(case: Case, level: Level, rule: Callable[[int, Alignment], Mapping
 def block_matrices(vector: TaskVector) -> set[str]:
     """Names of the two-dimensional tensors inside the blocks."""
     return {name for names in vector.layers.layers().values() for name in names if len(vector.shape(name)) == 2}
-
-
-def _in_order(vector: TaskVector) -> list[list[str]]:
-    """Tensor names in the order in which the model needs them: embeddings, block by block, and the rest."""
-    outside = vector.layers.outside()
-    first = [name for name, role in outside.items() if role == "embedding"]
-    return [first, *vector.layers.layers().values(), [name for name in outside if name not in first]]
 
 
 def _each(case: Case, level: Level, tables: Sequence[Mapping[str, float]], outside: float = 0.0) -> Weights:
@@ -383,8 +362,8 @@ def _listed() -> list[Method]:
         candidate(
             "interference regression", onto="instruct", build=partial(by_matrix, merge=matrices.interference_regression, anchored=True)
         ),
-        candidate("output regression", onto="instruct", build=output_regression),
-        candidate("output regression, in order", onto="instruct", build=output_regression_in_order),
+        candidate(REGRESSION, onto="instruct", build=partial(regressed, in_order=True)),
+        candidate(f"{REGRESSION} --in-order false", onto="instruct", build=partial(regressed, in_order=False)),
         candidate("few-shot from LATA linear", onto="instruct", build=partial(few_shot, first="linear"), tuned=True),
         candidate("few-shot from uniform", onto="instruct", build=partial(few_shot, first="none"), tuned=True),
     ]
