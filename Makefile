@@ -14,8 +14,8 @@ export OMP_NUM_THREADS ?= 1
 quickstart: $(READY) ## the whole job on the shipped checkpoints
 	$(BIN)/lata quickstart --output quickstart-output
 
-test: $(READY) ## all tests
-	$(BIN)/python -m pytest
+test: $(READY) ## all tests, as many files at once as there are processors
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 parity: $(PARITY_READY) ## the tests beside mergekit, which no other target installs
 	$(PARITY_VENV)/bin/python -m pytest tests/parity/test_mergekit_*.py tests/exports/test_export_mergekit_runs.py
