@@ -6,10 +6,12 @@ instruct for a merge to be better than either: trained on its skill alone, it fo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from lata_lightning.errors import LataError
@@ -24,6 +26,7 @@ from lata_lightning.quickstart.exercises import (
 )
 from lata_lightning.training.data import ChatDataModule
 from lata_lightning.training.module import CausalLMModule
+from lata_lightning.training.rows import chat_rows
 
 INSTRUCT = Path(__file__).parent / "checkpoints" / "instruct"
 BASE = Path(__file__).parent / "checkpoints" / "base"
@@ -117,6 +120,20 @@ def fine_tune(name: str, instruct: Path = INSTRUCT, table: dict[str, Expert] | N
         "enable_progress_bar": False,
     }
     return FineTune(module, data, trainer)
+
+
+def training_samples(name: str, tokenizer: Any, count: int, table: Mapping[str, Expert] | None = None) -> list[dict[str, Tensor]]:
+    """Some of the exercises of an expert's own skills that it was trained on, each as a batch of one row: ``input_ids`` of shape (1, tokens).
+
+    Args:
+        name: A key of ``EXPERTS``.
+        tokenizer: Of the models.
+        count: Exercises of each skill.
+        table: Other settings than ``EXPERTS``.
+    """
+    expert = (EXPERTS if table is None else table)[name]
+    pairs = [pair for skill in expert.skills for pair in training_exercises(skill, expert.seed)[:count]]
+    return [{"input_ids": row.input_ids[None]} for row in chat_rows(tokenizer, pairs, tokenizer.model_max_length)]
 
 
 def training_exercises(skill: str, seed: int) -> list[Exercise]:

@@ -19,9 +19,10 @@ from lata_lightning.callbacks.handover import VECTOR_NAME
 from lata_lightning.callbacks.lata import LATACallback
 from lata_lightning.errors import OutputError
 from lata_lightning.evaluation.scales import Reweighting, best_scale, scale_for_residual
+from lata_lightning.linearity.regression import regress
 from lata_lightning.merging import Term, forget, merge
-from lata_lightning.quickstart.experts import BASE, EXPERTS, INSTRUCT, fine_tune
-from lata_lightning.quickstart.methods import LATA_METHODS, METHODS
+from lata_lightning.quickstart.experts import BASE, EXPERTS, INSTRUCT, fine_tune, training_samples
+from lata_lightning.quickstart.methods import LATA_METHODS, METHODS, REGRESSION
 from lata_lightning.quickstart.results import Results, Row
 from lata_lightning.quickstart.scoring import Scoring, mean
 from lata_lightning.store.task_vector import TaskVector
@@ -33,6 +34,8 @@ MERGE_SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.25, 1.5, 2.0)
 FORGET_SCALES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 MERGED_SKILLS = ("math", "string")
 JUDGED = ("math", "string", "instruct")
+SAMPLES = 32
+"""Training exercises of each expert that regression may look at."""
 RESIDUAL = 0.1
 """Share of unwanted answers left at which ways of forgetting are compared."""
 
@@ -87,8 +90,8 @@ class _Job:
         self._instruction = directory / "vectors" / "instruction"
         for name, shipped in {"base": BASE, "instruct": INSTRUCT}.items():
             self._copy(shipped, self._model(name))
-        tokenizer = AutoTokenizer.from_pretrained(INSTRUCT)
-        self._validation, self._test = Scoring(tokenizer, "validation"), Scoring(tokenizer, "test")
+        self._tokenizer = AutoTokenizer.from_pretrained(INSTRUCT)
+        self._validation, self._test = Scoring(self._tokenizer, "validation"), Scoring(self._tokenizer, "test")
 
     def run(self) -> Results:
         self._write_data()
@@ -126,9 +129,11 @@ class _Job:
         weights = Reweighting(model)
         nothing = mean(self._validation(model, JUDGED), JUDGED)
         rows = [Row("instruct, nothing merged", self._test(model), 0.0)]
-        bar = self._progress.add_task("merge at each scale", total=len(METHODS) * len(MERGE_SCALES))
-        for name, method in METHODS.items():
-            weighted = [method(vector) for vector in vectors]
+        samples = [training_samples(name, self._tokenizer, SAMPLES, self._experts) for name in MERGED_SKILLS]
+        merges = {name: [method(vector) for vector in vectors] for name, method in METHODS.items()}
+        merges[REGRESSION] = [regress(str(self._model("instruct")), vectors, samples)]
+        bar = self._progress.add_task("merge at each scale", total=len(merges) * len(MERGE_SCALES))
+        for name, weighted in merges.items():
             curve = {0.0: nothing}
             for scale in MERGE_SCALES:
                 weights.apply([Term(vector, scale) for vector in weighted])

@@ -45,4 +45,6 @@ METHODS: Mapping[str, Method] = {
     "control: blocks only": _blocks_only,
     "control: ranks reversed": _reversed_ranks,
 }
+REGRESSION = "lata regress"
+"""For merges only: it needs several vectors, and samples of their tasks."""
 LATA_METHODS: dict[str, Weighting] = {"LATA linear": "linear", "LATA log": "log", "LATA threshold": "threshold"}
