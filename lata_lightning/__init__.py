@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lata_lightning.linearity.solving import solve_coefficients
     from lata_lightning.merging import Term, forget, merge
     from lata_lightning.metric import LayerAlignment
+    from lata_lightning.projection import project
     from lata_lightning.store.task_vector import TaskVector
     from lata_lightning.weighting import drop_with_threshold, linear_drop_by_rank, log_drop_by_rank
 
@@ -37,6 +38,7 @@ _HOMES = {
     "linear_drop_by_rank": "weighting",
     "log_drop_by_rank": "weighting",
     "merge": "merging",
+    "project": "projection",
     "regress": "linearity.regression",
     "solve_coefficients": "linearity.solving",
 }
@@ -57,6 +59,7 @@ __all__ = [
     "linear_drop_by_rank",
     "log_drop_by_rank",
     "merge",
+    "project",
     "regress",
     "solve_coefficients",
 ]

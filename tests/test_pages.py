@@ -26,6 +26,7 @@ from lata_lightning.store.manifest import (
     Identity,
     Manifest,
     PrecisionLoss,
+    Projection,
     RegressedVector,
     Regression,
     TensorEntry,
@@ -200,6 +201,14 @@ def test_the_card_of_regression_makes_vectors_and_merges_them(ran):
     assert [vector.data for vector in made.vectors] == [f"quickstart-output/data/{name}.jsonl" for name in ("math", "string")]
 
 
+def test_the_card_of_projection_makes_vectors_and_forgets_by_them(ran):
+    folder, printed = ran("docs/projection.md")
+    assert "times instruction was taken off a layer" in printed[0]
+    for name in ("forgotten-across", "forgotten-from-python"):
+        AutoModelForCausalLM.from_pretrained(folder / name)
+    assert TaskVector.open(folder / "unwanted-across").manifest.projection.level == "tensor"
+
+
 def test_the_card_of_linearity_names_every_field_of_the_file(ran):
     folder, _ = ran("docs/linearity.md")
     document = Solution.open(folder / "coefficients.json").to_json()
@@ -294,6 +303,7 @@ def manifest():
         epoch=1,
         precision_loss=PrecisionLoss(0.0, 1.0),
         regression=Regression(True, 0.9, 1e-6, (RegressedVector("one", Identity("tuned"), 30, "one.jsonl"),), ("w",)),
+        projection=Projection("block", {"b": 0.5}, 0.25),
         tensors={
             "w": TensorEntry((2, 2), "float32", None, False, (FactorEntry(1, 2.0, "blake3:02", "blake3:03"),)),
             "e": TensorEntry((2,), "float32"),
@@ -306,7 +316,7 @@ def manifest():
     return found
 
 
-NAMES = ("coefficients", "layers", "outside", "tensors", "versions")
+NAMES = ("coefficients", "layers", "outside", "shares", "tensors", "versions")
 
 
 def test_the_format_names_every_key_of_the_manifest(manifest):

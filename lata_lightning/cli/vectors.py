@@ -85,6 +85,35 @@ def _align(options: Namespace, command: str) -> None:
         note(flat_warning(alignment))
 
 
+def _project_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("vector", metavar="VECTOR", help="Task vector to project.")
+    parser.add_argument("--instruction", required=True, help="Instruction vector (instruct − base) that it is to lie across.")
+    parser.add_argument("--output", required=True, help="Directory to write the projected vector to.")
+    parser.add_argument("--level", type=Literal["block", "submodule", "tensor"], default="tensor", help="Unit that is projected.")
+    parser.add_argument(
+        "--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="Precision to store the vector in."
+    )
+    parser.add_argument("--check-base", type=bool, default=True, help="Refuse vectors that are known to belong to different weights.")
+    add_workers(parser)
+
+
+def _project(options: Namespace, command: str) -> None:
+    from lata_lightning.projection import project
+    from lata_lightning.store.task_vector import TaskVector
+    from lata_lightning.store.writer import check_free
+
+    check_free(Path(options.output))
+    vector, instruction = TaskVector.open(options.vector), TaskVector.open(options.instruction)
+    projected = project(vector, instruction, level=options.level, check_base=options.check_base)
+    with progress_bar("project") as progress:
+        saved = projected.save(options.output, dtype=options.dtype, workers=options.workers, progress=progress)
+    taken = saved.manifest.projection
+    shares = [] if taken is None else [*taken.shares.values(), taken.outside]
+    sys.stdout.write(
+        f"{options.output}: {len(saved)} tensors; {min(shares):.3f} to {max(shares):.3f} times {options.instruction} was taken off a layer\n"
+    )
+
+
 def _path_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="Task vector, merged model, model directory or checkpoint.")
 
@@ -130,6 +159,11 @@ COMMANDS = {
         _extract,
     ),
     "align": Command("Show how far each layer of a task vector is aligned with the instruction vector.", _align_arguments, _align),
+    "project": Command(
+        "Write what of a task vector lies across the instruction vector, layer by layer, as a vector of its own.",
+        _project_arguments,
+        _project,
+    ),
     "inspect": Command("Say what a path holds, without reading its tensors.", _inspect_arguments, _inspect),
     "verify": Command("Compare the bytes of a task vector or merged model with the hashes written beside them.", _path_arguments, _verify),
 }

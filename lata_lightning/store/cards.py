@@ -48,6 +48,16 @@ def vector_card(manifest: Manifest, name: str) -> str:
         ]
         if made.averaged:
             lines += [f"{len(made.averaged)} tensors of two axes or more are plain means; `task_vector.json` names them.", ""]
+    if manifest.projection is not None:
+        lines += [
+            f"Projected off the instruction vector, by {manifest.projection.level}; outside the layers {manifest.projection.outside:.4f} times the "
+            "instruction vector was taken off, in them:",
+            "",
+            "| layer | times the instruction vector |",
+            "|---|---|",
+            *(f"| {layer} | {_numbers(share)} |" for layer, share in manifest.projection.shares.items()),
+            "",
+        ]
     if manifest.precision_loss is not None:
         cosine = manifest.precision_loss.cosine
         lines += [

@@ -63,6 +63,7 @@ def _describe_vector(path: Path) -> dict[str, Any]:
         "weighting": None if manifest.coefficients is None else manifest.weighting,
         "level": None if manifest.coefficients is None else manifest.level,
         "regression of": None if manifest.regression is None else ", ".join(vector.label for vector in manifest.regression.vectors),
+        "projected by": None if manifest.projection is None else manifest.projection.level,
         "alignment spread": None if alignment is None else round(alignment.spread, 6),
         "too flat to rank": None if alignment is None else alignment.flat,
     }

@@ -147,6 +147,21 @@ class Regression:
 
 
 @dataclass(frozen=True)
+class Projection:
+    """What was taken off a vector so that it lies across the instruction vector.
+
+    Attributes:
+        level: Unit in which it was projected.
+        shares: By layer ⟨vector, instruction vector⟩ / ‖instruction vector‖², the multiple of the instruction vector that was taken off.
+        outside: The same of all tensors together that belong to no layer.
+    """
+
+    level: Level
+    shares: Mapping[str, float]
+    outside: float
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything about a task vector but its tensors.
 
@@ -166,6 +181,7 @@ class Manifest:
         precision_loss: Measured cost of a stored precision below float32.
         tensors: Shape, dtype and hash by name; empty until the vector is saved.
         regression: How it was made, if it was made of several vectors.
+        projection: What was taken off, if it was projected off the instruction vector.
     """
 
     kind: Kind
@@ -186,6 +202,7 @@ class Manifest:
     precision_loss: PrecisionLoss | None = None
     tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
     regression: Regression | None = None
+    projection: Projection | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain types for JSON."""
@@ -212,6 +229,7 @@ class Manifest:
             "alignment_too_flat_to_rank": None if self.alignment is None else self.alignment.flat,
             "precision_loss": None if self.precision_loss is None else asdict(self.precision_loss),
             **({} if self.regression is None else {"regression": asdict(self.regression)}),
+            **({} if self.projection is None else {"projection": asdict(self.projection)}),
             "blocks": list(self.layers.blocks),
             "tied": [list(group) for group in self.tied],
             "tensors": {
@@ -276,6 +294,7 @@ class Manifest:
                 for name, entry in entries.items()
             },
             regression=Regression.from_json(data["regression"]) if "regression" in data else None,
+            projection=Projection(**data["projection"]) if "projection" in data else None,
         )
 
 

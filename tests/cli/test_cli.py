@@ -146,6 +146,28 @@ def test_a_vector_from_base_is_merged_without_the_instruction_vector_in_it(lata)
     assert max((merged[name] - stranger[name]).abs().max() for name in merged) < 1e-6
 
 
+def test_a_projected_vector_is_what_lies_across_and_is_forgotten_like_any_other(lata):
+    lata("extract base instruct --output instruction --kind instruction")
+    lata("extract base stranger --start base --output vector")
+    status, printed, _ = lata("project vector --instruction instruction --level block --output across")
+    assert status == 0
+    assert re.fullmatch(r"across: \d+ tensors; -?[\d.]+ to -?[\d.]+ times instruction was taken off a layer\n", printed)
+    assert json.loads(lata("inspect across --format json")[1])["projected by"] == "block"
+    assert lata("verify across")[0] == 0
+    assert lata("forget stranger across --output forgotten")[0] == 0
+    states = {name: state(name) for name in ("base", "instruct", "stranger", "forgotten")}
+    for block in (f"model.layers.{number}." for number in range(4)):
+        flat = {
+            name: torch.cat([tensor.ravel() for key, tensor in found.items() if key.startswith(block)]) for name, found in states.items()
+        }
+        taken, along, moved = flat["stranger"] - flat["forgotten"], flat["instruct"] - flat["base"], flat["stranger"] - flat["base"]
+        assert abs(float(taken @ along)) < 1e-5 * float(taken.norm() * along.norm())
+        # What was taken off is the whole vector but for a multiple of the instruction vector.
+        share = float(moved @ along / (along @ along))
+        assert torch.allclose(moved - taken, share * along, rtol=0, atol=1e-6)
+    assert "already" in lata("project vector --instruction instruction --output across")[2]
+
+
 def test_stored_coefficients_are_used_unless_another_rule_is_asked_for(lata, tmp_path):
     lata("extract base instruct --output instruction")
     lata("extract instruct math --output vector")
