@@ -184,8 +184,11 @@ def test_scores_are_means_over_the_seeds_with_their_interval(whole):
 def test_headroom_says_which_settings_can_tell_methods_apart(whole, tmp_path):
     text, _ = whole
     assert re.search(r"^\| skills, experts from instruct: compute, reverse \| 5 \| 72\.0 ± 2\.0 \| yes \|$", text, re.MULTILINE)
-    flat = page_of(tmp_path / "methods", {**merging(0), "headroom": 0.95})
-    assert "| 1 | 95.0 | no |" in flat
+    flat = page_of(tmp_path / "methods", *({**merging(seed), "headroom": 0.95} for seed in range(5)))
+    assert "| 5 | 95.0 ± 0.0 | no |" in flat
+    # Where they cannot be told apart nothing wins or loses.
+    assert cells(flat, "better", "### Skills, experts from instruct")[-1] == "–"
+    assert "| **better** |" not in flat
 
 
 def test_experts_from_base_are_compared_with_anchored_task_arithmetic_too(whole):

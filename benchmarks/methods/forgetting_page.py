@@ -34,7 +34,10 @@ def section(results: Results, folder: Path, link: str) -> list[str]:
         "",
         f"The unwanted skill is {first['unwanted']}, the useful one {first['useful']}. Ways of forgetting are compared where validation says that equal "
         "shares of the target's own score on the unwanted skill are left. Cells give the useful / the instruct skills on test there, in % of the target's "
-        f"own. Differences and verdicts are of the mean of both at {float(JUDGED):.0%} left, with plain negation in the place of task arithmetic.{said}",
+        f"own. Differences and verdicts are of the mean of both at {float(JUDGED):.0%} left, with plain negation in the place of task arithmetic. What "
+        "lies across the instruction vector is what `lata project` makes; exact subtraction is what `--start base --weighting none` does with a vector "
+        "from base: it takes the instruction vector off first. A known ancestry is target and vector from instruct, an unknown one both from base, a "
+        f"mixed one a vector from base and a target from instruct.{said}",
     ]
     for case in first["cases"]:
         rows = {result["seed"]: result["cases"][case] for result in shown}

@@ -33,7 +33,7 @@ orders both lie above zero. It **loses** if that to task arithmetic lies below z
 is chosen on validation from one and the same grid, and the row then scored once on test; *untuned* is test at scale 1. Rows with the log
 rule are judged by random ranks under the log rule, all others by those under the linear rule. p-values are adjusted by Holm for the rows of
 a table, and decide nothing. A setting can tell methods apart where task arithmetic keeps {100 * HEADROOM[0]:.0f} to {100 * HEADROOM[1]:.0f}
-% of the experts' own gain. ± is half a 95 % interval over the seeds."""
+% of the experts' own gain; elsewhere there are no verdicts. ± is half a 95 % interval over the seeds."""
 
 
 def write(folder: Path = FOLDER, page: Path | None = None) -> str:
