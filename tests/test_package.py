@@ -11,7 +11,7 @@ PACKAGE = Path(lata_lightning.__file__).parent
 # From the top of the house down; imports may only point further down.
 ROOMS = [
     "cli", "quickstart", "training", "evaluation", "report", "callbacks", "exports", "merging", "metric", "pictures", "charts", "tables", "linearity",
-    "store", "weighting", "alignment", "combining", "sums", "pieces", "low_rank", "compiled", "moments", "layers", "errors",
+    "projection", "store", "weighting", "alignment", "combining", "sums", "pieces", "low_rank", "compiled", "moments", "layers", "errors",
 ]  # fmt: skip
 
 
