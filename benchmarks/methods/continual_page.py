@@ -19,6 +19,7 @@ from benchmarks.methods.cells import (
     is_random,
     of_values,
     random_groups,
+    random_rows,
 )
 from benchmarks.methods.statistics import Comparison, tells_apart
 
@@ -40,7 +41,9 @@ def section(results: Results, folder: Path, link: str) -> list[str]:
     names = first["methods"]
     rows = {name: [name] for name in names if not is_random(name)} | random_groups(names)
     stages = range(1, len(first["tasks"]) + 1)
-    drawn = {label: rows[label] for label in rows if label in _DRAWN or len(rows[label]) > 1}
+    drawn = {label: rows[label] for label in rows if label in _DRAWN}
+    if chance := random_rows("linear", names):
+        drawn["random ranks, linear"] = chance
     curves = {
         label: {stage: [fmean(_accuracy(result, name, stage) for name in group) for result in shown] for stage in stages}
         for label, group in drawn.items()

@@ -7,7 +7,20 @@ from pathlib import Path
 
 from benchmarks.bench import table
 from benchmarks.methods import figures
-from benchmarks.methods.cells import DASH, Result, Results, as_text, compared, decisive, is_random, key_of, of_values, random_groups, strong
+from benchmarks.methods.cells import (
+    DASH,
+    Result,
+    Results,
+    as_text,
+    compared,
+    decisive,
+    is_random,
+    key_of,
+    of_values,
+    random_groups,
+    random_rows,
+    strong,
+)
 
 NEGATION = "negation"
 JUDGED = "0.1"
@@ -18,9 +31,8 @@ _DRAWN = (
     "LATA linear",
     "LATA log",
     "reversed ranks",
-    "uniformly shrunk",
     "exact subtraction",
-    "across the instruction vector, by block",
+    "across the instruction vector, by tensor",
     "fine-tuning on retained data",
 )
 
@@ -124,7 +136,8 @@ def _curves(rows: Mapping[int, Result]) -> dict[str, list[tuple[float, float]]]:
     found = {}
     methods = next(iter(rows.values()))["methods"]
     shown = {name: [name] for name in _DRAWN if name in methods}
-    shown |= random_groups(methods)
+    if drawn := random_rows("linear", methods):
+        shown["random ranks, linear"] = drawn
     for label, names in shown.items():
         curves = [(case["methods"][name]["curve"], case["target"]["validation"]) for case in rows.values() for name in names]
         found[label] = [_mean_point(points, [own for _, own in curves]) for points in zip(*(curve for curve, _ in curves), strict=False)]
