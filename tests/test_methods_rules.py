@@ -11,6 +11,7 @@ from lata_lightning.alignment import Alignment, LayerStats
 from lata_lightning.errors import LataError
 from lata_lightning.linearity.regression import regress
 from lata_lightning.linearity.solving import solve_coefficients
+from lata_lightning.projection import project
 from lata_lightning.store.task_vector import TaskVector
 from lata_lightning.weighting import linear_drop_by_rank
 
@@ -421,6 +422,14 @@ def test_a_layer_along_the_instruction_vector_is_dropped_and_one_against_it_is_k
     (vector,) = three(([1.0, 0.0, 0.0], [1.0, 2.0], [0.0, 0.0]))
     (instruction,) = three(([2.0, 0.0, 0.0], [-1.0, -2.0], [1.0, 0.0]))
     assert layerwise.away_from_instruction(vector, instruction, "block") == pytest.approx(dict(zip(ORDER, [0.0, 1.0, 1.0], strict=True)))
+
+
+@pytest.mark.parametrize("level", ["block", "tensor"])
+def test_what_is_compared_as_across_the_instruction_vector_is_what_the_package_makes(level):
+    case = made()
+    for vector in case.vectors:
+        compared = {name: tensor.float() for name, tensor in layerwise.across_instruction(vector, case.instruction, level).items()}
+        assert close(compared, dict(project(vector, case.instruction, level=level)))
 
 
 # Candidates: matrices.
