@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from lata_lightning.alignment import check_matching_instruction, measure
@@ -43,11 +44,13 @@ def project(vector: TaskVector, instruction_vector: TaskVector, *, level: Level 
         _check_either_side(vector, instruction_vector)
     table = measure(vector, instruction_vector)
     places = vector.layers.layers(level)
-    outside = list(vector.layers.outside())
-    found = {layer: total(table[name] for name in names) for layer, names in places.items()}
-    shares = {layer: sums.inner / sums.instruction if sums.instruction else 0.0 for layer, sums in found.items()}
-    sums = total(table[name] for name in outside)
-    share_outside = sums.inner / sums.instruction if sums.instruction else 0.0
+
+    def share(names: Iterable[str]) -> float:
+        sums = total(table[name] for name in names)
+        return sums.inner / sums.instruction if sums.instruction else 0.0
+
+    shares = {layer: share(names) for layer, names in places.items()}
+    share_outside = share(vector.layers.outside())
     share_of = {name: shares[layer] for layer, names in places.items() for name in names}
     along = Scaled(
         instruction_vector.tensors, lambda name: share_of.get(name, share_outside), f"its projection on {instruction_vector.label}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,6 +51,13 @@ def random_rows(name: str, names: Iterable[str]) -> list[str]:
     drawn = [each for each in names if is_random(each)]
     under_log = [each for each in drawn if _LOG.search(each)]
     return under_log if under_log and _LOG.search(name) else [each for each in drawn if each not in under_log]
+
+
+def drawn_rows(wanted: Iterable[str], names: Collection[str]) -> dict[str, list[str]]:
+    """The lines of a figure, each with the rows that it is the mean of: those that are wanted and there, and random ranks under the linear rule."""
+    shown = {name: [name] for name in wanted if name in names}
+    chance = random_rows("linear", names)
+    return shown | ({"random ranks, linear": chance} if chance else {})
 
 
 def random_groups(names: Iterable[str]) -> dict[str, list[str]]:

@@ -16,10 +16,10 @@ from benchmarks.methods.cells import (
     as_text,
     compared,
     decisive,
+    drawn_rows,
     is_random,
     of_values,
     random_groups,
-    random_rows,
 )
 from benchmarks.methods.statistics import Comparison, tells_apart
 
@@ -41,12 +41,9 @@ def section(results: Results, folder: Path, link: str) -> list[str]:
     names = first["methods"]
     rows = {name: [name] for name in names if not is_random(name)} | random_groups(names)
     stages = range(1, len(first["tasks"]) + 1)
-    drawn = {label: rows[label] for label in rows if label in _DRAWN}
-    if chance := random_rows("linear", names):
-        drawn["random ranks, linear"] = chance
     curves = {
         label: {stage: [fmean(_accuracy(result, name, stage) for name in group) for result in shown] for stage in stages}
-        for label, group in drawn.items()
+        for label, group in drawn_rows(_DRAWN, names).items()
     }
     path = figures.stage_curves(curves, "Continual learning", folder / "continual.svg")
     alone = of_values([100 * fmean(result["alone"]) for result in shown])
@@ -69,13 +66,12 @@ def section(results: Results, folder: Path, link: str) -> list[str]:
 
 
 def _at_the_end(results: Results, rows: Mapping[str, Sequence[str]]) -> list[str]:
-    lines = []
-    for label, group in rows.items():
-        figures_of: list[Callable[[Result, str], float | None]] = [
-            *(lambda result, name, measure=measure: result["methods"][name][measure] for measure in _MEASURES),
-            lambda result, name: result["methods"][name]["instruct"][-1],
-        ]
-        lines.append([label, results[0]["methods"][group[0]]["kind"], *(_mean(results, group, each) for each in figures_of)])
+    values: list[Callable[[Result, str], float | None]] = [
+        *(lambda result, name, measure=measure: result["methods"][name][measure] for measure in _MEASURES),
+        lambda result, name: result["methods"][name]["instruct"][-1],
+    ]
+    kinds = results[0]["methods"]
+    lines = [[label, kinds[group[0]]["kind"], *(_mean(results, group, value) for value in values)] for label, group in rows.items()]
     return table(["row", "kind", *(measure.replace("_", " ") for measure in _MEASURES), "instruct"], lines)
 
 

@@ -14,11 +14,11 @@ from benchmarks.methods.cells import (
     as_text,
     compared,
     decisive,
+    drawn_rows,
     is_random,
     key_of,
     of_values,
     random_groups,
-    random_rows,
     strong,
 )
 
@@ -135,10 +135,7 @@ def _curves(rows: Mapping[int, Result]) -> dict[str, list[tuple[float, float]]]:
     """By scale, as far as all seeds go, means of what is left and of what is kept."""
     found = {}
     methods = next(iter(rows.values()))["methods"]
-    shown = {name: [name] for name in _DRAWN if name in methods}
-    if drawn := random_rows("linear", methods):
-        shown["random ranks, linear"] = drawn
-    for label, names in shown.items():
+    for label, names in drawn_rows(_DRAWN, methods).items():
         curves = [(case["methods"][name]["curve"], case["target"]["validation"]) for case in rows.values() for name in names]
         found[label] = [_mean_point(points, [own for _, own in curves]) for points in zip(*(curve for curve, _ in curves), strict=False)]
     return found

@@ -19,11 +19,11 @@ from benchmarks.methods.cells import (
     as_text,
     compared,
     decisive,
+    drawn_rows,
     grouped,
     is_random,
     key_of,
     of_values,
-    random_rows,
     split,
     strong,
 )
@@ -172,13 +172,9 @@ def _scale(scales: Sequence[float], grid: Iterable[str]) -> str:
 def _curves(results: Results) -> dict[str, dict[float, list[float]]]:
     """The lines of a figure: what everything is compared with, LATA, random ranks, and the best row that is none of these."""
     tests = {name: scores for name, scores in _percent(results, "test").items() if len(scores) == len(results)}
-    shown = {name: [name] for name in _DRAWN if name in tests}
-    others = [name for name in tests if name not in shown and not is_random(name)]
-    if others:
-        best = max(others, key=lambda name: sum(tests[name].values()))
-        shown[best] = [best]
-    if drawn := random_rows("linear", tests):
-        shown["random ranks, linear"] = drawn
+    others = [name for name in tests if name not in _DRAWN and not is_random(name)]
+    best = [max(others, key=lambda name: sum(tests[name].values()))] if others else []
+    shown = drawn_rows([*_DRAWN, *best], tests)
     return {label: _curve(results, names) for label, names in shown.items()}
 
 
