@@ -115,10 +115,10 @@ def heterogeneity(seed):
             "spread": 0.01 * blocks,
             "rank_correlation": 0.9,
             "headroom": 0.7,
-            "scores": {TASK_ARITHMETIC: 0.4, LATA: 0.5 + noise(seed, start), "random": 0.45}
+            "scores": {TASK_ARITHMETIC: 0.4, LATA: 0.5 + noise(seed, f"{start} {blocks}"), "random": 0.45}
             | ({ANCHORED: 0.48} if start == "base" else {}),
         }
-        for blocks in (8, 16)
+        for blocks in (8, 16, 24)
         for start in ("instruct", "base")
     ]
     return {"part": "heterogeneity", "seed": seed, "rows": rows, "cpu_minutes": 1.0}
@@ -253,9 +253,35 @@ def test_continual_verdicts_stand_only_at_stages_that_can_tell_methods_apart(who
 
 def test_heterogeneity_counts_lata_from_task_arithmetic_onto_the_same_model(whole):
     text, _ = whole
-    assert cells(text, "8 blocks, from instruct")[-2].startswith("10.")
-    assert cells(text, "8 blocks, from base")[-2].startswith("2.")
-    assert "Over all 20 points the Spearman correlation of spread and gain is " in text
+    assert cells(text, "8 blocks, from instruct")[-2].startswith("+10.")
+    assert cells(text, "8 blocks, from base")[-2].startswith("+2.")
+
+
+def test_heterogeneity_correlates_spread_and_gain_over_the_models_of_each_seed(tmp_path):
+    found = [heterogeneity(seed) for seed in range(5)]
+    for number, result in enumerate(found):
+        for row in result["rows"]:
+            # From instruct LATA gains more with every wider spread, in each seed at a height of its own; from base it always gains less.
+            gain = (row["spread"] if ANCHORED not in row["scores"] else -row["spread"]) + 0.2 * number
+            row["scores"] |= {LATA: row["scores"][TASK_ARITHMETIC] + gain}
+    text = page_of(tmp_path / "methods", *found)
+    assert "mean of the seeds: +1.00 ± 0.00 with experts from instruct, -1.00 ± 0.00 with experts from base." in text
+
+
+def test_models_with_one_and_the_same_gain_have_no_correlation(tmp_path):
+    found = heterogeneity(0)
+    for row in found["rows"]:
+        row["scores"] |= {LATA: 0.5}
+    text = page_of(tmp_path / "methods", found)
+    assert "## Heterogeneity" in text
+    assert "Spearman" not in text
+
+
+def test_models_that_learned_too_little_are_named_with_the_reason(tmp_path):
+    text = page_of(
+        tmp_path / "methods", heterogeneity(0) | {"left_out": {"24 blocks, from base": "sort learned nothing"}}, heterogeneity(1)
+    )
+    assert "- Seed 0, 24 blocks, from base: sort learned nothing" in text
 
 
 def test_every_figure_of_the_page_is_there_small_and_the_same_again(whole):

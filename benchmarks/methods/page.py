@@ -6,24 +6,13 @@ Seeds from 100 on are for development: candidates are chosen by them, and they d
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import spearmanr
-
-from benchmarks.bench import RESULTS, table
-from benchmarks.methods import continual_page, figures, forgetting_page, merging_page
-from benchmarks.methods.cells import (
-    ANCHORED,
-    LATA,
-    TASK_ARITHMETIC,
-    Result,
-    Results,
-    decisive,
-    grouped,
-    of_values,
-)
+from benchmarks.bench import RESULTS
+from benchmarks.methods import continual_page, forgetting_page, heterogeneity_page, merging_page
+from benchmarks.methods.cells import Results
 from benchmarks.methods.statistics import FEWEST_SEEDS, HEADROOM
 
 FOLDER = RESULTS / "methods"
@@ -49,7 +38,7 @@ def write(folder: Path = FOLDER, page: Path | None = None) -> str:
         "merging": merging_page.section,
         "forgetting": forgetting_page.section,
         "continual": continual_page.section,
-        "heterogeneity": _heterogeneity,
+        "heterogeneity": heterogeneity_page.section,
     }
     lines = ["# Methods compared", "", _head(results), "", RULE]
     for part, section in sections.items():
@@ -83,44 +72,3 @@ def _minutes(results: Results) -> float:
         else:
             total += taken
     return total + sum(training.values())
-
-
-def _heterogeneity(results: Results, folder: Path, link: str) -> list[str]:
-    shown, said = decisive(results)
-    rows, points = [], {}
-    every = ({**row, "seed": result["seed"]} for result in shown for row in result["rows"])
-    for name, found in grouped(every, lambda row: str(row["name"])).items():
-        spreads, against, chance = zip(*(_spread_and_gains(row) for row in found), strict=True)
-        ranks, kept = ([row[key] for row in found] for key in ("rank_correlation", "headroom"))
-        measured = [of_values(spreads, ".3f"), of_values(ranks, ".2f"), of_values([100 * share for share in kept])]
-        rows.append([name, len(found), *measured, of_values(against), of_values(chance)])
-        points[name] = list(zip(spreads, against, strict=True))
-    pairs = [pair for found in points.values() for pair in found]
-    trend = _trend([spread for spread, _ in pairs], [gain for _, gain in pairs])
-    title = "Spread of the alignments and what LATA gains"
-    path = figures.spread_against_gain(points, title, "LATA linear − task arithmetic, points", folder / "heterogeneity.svg")
-    heads = ["models", "seeds", "spread of alignments", "rank correlation of alignment with −ρ", "task arithmetic keeps, %"]
-    heads += ["LATA linear − task arithmetic", "LATA linear − random"]
-    return [
-        "## Heterogeneity",
-        "",
-        f"Does a wider spread of the alignments make LATA gain more? Gains are in points on test, over task arithmetic from instruct. {trend}{said}",
-        "",
-        *table(heads, rows),
-        "",
-        f"![{title}, by models]({link}{path.name})",
-    ]
-
-
-def _trend(spreads: Sequence[float], gains: Sequence[float]) -> str:
-    if len(set(spreads)) < 2 or len(set(gains)) < 2:
-        return ""
-    found = spearmanr(spreads, gains)
-    return f"Over all {len(gains)} points the Spearman correlation of spread and gain is {found.statistic:.2f} (p = {found.pvalue:.2g})."
-
-
-def _spread_and_gains(row: Result) -> tuple[float, float, float]:
-    """Spread of the alignments, and LATA's score less that of task arithmetic onto the same model and less that of random ranks, in points."""
-    scores = row["scores"]
-    plain = scores.get(ANCHORED, scores[TASK_ARITHMETIC])
-    return row["spread"], 100 * (scores[LATA] - plain), 100 * (scores[LATA] - scores["random"])
