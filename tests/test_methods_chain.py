@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from toy_chains import little_texts
 from transformers import LlamaForCausalLM
 
 from benchmarks.methods import __main__ as command
@@ -37,25 +38,7 @@ def _few_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a little of every data set, every row of it different."""
-    folder = tmp_path / "data"
-    for name in ("wikitext2", "gsm8k", "mbpp", "self_instruct", "books"):
-        (folder / name).mkdir(parents=True)
-    rows = [
-        {"question": f"How many are {n} and {n} sheep of a shepherd of so many sheep?", "answer": f"{n}+{n}={2 * n}\n#### {2 * n}"}
-        for n in range(60)
-    ]
-    (folder / "gsm8k/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:40]))
-    (folder / "gsm8k/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[40:]))
-    code = [
-        {"text": f"Write a function that adds {n}.", "code": f"def add(x):\r\n    # {'long ' * 30}\r\n    return x + {n}\r\n"}
-        for n in range(40)
-    ]
-    (folder / "mbpp/mbpp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in code))
-    (folder / "wikitext2/valid.txt").write_text("".join(f"The {n}th valid line of the text .\n" for n in range(200)))
-    (folder / "wikitext2/test.txt").write_text("".join(f"The {n}th test line of the text .\n" for n in range(200)))
-    instance = {"instruction": "Say it.", "instances": [{"input": "tea", "output": "tea"}, {"input": "", "output": ""}]}
-    (folder / "self_instruct/seed_tasks.jsonl").write_text(json.dumps(instance) + "\n")
-    (folder / "books/one.txt").write_text("It was the best of times. " * 100)
+    folder = little_texts(tmp_path / "data")
     monkeypatch.setenv("LATA_DATA", str(folder))
     for task in ("gsm8k", "mbpp", "wikitext2"):
         monkeypatch.setitem(tasks.TASKS, task, type(tasks.TASKS[task])(task))

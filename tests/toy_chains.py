@@ -1,5 +1,8 @@
 """A chain of very small models and very little data, for tests of what is built on chains."""
 
+import json
+from pathlib import Path
+
 from benchmarks.methods import chain as chains
 from benchmarks.methods import tasks
 from benchmarks.methods.chain import Chain, Shape
@@ -24,3 +27,26 @@ def little(monkeypatch, *modules):
 
 def toy_chain(work, seed=0):
     return Chain(work, seed, TOY)
+
+
+def little_texts(folder: Path) -> Path:
+    """A folder with a little of every data set, every row of it different."""
+    for name in ("wikitext2", "gsm8k", "mbpp", "self_instruct", "books"):
+        (folder / name).mkdir(parents=True)
+    rows = [
+        {"question": f"How many are {n} and {n} sheep of a shepherd of so many sheep?", "answer": f"{n}+{n}={2 * n}\n#### {2 * n}"}
+        for n in range(60)
+    ]
+    (folder / "gsm8k/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:40]))
+    (folder / "gsm8k/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[40:]))
+    code = [
+        {"text": f"Write a function that adds {n}.", "code": f"def add(x):\r\n    # {'long ' * 30}\r\n    return x + {n}\r\n"}
+        for n in range(40)
+    ]
+    (folder / "mbpp/mbpp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in code))
+    (folder / "wikitext2/valid.txt").write_text("".join(f"The {n}th valid line of the text .\n" for n in range(200)))
+    (folder / "wikitext2/test.txt").write_text("".join(f"The {n}th test line of the text .\n" for n in range(200)))
+    instance = {"instruction": "Say it.", "instances": [{"input": "tea", "output": "tea"}, {"input": "", "output": ""}]}
+    (folder / "self_instruct/seed_tasks.jsonl").write_text(json.dumps(instance) + "\n")
+    (folder / "books/one.txt").write_text("It was the best of times. " * 100)
+    return folder
