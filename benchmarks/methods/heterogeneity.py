@@ -1,7 +1,8 @@
 """Whether LATA gains where layers differ more: depth, width and the length of the fine-tuning against the spread of the alignments.
 
-The texts, all three of them, with few methods: a gain in loss is there after few steps, and a skill is not. Models of other sizes than the benchmark's own
-are trained for fewer steps, as many for every depth and width, so that a seed takes minutes even where a step costs three times as much.
+The pair of texts, with few methods: a gain in loss is there after few steps and a skill is not, and of two texts task arithmetic keeps what tells methods
+apart in models of every size. Those of other sizes than the benchmark's own are trained for fewer steps, as many for every depth and width, so that a seed
+takes minutes even where a step costs three times as much.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch import Tensor
 from benchmarks.methods import merging
 from benchmarks.methods.chain import Chain, Shape, Start
 from benchmarks.methods.rules import ANCHORED, METHODS, RANDOM_ROWS, TASK_ARITHMETIC
-from benchmarks.methods.settings import Setting
-from benchmarks.methods.tasks import TEXT_TASKS, data_folder
+from benchmarks.methods.settings import PAIR_OF, Setting
+from benchmarks.methods.tasks import data_folder
 from lata_lightning.errors import LataError
 
 PROTOCOLS: tuple[Start, ...] = ("instruct", "base")
@@ -106,7 +107,7 @@ def row_name(variant: Variant, protocol: Start) -> str:
 def measured(chain: Chain, variant: Variant, protocol: Start) -> dict[str, Any]:
     """One variant under one protocol, for JSON."""
     names = (TASK_ARITHMETIC, *([ANCHORED] if protocol == "base" else []), *LATA, *RANDOM)
-    setting = Setting("text", protocol, TEXT_TASKS)
+    setting = Setting("text", protocol, PAIR_OF["text"])
     found = merging.run(chain, setting, SCALES, {name: METHODS[name] for name in names})
     tests = {name: row["test"] for name, row in found["methods"].items()}
     spreads = {level: fmean(values) for level, values in found["spread"].items()}
