@@ -55,11 +55,13 @@ def project(vector: TaskVector, instruction_vector: TaskVector, *, level: Level 
     along = Scaled(
         instruction_vector.tensors, lambda name: share_of.get(name, share_outside), f"its projection on {instruction_vector.label}"
     )
-    sides = instruction_vector.manifest
+    sides, origin = instruction_vector.manifest, vector.manifest.start_identity
+    # Known weights say more than what the vector calls its start: who merges the result is asked for the model that it now counts from.
+    from_base = vector.start == "base" or (origin.content_hash is not None and origin.content_hash == sides.start_identity.content_hash)
     manifest = replace(
         vector.unweighted().manifest,
         start="instruct",
-        start_identity=sides.tuned_identity if vector.start == "base" else vector.manifest.start_identity,
+        start_identity=sides.tuned_identity if from_base else origin,
         alignment=None,
         instruction_identity=(sides.start_identity, sides.tuned_identity),
         projection=Projection(level, shares, share_outside),

@@ -10,6 +10,7 @@ from tiny_models import BLOCKS, plus, weights, write_model
 from lata_lightning import TaskVector, Term, align, merge, project
 from lata_lightning.errors import BaseMismatchError, LataError, LayoutMismatchError
 from lata_lightning.layers import LEVELS
+from lata_lightning.moments import STARTS
 from lata_lightning.store.task_vector import verify
 
 BASE = weights(0)
@@ -115,6 +116,19 @@ def test_coefficients_do_not_count():
     one, other = project(vector, instruction()), project(weighted, instruction())
     assert other.manifest.coefficients is None
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_vector_from_base_that_calls_its_start_instruct_is_merged_onto_instruct_afterwards(tmp_path):
+    base, instruct, tuned = (
+        write_model(tmp_path / name, side) for name, side in (("base", BASE), ("instruct", INSTRUCT), ("tuned", TUNED))
+    )
+    along = TaskVector.between(base, instruct, kind="instruction").save(tmp_path / "along")
+    expected = along.manifest.tuned_identity
+    for start in STARTS:
+        found = project(TaskVector.between(base, tuned, start_kind=start).save(tmp_path / f"from-{start}"), along)
+        assert found.manifest.start_identity == expected
+        merge(instruct, [Term(found.save(tmp_path / f"across-{start}"), 1.0)], tmp_path / f"merged-{start}")
+    assert project(TaskVector.between(instruct, tuned).save(tmp_path / "known"), along).manifest.start_identity == expected
 
 
 def test_an_instruction_vector_of_other_models_is_refused_unless_the_check_is_off(tmp_path):
