@@ -37,12 +37,15 @@ class Setting:
 
 
 def settings(all_pairs: bool = False) -> list[Setting]:
-    """The triple of every track and protocol, and one pair of each, or all of them; triples first."""
+    """The triple of every track and protocol, and one pair of each, or all of them; triples first.
+
+    Of skills that were learned from base no pair is merged unless it is asked for: on development seed 100 task arithmetic keeps 6 % of the triple's gain
+    and 1 % of a pair's, so that nothing can be told there, and the triple is enough to show it.
+    """
     kinds: list[tuple[Track, Start]] = [(track, protocol) for track in TASKS_OF for protocol in ("instruct", "base")]
     triples = [Setting(track, protocol, TASKS_OF[track]) for track, protocol in kinds]
-    pairs = [
-        Setting(track, protocol, pair)
-        for track, protocol in kinds
-        for pair in (list(combinations(TASKS_OF[track], 2)) if all_pairs else [PAIR_OF[track]])
-    ]
+    if all_pairs:
+        pairs = [Setting(track, protocol, pair) for track, protocol in kinds for pair in combinations(TASKS_OF[track], 2)]
+    else:
+        pairs = [Setting(track, protocol, PAIR_OF[track]) for track, protocol in kinds if (track, protocol) != ("skills", "base")]
     return [*triples, *pairs]
