@@ -25,7 +25,12 @@ def noise(seed, name):
 def method(seed, name, test, kind="method", scale=0.5):
     validation = {each: 0.3 + (test - 0.3) * (1 - abs(float(each) - scale)) for each in SCALES}
     own = test + noise(seed, name)
-    return {"kind": kind, "onto": "instruct", "tuned": False, "validation": validation, "scale": scale, "test": own, "untuned": own - 0.1}
+    parts = {
+        "test_details": {"instruct": own + 0.2, "base perplexity": 10 * own},
+        "test_kept": {"compute": own - 0.3, "reverse": own + 0.1},
+    }
+    row = {"kind": kind, "onto": "instruct", "tuned": False, "validation": validation, "scale": scale, "test": own, "untuned": own - 0.1}
+    return row | parts
 
 
 def merging(seed, *, protocol="instruct", track="skills", extra=None):
@@ -249,6 +254,16 @@ def test_continual_verdicts_stand_only_at_stages_that_can_tell_methods_apart(who
     assert cells(text, "random ranks, log, mean of 5", place)[0].startswith("60.")
     assert "(" not in cells(text, TASK_ARITHMETIC, place)[0]
     assert ", loses)" in cells(text, "sequential fine-tuning", place)[0]
+
+
+def test_what_is_kept_is_shown_by_task_with_instruct_skills_and_perplexity(whole):
+    text, _ = whole
+    place = text.split("By task, on test", 1)[1]
+    mean = sum(0.5 + noise(seed, "l") for seed in range(5)) / 5
+    compute, reverse, instruct, perplexity = (float(cell.split(" ")[0]) for cell in cells(place, LATA))
+    assert (compute, reverse) == (pytest.approx(100 * mean - 30, abs=0.06), pytest.approx(100 * mean + 10, abs=0.06))
+    assert (instruct, perplexity) == (pytest.approx(100 * mean + 20, abs=0.06), pytest.approx(10 * mean, abs=0.006))
+    assert "lata regress" not in place.split("![")[0]
 
 
 def test_heterogeneity_counts_lata_from_task_arithmetic_onto_the_same_model(whole):

@@ -30,6 +30,7 @@ from benchmarks.methods.cells import (
 from benchmarks.methods.statistics import Comparison, holm, interval, tells_apart
 
 _DRAWN = (TASK_ARITHMETIC, ANCHORED, LATA, "LATA log, block")
+_BY_TASK = (*_DRAWN, "TSV-M", "lata regress")
 
 
 def section(results: Results, folder: Path, link: str) -> list[str]:
@@ -40,7 +41,7 @@ def section(results: Results, folder: Path, link: str) -> list[str]:
         final, development = split(found)
         lines += ["", f"### {name[0].upper()}{name[1:]}", "", *_models(final or development)]
         if final:
-            lines += ["", *_rows(final)]
+            lines += ["", *_rows(final), "", *_by_task(final)]
         if development:
             seeds = ", ".join(str(result["seed"]) for result in development)
             lines += [
@@ -48,6 +49,8 @@ def section(results: Results, folder: Path, link: str) -> list[str]:
                 f"On the development seeds {seeds}, from which candidates were chosen and which decide nothing:",
                 "",
                 *_rows(development),
+                "",
+                *_by_task(development),
             ]
         shown, said = decisive(found)
         path = figures.scale_curves(_curves(shown), name, folder / f"curves-{key_of(name)}.svg", _unit(shown[0], "validation"))
@@ -154,6 +157,21 @@ def _line(name: str, row: Comparison, anchored: Comparison | None, results: Resu
         DASH if p_value is None else f"{p_value:.3f}" if p_value >= 0.001 else "< 0.001",
         row.verdict or DASH,
     ]
+
+
+def _by_task(results: Results) -> list[str]:
+    """What the mean of the score is made of, for the rows that are spoken of, on test at the chosen scale."""
+    experts = results[0]["setting"]["experts"]
+    rows = []
+    for name in _BY_TASK:
+        found = [result["methods"][name] for result in results if name in result["methods"]]
+        if len(found) == len(results):
+            details = [row["test_details"] for row in found]
+            kept = [of_values([100 * row["test_kept"][task] for row in found]) for task in experts]
+            instruct = of_values([100 * each["instruct"] for each in details])
+            rows.append([name, *kept, instruct, of_values([each["base perplexity"] for each in details], ".2f")])
+    heads = ["row", *(f"{task}: gain kept, %" for task in experts), "instruct skills: exact match, %", "base perplexity"]
+    return ["By task, on test at the chosen scale:", "", *table(heads, rows)]
 
 
 def _percent(results: Results, key: str) -> dict[str, dict[int, float]]:
