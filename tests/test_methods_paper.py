@@ -413,9 +413,11 @@ def test_texts_are_made_from_the_held_out_parts_of_published_data_sets(tmp_path)
     assert prompts("test", "mbpp") == [f"task{number}" for number in range(11, 511)]
     assert (folder / "validation" / "wikitext2.txt").read_text() == "v" * 100_000
     assert made_texts(configuration, None, tmp_path / "run") == folder
-    with pytest.raises(SourceError, match=r"held-out texts are needed for gsm8k, mbpp, wikitext2: give them with --texts.* got None"):
-        made_texts(configuration, None, tmp_path / "other")
-    with pytest.raises(LataError, match=r"only gsm8k, mbpp, wikitext2 can be made from data sets, not 1: \['poems'\]"):
+    with pytest.raises(SourceError, match=r"nowhere is no folder of data sets \(--data, or LATA_DATA\)"):
+        made_texts(configuration, "nowhere", tmp_path / "other")
+    with pytest.raises(
+        LataError, match=r"there are no held-out texts for 1: \['poems'\]: give their folder with --texts, a data set for each"
+    ):
         made_texts(replace(configuration, kept=("poems",)), data, tmp_path / "other")
     (data / "mbpp" / "mbpp.jsonl").write_text('{"text": "only"}\n')
     with pytest.raises(LataError, match=r"must have 'text' and 'code'; others are 1: \['line 1'\]"):
@@ -424,6 +426,62 @@ def test_texts_are_made_from_the_held_out_parts_of_published_data_sets(tmp_path)
     with pytest.raises(SourceError, match=r"mbpp.jsonl cannot be read: No such file"):
         made_texts(configuration, data, tmp_path / "other")
     assert not (tmp_path / "other" / "texts").exists()
+
+
+def test_texts_are_made_from_data_sets_that_the_configuration_names(tmp_path, written):
+    for name, rows in (
+        ("sums", {split: [{"q": f"{split}{number}", "a": f"a\r\n{number}"} for number in range(5)] for split in ("train", "test")}),
+        ("poems", {split: [{"line": line} for line in ("", f"In {split}\n", "no end")] for split in ("validation", "test")}),
+    ):
+        (tmp_path / name).mkdir()
+        for split, content in rows.items():
+            (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    sums = {"dataset": str(tmp_path / "sums"), "validation": "train[-2:]", "test": "test", "prompt": "q", "answer": "a"}
+    poems = {"dataset": str(tmp_path / "poems"), "validation": "validation", "test": "test", "text": "line"}
+    configuration = read_configuration(written(kept=["poems"], texts={"gsm8k": sums, "poems": poems}))
+    folder = made_texts(configuration, None, tmp_path / "run")
+    rows = [json.loads(line) for line in (folder / "validation" / "gsm8k.jsonl").read_text().splitlines()]
+    assert rows == [{"prompt": "train3", "answer": "a\n3"}, {"prompt": "train4", "answer": "a\n4"}]
+    assert (folder / "test" / "poems.txt").read_text() == "\nIn test\nno end\n"
+    assert configuration.identity() == replace(configuration, texts={}).identity()
+    for changes, said in (
+        ({"answer": "solution"}, r"the data has no column 'solution'; its columns are 'q', 'a'"),
+        ({"test": "held-out"}, r"cannot read split 'held-out'"),
+    ):
+        broken = read_configuration(written(texts={"gsm8k": sums | changes}))
+        with pytest.raises(LataError, match=said):
+            made_texts(broken, None, tmp_path / "other")
+        assert not (tmp_path / "other" / "texts").exists()
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        ({"gsm8k": "openai/gsm8k"}, r"must give under 'texts' keys and values for each name of a text"),
+        (
+            {"gsm8k": {"dataset": "a/b", "test": "test", "text": "t"}},
+            r"for the text 'gsm8k' dataset, test, validation, may give .*and gives dataset, test, text",
+        ),
+        (
+            {"gsm8k": {"dataset": "a/b", "validation": "v", "test": "t", "text": "t", "path": "p"}},
+            r"and gives dataset, path, test, text, validation",
+        ),
+        (
+            {"gsm8k": {"dataset": "a/b", "validation": "v", "test": "t", "prompt": "p"}},
+            r"either the column 'text', or the columns 'prompt' and 'answer'",
+        ),
+        ({"gsm8k": {"dataset": "a/b", "validation": "v", "test": "t"}}, r"either the column 'text', or the columns 'prompt' and 'answer'"),
+    ],
+)
+def test_data_sets_that_are_not_described_in_full_are_refused(written, texts, said):
+    with pytest.raises(LataError, match=said):
+        read_configuration(written(texts=texts))
+
+
+@pytest.mark.parametrize("name", sorted(READY))
+def test_a_ready_configuration_names_a_data_set_for_each_of_its_texts(name):
+    configuration = read_configuration(name)
+    assert set(configuration.texts) == set(configuration.domains)
 
 
 # Tasks of the harness.

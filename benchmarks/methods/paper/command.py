@@ -23,7 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", action="store_true", help="say what a run needs and stop; nothing is downloaded")
     parser.add_argument("--work", type=Path, default=Path("methods-work"), help="folder for results and merged models")
     parser.add_argument("--texts", type=Path, help="folder with validation/ and test/, in both DOMAIN.jsonl (prompt, answer) or DOMAIN.txt")
-    parser.add_argument("--data", type=Path, help="instead of --texts: folder of data sets to make them from, by default LATA_DATA")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="instead of --texts: folder of data sets to make them from, by default LATA_DATA, and without one those of the configuration",
+    )
     parser.add_argument("--base", help="another base than the configuration's: directory or hub id")
     parser.add_argument("--instruct", help="another instruct model")
     parser.add_argument("--expert", action="append", default=[], metavar="NAME=MODEL", help="another expert; may be given for several")

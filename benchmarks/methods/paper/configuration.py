@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -39,6 +39,31 @@ class Expert(NamedTuple):
     domain: str
 
 
+class Source(NamedTuple):
+    """A data set of the hub, or a local one in the form of the hub's, that a held-out text is made from.
+
+    Attributes:
+        dataset: What ``datasets.load_dataset`` takes: a hub id, a directory, or a file.
+        validation, test: Splits, slices such as ``"train[-300:]"`` among them.
+        subset: Configuration of a data set that has several.
+        prompt, answer: Columns of questions and answers.
+        text: Column of raw text instead; its rows are joined in their order, every one a line.
+    """
+
+    dataset: str
+    validation: str
+    test: str
+    subset: str | None = None
+    prompt: str | None = None
+    answer: str | None = None
+    text: str | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those that are read: one of raw text, or prompt and answer."""
+        return tuple(column for column in (self.text, self.prompt, self.answer) if column is not None)
+
+
 class Needs(NamedTuple):
     """Room a run takes, in bytes, and how often it writes a model.
 
@@ -69,6 +94,7 @@ class Configuration:
         methods: Names of ``STREAMED``; those of ``PAPER`` unless given.
         scales: Grid of scales, the same for every method; scale 0 is scored in any case.
         kept: Names of held-out texts that nobody was tuned on, as a measure of what is kept.
+        texts: By name of the text the data set it is made from, where no folder is given.
         tasks: Of lm-evaluation-harness, by name or as files.
         chat: Whether tasks are asked in the chat format.
         dtype: Precision to run and to merge in.
@@ -85,6 +111,7 @@ class Configuration:
     methods: tuple[str, ...] = PAPER
     scales: tuple[float, ...] = GRID
     kept: tuple[str, ...] = ()
+    texts: Mapping[str, Source] = field(default_factory=dict)
     tasks: tuple[str, ...] = ()
     chat: bool = False
     dtype: str = "bfloat16"
@@ -104,7 +131,7 @@ class Configuration:
 
     def identity(self) -> dict[str, Any]:
         """What results depend on besides weights and texts; methods and scales may be added to results that are there."""
-        left_out = {"methods", "scales", "tasks", "architecture"}
+        left_out = {"methods", "scales", "tasks", "texts", "architecture"}
         return {key: value for key, value in asdict(self).items() if key not in left_out} | {
             "experts": {name: list(expert) for name, expert in self.experts.items()},
             "kept": list(self.kept),
@@ -133,7 +160,16 @@ def read_configuration(path: str | Path) -> Configuration:
         raise LataError(f"{file} has unknown keys, {first_three(unknown)}; known are {', '.join(sorted(known))}")
     if missing:
         raise LataError(f"{file} lacks keys that every configuration needs, {first_three(missing)}")
-    return checked(Configuration(**{**content, "name": file.stem, "experts": _experts(file, content["experts"])}))
+    return checked(
+        Configuration(
+            **{
+                **content,
+                "name": file.stem,
+                "experts": _experts(file, content["experts"]),
+                "texts": _sources(file, content.get("texts") or {}),
+            }
+        )
+    )
 
 
 def checked(configuration: Configuration) -> Configuration:
@@ -241,6 +277,24 @@ def _experts(file: Path, content: Any) -> dict[str, Expert]:
     if taken:
         raise LataError(f"{file} names an expert {first_three(taken)}, which is the name of another model of the configuration")
     return {str(name): Expert(str(entry["model"]), str(entry["domain"])) for name, entry in content.items()}
+
+
+def _sources(file: Path, content: Any) -> dict[str, Source]:
+    if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
+        raise LataError(f"{file} must give under 'texts' keys and values for each name of a text")
+    needed = set(Source._fields) - set(Source._field_defaults)
+    found = {}
+    for name, entry in content.items():
+        given = set(map(str, entry))
+        if not needed <= given <= set(Source._fields) or not all(isinstance(value, str) for value in entry.values()):
+            raise LataError(
+                f"{file} must give for the text {name!r} {', '.join(sorted(needed))}, may give {', '.join(Source._field_defaults)}, all of them texts, "
+                f"and gives {', '.join(sorted(given))}"
+            )
+        found[str(name)] = Source(**entry)
+        if given & {"text", "prompt", "answer"} not in ({"text"}, {"prompt", "answer"}):
+            raise LataError(f"{file} must name for the text {name!r} either the column 'text', or the columns 'prompt' and 'answer'")
+    return found
 
 
 def _listed(value: Any, kind: Any) -> bool:

@@ -1,11 +1,13 @@
-"""Held-out texts for the ready configurations, made from a folder of data sets as they are published."""
+"""Held-out texts for real checkpoints, made from data sets: those of a folder as they are published, or those a configuration names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from benchmarks.methods.paper.configuration import Configuration
+from benchmarks.methods.paper.configuration import Configuration, Source
 from benchmarks.methods.paper.scoring import SPLITS, Split, write_texts
 from lata_lightning.errors import LataError, SourceError, first_three
 from lata_lightning.store.directories import json_rows
@@ -23,31 +25,59 @@ def made_texts(configuration: Configuration, data: str | Path | None, folder: Pa
 
     Args:
         configuration: Whose domains to make.
-        data: Folder that holds ``gsm8k/{train,test}.jsonl``, ``mbpp/mbpp.jsonl`` and ``wikitext2/{valid,test}.txt``, those that are needed.
+        data: Folder that holds ``gsm8k/{train,test}.jsonl``, ``mbpp/mbpp.jsonl`` and ``wikitext2/{valid,test}.txt``, those that are needed. Without
+            one, and for other domains, the data sets are read that the configuration names under ``texts``.
         folder: Where the folder ``texts`` goes.
 
     Raises:
         SourceError: There is no such folder, or a file is missing.
-        LataError: A domain is none of these data sets.
+        LataError: A domain is none of these data sets and the configuration names none for it, or that cannot be read.
     """
-    unknown = [domain for domain in configuration.domains if domain not in READERS]
-    if unknown:
-        raise LataError(
-            f"only {', '.join(READERS)} can be made from data sets, not {first_three(unknown)}; write the texts and give their folder with --texts"
-        )
     target = folder / "texts"
     if target.is_dir():
         return target
-    if data is None or not Path(data).is_dir():
-        raise SourceError(
-            f"held-out texts are needed for {', '.join(configuration.domains)}: give them with --texts, or a folder of data sets with --data or "
-            f"LATA_DATA, got {None if data is None else str(data)!r}"
+    if data is not None and not Path(data).is_dir():
+        raise SourceError(f"{data} is no folder of data sets (--data, or LATA_DATA)")
+    readers: dict[str, Callable[[Split], Content]] = {}
+    for domain in configuration.domains:
+        if data is not None and domain in READERS:
+            readers[domain] = partial(READERS[domain], Path(data) / domain)
+        elif domain in configuration.texts:
+            readers[domain] = partial(_of_data_set, configuration.texts[domain])
+    lacking = [domain for domain in configuration.domains if domain not in readers]
+    if lacking:
+        raise LataError(
+            f"there are no held-out texts for {first_three(lacking)}: give their folder with --texts, a data set for each under 'texts' of the "
+            f"configuration, or, for {', '.join(READERS)}, a folder of these data sets with --data or LATA_DATA"
         )
     with atomic_directory(target) as written:
-        write_texts(
-            written, {split: {domain: READERS[domain](Path(data) / domain, split) for domain in configuration.domains} for split in SPLITS}
-        )
+        write_texts(written, {split: {domain: read(split) for domain, read in readers.items()} for split in SPLITS})
     return target
+
+
+def _of_data_set(source: Source, split: Split) -> Content:
+    from lata_lightning.training.tables import check_columns, open_table
+
+    rows = open_table(source.dataset, getattr(source, split), source.subset)
+    check_columns(rows.column_names, source.columns)
+    if source.text is not None:
+        raw = "".join(_line(row) for row in rows[source.text])
+        return _at_most(raw, split)
+    pairs = zip(rows[source.prompt], rows[source.answer], strict=True)
+    return [(_plain(prompt), _plain(answer)) for prompt, answer in pairs][: ROWS[split]]
+
+
+def _line(row: Any) -> str:
+    text = str(row)
+    return text if text.endswith("\n") else f"{text}\n"
+
+
+def _at_most(raw: str, split: Split) -> str:
+    return raw.encode()[: BYTES[split]].decode(errors="ignore")
+
+
+def _plain(value: Any) -> str:
+    return str(value).replace("\r\n", "\n")
 
 
 def _gsm8k(folder: Path, split: Split) -> Content:
@@ -63,8 +93,7 @@ def _mbpp(folder: Path, split: Split) -> Content:
 
 
 def _wikitext2(folder: Path, split: Split) -> Content:
-    raw = _read(folder / ("valid.txt" if split == "validation" else "test.txt")).encode()
-    return raw[: BYTES[split]].decode(errors="ignore")
+    return _at_most(_read(folder / ("valid.txt" if split == "validation" else "test.txt")), split)
 
 
 READERS: dict[str, Callable[[Path, Split], Content]] = {"gsm8k": _gsm8k, "mbpp": _mbpp, "wikitext2": _wikitext2}
@@ -75,7 +104,7 @@ def _pairs(path: Path, prompt: str, answer: str) -> list[tuple[str, str]]:
     odd = [f"line {number}" for number, row in enumerate(rows, start=1) if not {prompt, answer} <= set(row)]
     if odd:
         raise LataError(f"the rows of {path} must have {prompt!r} and {answer!r}; others are {first_three(odd)}")
-    return [(str(row[prompt]).replace("\r\n", "\n"), str(row[answer]).replace("\r\n", "\n")) for row in rows]
+    return [(_plain(row[prompt]), _plain(row[answer])) for row in rows]
 
 
 def _read(path: Path) -> str:
