@@ -287,7 +287,8 @@ def opened(start: StartModel, vectors: Sequence[TaskVector], *, check_base: bool
     if from_base:
         raise LataError(
             f"a module is compared with itself in the start model, so vectors must start from instruct; from base started {first_three(from_base)}. "
-            "Take the instruction vector off first (without(instruction_vector)), or extract them as tuned − instruct."
+            "Give the tuned models in their place, take the instruction vector off first (without(instruction_vector)), or extract them as "
+            "tuned − instruct."
         )
     if check_base:
         check_same_start(vectors)
