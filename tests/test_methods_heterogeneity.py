@@ -73,7 +73,9 @@ def test_a_run_holds_every_variant_and_protocol_and_says_the_same_again(tmp_path
     monkeypatch.setattr(merging, "_reference", reference)
     variants = (Variant(TOY), Variant(TOY, 3.0, ("instruct",)))
     first, second = (heterogeneity.run(tmp_path, 0, variants, data=tmp_path) for _ in range(2))
-    del first["cpu_minutes"], second["cpu_minutes"]
+    # Of the second run nothing is trained or evaluated anew, and its time is said all the same.
+    assert second["cpu_minutes"]["training"] == pytest.approx(first["cpu_minutes"]["training"], rel=1e-6)
+    assert first["cpu_minutes"]["training"] > 0
     assert json.loads(json.dumps(first["rows"][0]["scores"])) == second["rows"][0]["scores"]
     assert [row["name"] for row in first["rows"]] == [
         "2 blocks of width 16, from instruct",
@@ -93,9 +95,10 @@ def test_a_variant_that_learned_too_little_is_left_out_and_said(tmp_path, monkey
     def refused(chain, variant, protocol):
         if protocol == "base":
             raise LataError("every expert must be better, and compute is not: train it longer")
-        return {"name": heterogeneity.row_name(variant, protocol)}
+        return {"name": heterogeneity.row_name(variant, protocol), "cpu_minutes": 0.5}
 
     monkeypatch.setattr(heterogeneity, "measured", refused)
     found = heterogeneity.run(tmp_path, 0, (Variant(TOY),), data=tmp_path)
     assert [row["name"] for row in found["rows"]] == ["2 blocks of width 16, from instruct"]
+    assert found["cpu_minutes"] == {"training": 0.0, "evaluation": 0.5}
     assert found["left_out"] == {"2 blocks of width 16, from base": "every expert must be better, and compute is not: train it longer"}

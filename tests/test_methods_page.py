@@ -120,8 +120,10 @@ def heterogeneity(seed):
             "spread": 0.01 * blocks,
             "rank_correlation": 0.9,
             "headroom": 0.7,
-            "scores": {TASK_ARITHMETIC: 0.4, LATA: 0.5 + noise(seed, f"{start} {blocks}"), "random": 0.45}
+            "scores": {TASK_ARITHMETIC: 0.4, LATA: 0.5 + noise(seed, f"{start} {blocks}"), "random": 0.45, "blocks only": 0.4}
+            | {"LATA linear, outside 1": 0.6}
             | ({ANCHORED: 0.48} if start == "base" else {}),
+            "methods": {LATA: {"scale": 0.5 + 0.5 * (seed % 2)}},
         }
         for blocks in (8, 16, 24)
         for start in ("instruct", "base")
@@ -268,8 +270,11 @@ def test_what_is_kept_is_shown_by_task_with_instruct_skills_and_perplexity(whole
 
 def test_heterogeneity_counts_lata_from_task_arithmetic_onto_the_same_model(whole):
     text, _ = whole
-    assert cells(text, "8 blocks, from instruct")[-2].startswith("+10.")
-    assert cells(text, "8 blocks, from base")[-2].startswith("+2.")
+    *_, against, blocks, chance, whole_outside, scale = cells(text, "8 blocks, from instruct")
+    assert [each.split(".")[0] for each in (against, blocks, chance, whole_outside)] == ["+10", "+10", "+5", "+20"]
+    assert scale == "0.5"
+    assert cells(text, "8 blocks, from base")[-5].startswith("+2.")
+    assert cells(text, "8 blocks, from base")[-2].startswith("+12.")
 
 
 def test_heterogeneity_correlates_spread_and_gain_over_the_models_of_each_seed(tmp_path):
@@ -279,14 +284,20 @@ def test_heterogeneity_correlates_spread_and_gain_over_the_models_of_each_seed(t
             # From instruct LATA gains more with every wider spread, in each seed at a height of its own; from base it always gains less.
             gain = (row["spread"] if ANCHORED not in row["scores"] else -row["spread"]) + 0.2 * number
             row["scores"] |= {LATA: row["scores"][TASK_ARITHMETIC] + gain}
+            row["scores"] |= {"random": row["scores"][LATA] + row["spread"]}
     text = page_of(tmp_path / "methods", *found)
-    assert "mean of the seeds: +1.00 ± 0.00 with experts from instruct, -1.00 ± 0.00 with experts from base." in text
+    for said in (
+        "+1.00 ± 0.00 over task arithmetic with experts from instruct",
+        "-1.00 ± 0.00 over random ranks with experts from instruct",
+        "-1.00 ± 0.00 over task arithmetic with experts from base",
+    ):
+        assert said in text
 
 
 def test_models_with_one_and_the_same_gain_have_no_correlation(tmp_path):
     found = heterogeneity(0)
     for row in found["rows"]:
-        row["scores"] |= {LATA: 0.5}
+        row["scores"] |= {LATA: 0.5, "random": 0.5}
     text = page_of(tmp_path / "methods", found)
     assert "## Heterogeneity" in text
     assert "Spearman" not in text

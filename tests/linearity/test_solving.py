@@ -364,7 +364,9 @@ def test_requests_that_make_no_sense_are_refused():
     refused(start, LataError, "there are none for", samples=[[]])
     refused(start, LataError, "the ridge must not be negative, got -1", ridge=-1)
     refused(start, LataError, "give at least one vector", models=[])
-    with pytest.raises(LataError, match=r"from base started 1: .* Give the tuned models in their place, take the instruction vector off first"):
+    with pytest.raises(
+        LataError, match=r"from base started 1: .* Give the tuned models in their place, take the instruction vector off first"
+    ):
         solve_coefficients(start, [TaskVector.between(start, tuned(start), start_kind="base")], [[{"hidden": rows(1)}]])
 
 
