@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from benchmarks.methods import figures
 from benchmarks.methods.cells import ANCHORED, LATA, TASK_ARITHMETIC, as_text, compared, is_random, random_groups, random_rows
 from benchmarks.methods.merging_page import spread_and_gain
 from benchmarks.methods.page import write
@@ -319,6 +320,11 @@ def test_every_figure_of_the_page_is_there_small_and_the_same_again(whole):
     assert {path.name for path in folder.glob("*.svg")} == {name.removeprefix("methods/") for name in linked}
     assert write(folder) == text
     assert {name: (folder.parent / name).read_bytes() for name in linked} == before
+
+
+def test_no_two_of_many_lines_look_alike():
+    styles = [figures._style(number) for number in range(3 * len(figures.COLOURS))]
+    assert len({(style["color"], style["marker"]) for style in styles}) == len(styles)
 
 
 def test_the_page_is_written_beside_its_folder(whole):

@@ -62,9 +62,11 @@ def spread_against_gain(points: Mapping[str, Sequence[tuple[float, float]]], tit
     figure, axes = _empty(title, "spread of the alignments (largest − smallest block)", y_title)
     for number, (name, pairs) in enumerate(points.items()):
         spreads, gains = zip(*pairs, strict=True)
-        axes.scatter(spreads, gains, s=22, label=name, color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)])
+        style = _style(number)
+        axes.scatter(spreads, gains, s=22, label=name, color=style["color"], marker=style["marker"])
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.legend(frameon=False, fontsize=8)
+    # Names are long and may be many: inside the axes they would cover the points.
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=7)
     return _saved(figure, path)
 
 
@@ -81,7 +83,9 @@ def _band(axes: Axes, number: int, name: str, points: Mapping[float, Sequence[fl
 
 
 def _style(number: int) -> dict[str, Any]:
-    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 4.0, "linewidth": 1.5}
+    # Where colours begin again, markers are one further.
+    marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
+    return {"color": COLOURS[number % len(COLOURS)], "marker": marker, "markersize": 4.0, "linewidth": 1.5}
 
 
 def _empty(title: str, x_title: str, y_title: str) -> tuple[Figure, Axes]:
