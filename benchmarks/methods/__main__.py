@@ -23,7 +23,7 @@ import torch
 from benchmarks.bench import RESULTS
 from benchmarks.methods.merging import write_json
 from benchmarks.methods.paper import command as paper
-from benchmarks.methods.settings import Setting, settings
+from benchmarks.methods.settings import Setting, all_settings, settings
 from lata_lightning.errors import LataError, first_three
 
 PARTS = ("merging", "forgetting", "continual", "heterogeneity")
@@ -90,11 +90,13 @@ def _run(part: str, seed: int, options: argparse.Namespace) -> None:
 
 
 def _settings(options: argparse.Namespace) -> list[Setting]:
-    known = {setting.name: setting for setting in settings(all_pairs=True)}
+    known = {setting.name: setting for setting in all_settings()}
     unknown = [name for name in options.settings or () if name not in known]
     if unknown:
         raise LataError(f"unknown setting {first_three(unknown)}; the settings are {', '.join(known)}")
-    return [known[name] for name in options.settings] if options.settings else settings(options.all_pairs)
+    if options.all_settings:
+        return list(known.values())
+    return [known[name] for name in options.settings] if options.settings else settings()
 
 
 def _tell(path: Path, found: dict[str, Any]) -> None:
@@ -113,8 +115,8 @@ def _parser() -> argparse.ArgumentParser:
     several.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     for command in (one, several):
         command.add_argument("--part", choices=(*PARTS, "all"), default="all")
-        command.add_argument("--settings", nargs="+", help="of merging, by name; the triples and one pair of each kind unless given")
-        command.add_argument("--all-pairs", action="store_true", help="every pair of experts, too")
+        command.add_argument("--settings", nargs="+", help="of merging, by name; a triple and a pair of each kind unless given")
+        command.add_argument("--all-settings", action="store_true", help="every triple and pair, those where little can be told among them")
         command.add_argument("--work", type=Path, default=Path("methods-work"), help="folder of the trained models")
         command.add_argument("--data", type=Path, help="folder with the real text; the environment variable LATA_DATA unless given")
     paper.add_arguments(commands.add_parser("paper", help=paper.HELP))

@@ -65,7 +65,8 @@ def spread_against_gain(points: Mapping[str, Sequence[tuple[float, float]]], tit
         style = _style(number)
         axes.scatter(spreads, gains, s=22, label=name, color=style["color"], marker=style["marker"])
     axes.axhline(0, color="black", linewidth=0.8)
-    # Names are long and may be many: inside the axes they would cover the points.
+    # Names are long and may be many: inside the axes they would cover the points, and below them they take room.
+    figure.set_size_inches(7.2, 5.0)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=7)
     return _saved(figure, path)
 
