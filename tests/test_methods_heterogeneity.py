@@ -7,15 +7,14 @@ import pytest
 from toy_chains import TOY, little, little_texts
 
 from benchmarks.methods import chain as chains
-from benchmarks.methods import heterogeneity, merging, tasks
+from benchmarks.methods import heterogeneity, merging
 from benchmarks.methods.heterogeneity import LongerChain, Variant, rank_correlation
 from lata_lightning.errors import LataError
 
 
 @pytest.fixture(autouse=True)
 def _small(tmp_path, monkeypatch):
-    texts = {name: type(tasks.TASKS[name])(name) for name in tasks.TEXT_TASKS}
-    little(monkeypatch).update(texts)
+    little(monkeypatch)
     monkeypatch.setenv("LATA_DATA", str(little_texts(tmp_path / "data")))
     monkeypatch.setattr(merging.tasks, "base_perplexity", lambda model, split, data: 2.0)
     monkeypatch.setattr(heterogeneity, "SCALES", (0.0, 1.0))

@@ -19,7 +19,10 @@ def little(monkeypatch, *modules):
     monkeypatch.setattr(tasks, "INSTRUCT_PROBLEMS", {"validation": 1, "test": 2})
     monkeypatch.setattr(chains, "base_texts", lambda data: [TEXT])
     monkeypatch.setattr(chains, "self_instruct", lambda data: [("Say tea.", "tea"), ("Say milk.", "milk")])
-    fresh = {name: tasks.SkillTask(name, task.skills) if isinstance(task, tasks.SkillTask) else task for name, task in tasks.TASKS.items()}
+    fresh = {
+        name: tasks.SkillTask(name, task.skills) if isinstance(task, tasks.SkillTask) else type(task)(name)
+        for name, task in tasks.TASKS.items()
+    }
     for module in (tasks, chains, *modules):
         monkeypatch.setattr(module, "TASKS", fresh)
     return fresh

@@ -115,8 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     several.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     for command in (one, several):
         command.add_argument("--part", choices=(*PARTS, "all"), default="all")
-        command.add_argument("--settings", nargs="+", help="of merging, by name; a triple and a pair of each kind unless given")
-        command.add_argument("--all-settings", action="store_true", help="every triple and pair, those where little can be told among them")
+        chosen = command.add_mutually_exclusive_group()
+        chosen.add_argument("--settings", nargs="+", help="of merging, by name; a triple and a pair of each kind unless given")
+        chosen.add_argument("--all-settings", action="store_true", help="every triple and pair, those where little can be told among them")
         command.add_argument("--work", type=Path, default=Path("methods-work"), help="folder of the trained models")
         command.add_argument("--data", type=Path, help="folder with the real text; the environment variable LATA_DATA unless given")
     paper.add_arguments(commands.add_parser("paper", help=paper.HELP))

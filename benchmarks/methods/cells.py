@@ -41,6 +41,11 @@ def grouped(results: Iterable[Result], key: Callable[[Result], str]) -> dict[str
     return dict(found)
 
 
+def onto_same_model(rows: Collection[str]) -> str:
+    """The row of task arithmetic onto the model that LATA's rows go onto, which is instruct whatever experts start from."""
+    return ANCHORED if ANCHORED in rows else TASK_ARITHMETIC
+
+
 def is_random(name: str) -> bool:
     """Whether a row is one of the random rank orders, which are shown as their mean."""
     return _RANDOM.fullmatch(name) is not None

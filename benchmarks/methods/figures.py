@@ -59,14 +59,13 @@ def stage_curves(curves: Curves, title: str, path: Path) -> Path:
 
 def spread_against_gain(points: Mapping[str, Sequence[tuple[float, float]]], title: str, y_title: str, path: Path) -> Path:
     """One point a seed: how far the alignments are spread, and what LATA gains."""
-    figure, axes = _empty(title, "spread of the alignments (largest − smallest block)", y_title)
+    figure, axes = _empty(title, "spread of the alignments (largest − smallest block)", y_title, height=5.0)
     for number, (name, pairs) in enumerate(points.items()):
         spreads, gains = zip(*pairs, strict=True)
         style = _style(number)
         axes.scatter(spreads, gains, s=22, label=name, color=style["color"], marker=style["marker"])
     axes.axhline(0, color="black", linewidth=0.8)
-    # Names are long and may be many: inside the axes they would cover the points, and below them they take room.
-    figure.set_size_inches(7.2, 5.0)
+    # Names are long and may be many: inside the axes they would cover the points.
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=7)
     return _saved(figure, path)
 
@@ -89,8 +88,8 @@ def _style(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "marker": marker, "markersize": 4.0, "linewidth": 1.5}
 
 
-def _empty(title: str, x_title: str, y_title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+def _empty(title: str, x_title: str, y_title: str, height: float = 4.2) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7.2, height), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel(x_title)

@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 
 from benchmarks.bench import table
 from benchmarks.methods import figures
-from benchmarks.methods.cells import ANCHORED, LATA, TASK_ARITHMETIC, Results, as_text, decisive, grouped, of_values
+from benchmarks.methods.cells import ANCHORED, LATA, Results, as_text, decisive, grouped, of_values, onto_same_model
 from benchmarks.methods.statistics import interval, tells_apart
 
 _FEWEST = 3
@@ -58,10 +58,7 @@ def _line(name: str, found: Results) -> list[str]:
 def _gains(found: Results, name: str, reference: str | None) -> list[float]:
     """Scores of a row less those of another one, of task arithmetic onto the same model unless one is named, in points."""
     every = [row["scores"] for row in found]
-    return [
-        100 * (scores[name] - (scores.get(ANCHORED, scores[TASK_ARITHMETIC]) if reference is None else scores[reference]))
-        for scores in every
-    ]
+    return [100 * (scores[name] - scores[reference or onto_same_model(scores)]) for scores in every]
 
 
 def _trends(results: Results) -> list[str]:

@@ -24,6 +24,7 @@ from benchmarks.methods.cells import (
     is_random,
     key_of,
     of_values,
+    onto_same_model,
     split,
     strong,
 )
@@ -210,8 +211,8 @@ def spread_and_gain(results: Results) -> list[tuple[float, float]]:
     pairs = []
     for result in results:
         rows = result["methods"]
-        reference = rows.get(ANCHORED, rows.get(TASK_ARITHMETIC))
-        if reference is not None and LATA in rows:
+        reference = onto_same_model(rows)
+        if {reference, LATA} <= rows.keys():
             spreads = result["spread"]["block"]
-            pairs.append((sum(spreads) / len(spreads), 100 * (rows[LATA]["test"] - reference["test"])))
+            pairs.append((sum(spreads) / len(spreads), 100 * (rows[LATA]["test"] - rows[reference]["test"])))
     return pairs

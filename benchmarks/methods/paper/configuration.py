@@ -291,9 +291,9 @@ def _sources(file: Path, content: Any) -> dict[str, Source]:
                 f"{file} must give for the text {name!r} {', '.join(sorted(needed))}, may give {', '.join(Source._field_defaults)}, all of them texts, "
                 f"and gives {', '.join(sorted(given))}"
             )
-        found[str(name)] = Source(**entry)
         if given & {"text", "prompt", "answer"} not in ({"text"}, {"prompt", "answer"}):
             raise LataError(f"{file} must name for the text {name!r} either the column 'text', or the columns 'prompt' and 'answer'")
+        found[str(name)] = Source(**entry)
     return found
 
 

@@ -61,10 +61,9 @@ def _of_data_set(source: Source, split: Split) -> Content:
     rows = open_table(source.dataset, getattr(source, split), source.subset)
     check_columns(rows.column_names, source.columns)
     if source.text is not None:
-        raw = "".join(_line(row) for row in rows[source.text])
-        return _at_most(raw, split)
-    pairs = zip(rows[source.prompt], rows[source.answer], strict=True)
-    return [(_plain(prompt), _plain(answer)) for prompt, answer in pairs][: ROWS[split]]
+        return _at_most("".join(_line(row) for row in rows[source.text]), split)
+    first = rows[: ROWS[split]]
+    return [(_plain(prompt), _plain(answer)) for prompt, answer in zip(first[source.prompt], first[source.answer], strict=True)]
 
 
 def _line(row: Any) -> str:
