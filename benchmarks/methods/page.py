@@ -56,12 +56,15 @@ def _head(results: Results) -> str:
     seeds = sorted({result["seed"] for result in results})
     machine = next((result["machine"] for result in results if "machine" in result), None)
     said = f"Measured on {machine}. " if machine else ""
-    said += f"Made by `python -m benchmarks.methods all` in {_minutes(results):.0f} minutes of one core. "
+    minutes = f"{_minutes(results):.0f}"
+    said += (
+        f"Made by `python -m benchmarks.methods all` in {minutes} minutes of one core; training counts once a seed, by its longest part. "
+    )
     return f"{said}Seeds: {', '.join(map(str, seeds))}."
 
 
 def _minutes(results: Results) -> float:
-    """Processor time of the evaluations, and of the models, which the settings of a seed share."""
+    """Processor time of the evaluations, and by seed of the training that took longest, as settings share models: less than all training took."""
     total = 0.0
     training: dict[int, float] = {}
     for result in results:
