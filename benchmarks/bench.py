@@ -176,7 +176,7 @@ def remove(path: Path) -> None:
 
 def machine() -> str:
     """What the figures were measured on."""
-    from lata_lightning.store.manifest import library_versions
+    from lata_lightning.vectors.manifest import library_versions
 
     versions = library_versions()
     named = ", ".join(

@@ -174,7 +174,7 @@ def main() -> None:
 
 def report(seconds: dict[str, float], peaks: dict[str, int], size: int) -> None:
     """Print the tables and write them as JSON and Markdown."""
-    from lata_lightning.store.manifest import library_versions
+    from lata_lightning.vectors.manifest import library_versions
 
     machine = f"{platform.machine()}, {os.cpu_count()} cores, one torch thread, Python {platform.python_version()}"
     versions = library_versions()

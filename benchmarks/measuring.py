@@ -32,10 +32,10 @@ from benchmarks.bench import (
     weight_files,
     write_llama,
 )
-from lata_lightning.alignment import align
-from lata_lightning.low_rank import Factors, LowRank
-from lata_lightning.store.task_vector import TaskVector
-from lata_lightning.sums import tensor_sums
+from lata_lightning.numerics.low_rank import Factors, LowRank
+from lata_lightning.numerics.measure import tensor_sums
+from lata_lightning.vectors.aligning import align
+from lata_lightning.vectors.task_vector import TaskVector
 
 RANK = 16
 

@@ -42,8 +42,8 @@ from lata_lightning.evaluation.kernel import linearisation_error
 from lata_lightning.evaluation.protocols import addition, negation
 from lata_lightning.quickstart.exercises import INSTRUCT_SKILLS, exercises
 from lata_lightning.quickstart.experts import INSTRUCT, Expert, FineTune, fine_tune
-from lata_lightning.store.manifest import library_versions
 from lata_lightning.training.rows import chat_rows, collate
+from lata_lightning.vectors.manifest import library_versions
 
 RESULTS = Path(__file__).parent / "results"
 REGIMES = ("full", "attention-only", "linearised")

@@ -5,7 +5,7 @@ import os
 # Reading docstrings imports the package; nothing of that may ask the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from lata_lightning.store.manifest import library_versions
+from lata_lightning.vectors.manifest import library_versions
 
 project = "lata_lightning"
 author = "The lata_lightning maintainers"

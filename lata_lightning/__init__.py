@@ -9,17 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lata_lightning.alignment import Alignment, align
+    from lata_lightning.alignment import Alignment
     from lata_lightning.callbacks.attention_only import AttentionOnlyFinetuning
     from lata_lightning.callbacks.lata import LATACallback
     from lata_lightning.errors import LataError
     from lata_lightning.layers import LayerMap, layer_map
     from lata_lightning.linearity.regression import regress
     from lata_lightning.linearity.solving import solve_coefficients
-    from lata_lightning.merging import Term, forget, merge
-    from lata_lightning.metric import LayerAlignment
-    from lata_lightning.projection import project
-    from lata_lightning.store.task_vector import TaskVector
+    from lata_lightning.merging.merge import Term, forget, merge
+    from lata_lightning.vectors.aligning import align
+    from lata_lightning.vectors.metric import LayerAlignment
+    from lata_lightning.vectors.projection import project
+    from lata_lightning.vectors.task_vector import TaskVector
     from lata_lightning.weighting import drop_with_threshold, linear_drop_by_rank, log_drop_by_rank
 
 _HOMES = {
@@ -27,18 +28,18 @@ _HOMES = {
     "AttentionOnlyFinetuning": "callbacks.attention_only",
     "LATACallback": "callbacks.lata",
     "LataError": "errors",
-    "LayerAlignment": "metric",
+    "LayerAlignment": "vectors.metric",
     "LayerMap": "layers",
-    "TaskVector": "store.task_vector",
-    "Term": "merging",
-    "align": "alignment",
+    "TaskVector": "vectors.task_vector",
+    "Term": "merging.merge",
+    "align": "vectors.aligning",
     "drop_with_threshold": "weighting",
-    "forget": "merging",
+    "forget": "merging.merge",
     "layer_map": "layers",
     "linear_drop_by_rank": "weighting",
     "log_drop_by_rank": "weighting",
-    "merge": "merging",
-    "project": "projection",
+    "merge": "merging.merge",
+    "project": "vectors.projection",
     "regress": "linearity.regression",
     "solve_coefficients": "linearity.solving",
 }

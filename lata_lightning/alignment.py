@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lata_lightning.errors import BaseMismatchError, LayoutMismatchError, first_three
-from lata_lightning.layers import LayerMap, Level, check_level
+from lata_lightning.layers import LayerMap, Level
 from lata_lightning.moments import Moments, Start, check_start, total
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from lata_lightning.store.task_vector import TaskVector
 
 FLAT_SPREAD = 0.05
 """Alignments that span less than this are too close to rank by: in experiments on small models spans of 0.02 to 0.1 gave ranks that did no
@@ -129,102 +122,3 @@ def layer_alignment(table: Mapping[str, Moments]) -> dict[str, float]:
     Source: LATA, arXiv:2502.20186, step 2.
     """
     return {layer: moments.alignment for layer, moments in table.items() if moments.alignment is not None}
-
-
-def measure(task_vector: TaskVector, instruction_vector: TaskVector, start: Start = "instruct") -> dict[str, Moments]:
-    """Moments by tensor name; the tensors are read piece by piece, by several threads.
-
-    Raises:
-        LayoutMismatchError: A tensor is on one side only, or has two shapes.
-        CorruptFileError: NaN or infinite weights.
-    """
-    # What reads a stored alignment needs no torch, which takes a second to import.
-    from lata_lightning.pieces import in_parallel, worker_count
-    from lata_lightning.sums import moments_table, streamed_sums, tensor_sums
-
-    check_same_tensors(task_vector, instruction_vector)
-
-    def sums_of(name: str) -> Tensor:
-        if task_vector.low_rank(name) is not None or instruction_vector.low_rank(name) is not None:
-            return tensor_sums(task_vector.held(name), instruction_vector.held(name), start=start)
-        sides = task_vector.tensors.load(name), instruction_vector.tensors.load(name)
-        return streamed_sums(math.prod(task_vector.shape(name)), *sides, start=start)
-
-    parallel = task_vector.tensors.parallel and instruction_vector.tensors.parallel
-    names = list(task_vector)
-    return moments_table(dict(zip(names, in_parallel(sums_of, names, worker_count(None) if parallel else 1), strict=True)))
-
-
-def align(
-    task_vector: TaskVector,
-    instruction_vector: TaskVector,
-    level: Level = "block",
-    start: Start | None = None,
-    *,
-    check_base: bool = True,
-) -> Alignment:
-    """Alignment of a task vector with an instruction vector, layer by layer.
-
-    Args:
-        task_vector: Tuned minus start.
-        instruction_vector: Instruct minus base.
-        level: The unit of weighting.
-        start: What the fine-tune started from; by default what the task vector's manifest says.
-        check_base: Refuse an instruction vector that is known to belong to other weights.
-
-    Returns:
-        The alignment, without coefficients (see ``lata_lightning.weighting``). Neither vector changes.
-
-    Raises:
-        LayoutMismatchError: The vectors do not hold the same tensors.
-        BaseMismatchError: The instruction vector belongs to other weights.
-        CorruptFileError: NaN or infinite weights.
-
-    Source: LATA, arXiv:2502.20186, step 2.
-    """
-    check_level(level)
-    start = check_start(start or task_vector.start)
-    if check_base:
-        check_matching_instruction(task_vector, instruction_vector, start)
-    return alignment_of(measure(task_vector, instruction_vector, start), task_vector.layers, level, start)
-
-
-def check_same_tensors(one: TaskVector, other: TaskVector) -> None:
-    """Refuse two vectors that differ in names or shapes; the message names the first three tensors."""
-    lone = set(one) ^ set(other)
-    if lone:
-        raise LayoutMismatchError(
-            f"{one.label} and {other.label} must hold the same tensors; on one side only are {first_three(lone)}. Were both made from one base model?"
-        )
-    odd = {name for name in one if one.shape(name) != other.shape(name)}
-    if odd:
-        name = min(odd)
-        raise LayoutMismatchError(
-            f"{one.label} and {other.label} must have the same shapes; different are {first_three(odd)}, {name} with {one.shape(name)} and "
-            f"{other.shape(name)}. Do both have the same vocabulary and sizes?"
-        )
-
-
-def check_same_start(vectors: Sequence[TaskVector]) -> None:
-    """Refuse vectors that are known to start from different weights; unknown starts pass."""
-    known = {vector.manifest.start_identity.content_hash: vector for vector in vectors if vector.manifest.start_identity.content_hash}
-    if len(known) > 1:
-        one, other = list(known.values())[:2]
-        raise BaseMismatchError(
-            f"{one.label} started from {one.manifest.start_identity.location} and {other.label} from {other.manifest.start_identity.location}, which "
-            "are different weights, so their sum has no common origin. Extract them from one start, or switch the check off (check_base=False, "
-            "--check-base false)."
-        )
-
-
-def check_matching_instruction(task_vector: TaskVector, instruction_vector: TaskVector, start: Start) -> None:
-    """Refuse an instruction vector that is known to belong to other weights than the task vector's start; unknown ones pass."""
-    sides = instruction_vector.manifest
-    expected = sides.tuned_identity if start == "instruct" else sides.start_identity
-    origin = task_vector.manifest.start_identity
-    if origin.content_hash and expected.content_hash and origin.content_hash != expected.content_hash:
-        raise BaseMismatchError(
-            f"{task_vector.label} started from {origin.location}, and the {start} model of {instruction_vector.label} is {expected.location}: these are "
-            f"different weights. If the fine-tune started from {'base' if start == 'instruct' else 'instruct'}, say so (start=…, --start); otherwise "
-            "extract the instruction vector from the models it belongs to, or switch the check off (check_base=False, --check-base false)."
-        )

@@ -7,20 +7,13 @@ import pytest
 import torch
 from tiny_models import BLOCKS, plus, weights
 
-from lata_lightning.alignment import (
-    Alignment,
-    LayerStats,
-    align,
-    alignment_of,
-    check_same_start,
-    layer_alignment,
-    measure,
-)
+from lata_lightning.alignment import Alignment, LayerStats, alignment_of, layer_alignment
 from lata_lightning.errors import BaseMismatchError, CorruptFileError, LataError, LayoutMismatchError
 from lata_lightning.layers import layer_map
-from lata_lightning.metric import LayerAlignment
 from lata_lightning.moments import Moments
-from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.vectors.aligning import align, check_same_start, measure
+from lata_lightning.vectors.metric import LayerAlignment
+from lata_lightning.vectors.task_vector import TaskVector
 
 LEVELS = ["block", "submodule", "tensor"]
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_models import read_back, write_model
 
-from lata_lightning.alignment import align
-from lata_lightning.merging import Term, merge
-from lata_lightning.pieces import PIECE, in_parallel, worker_count
-from lata_lightning.store.task_vector import TaskVector, verify
+from lata_lightning.merging.merge import Term, merge
+from lata_lightning.numerics.chunks import PIECE, in_parallel, worker_count
+from lata_lightning.vectors.aligning import align
+from lata_lightning.vectors.task_vector import TaskVector, verify
 
 ROWS, COLUMNS = 2000, 300
 NAMES = [f"model.layers.{block}.{part}.weight" for block in range(2) for part in ("self_attn.q_proj", "mlp.up_proj")]
@@ -94,7 +94,7 @@ def test_the_result_does_not_depend_on_the_number_of_workers_or_the_size_of_piec
     onto, *tuned = models
     results = []
     for number, (workers, piece) in enumerate([(1, PIECE), (2, PIECE), (5, PIECE), (1, 4096), (3, 70_001)]):
-        monkeypatch.setattr("lata_lightning.pieces.PIECE", piece)
+        monkeypatch.setattr("lata_lightning.numerics.chunks.PIECE", piece)
         terms = [Term(TaskVector.between(onto, model), scale) for model, scale in zip(tuned, (0.37, -0.81), strict=True)]
         merge(onto, terms, tmp_path / f"out-{number}", workers=workers)
         TaskVector.between(onto, tuned[0]).save(tmp_path / f"vector-{number}", dtype="float16", workers=workers)
@@ -104,7 +104,7 @@ def test_the_result_does_not_depend_on_the_number_of_workers_or_the_size_of_piec
     assert all(torch.equal(result[name], results[0][name]) for result in results for name in results[0])
     alignments = []
     for workers in (1, 2, 5):
-        monkeypatch.setattr("lata_lightning.pieces.worker_count", lambda _, workers=workers: workers)
+        monkeypatch.setattr("lata_lightning.numerics.chunks.worker_count", lambda _, workers=workers: workers)
         alignments.append(align(TaskVector.open(tmp_path / "vector-0"), TaskVector.between(*tuned), check_base=False))
     assert alignments[0] == alignments[1] == alignments[2]
 

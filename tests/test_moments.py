@@ -6,7 +6,7 @@ import torch
 
 from lata_lightning.errors import CorruptFileError, LataError, LayoutMismatchError
 from lata_lightning.moments import Moments, check_start, total
-from lata_lightning.sums import difference, moments_table, tensor_sums
+from lata_lightning.numerics.measure import difference, moments_table, tensor_sums
 
 
 def closed_form(task, instruction):

@@ -1,4 +1,4 @@
-"""The shape of the package: which room may know of which, and what it shows to the world."""
+"""The layout of the package: which part may import which, and what the package shows to its users."""
 
 import ast
 import subprocess
@@ -8,32 +8,25 @@ from pathlib import Path
 import lata_lightning
 
 PACKAGE = Path(lata_lightning.__file__).parent
-# From the top of the house down; imports may only point further down.
-ROOMS = [
-    "cli", "quickstart", "training", "evaluation", "report", "callbacks", "exports", "merging", "metric", "pictures", "charts", "tables", "linearity",
-    "projection", "store", "weighting", "alignment", "combining", "sums", "pieces", "low_rank", "compiled", "moments", "layers", "errors",
+# From top to bottom; imports may only point down, those for type checkers alone included.
+PARTS = [
+    "cli", "quickstart", "training", "report", "callbacks", "evaluation", "exports", "display", "live", "merging", "linearity", "vectors", "store",
+    "numerics", "weighting", "alignment", "moments", "layers", "errors",
 ]  # fmt: skip
+MODULES_BESIDE_THE_PACKAGES = 6
+OUTSIDE = {"recipes", "examples", "benchmarks", "study", "tests"}
 
 
 def imports(file):
-    """Modules a file imports when it runs; imports for type checkers alone do not count."""
-    tree = ast.parse(file.read_text())
-    checked = {
-        id(node)
-        for branch in ast.walk(tree)
-        if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.dump(branch.test)
-        for node in ast.walk(branch)
-    }
-    for node in ast.walk(tree):
-        if id(node) in checked:
-            continue
+    """Modules that a file imports, annotations included."""
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
 
 
-def room_of(file):
+def part_of(file):
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -41,26 +34,48 @@ def files():
     return [file for file in PACKAGE.rglob("*.py") if file.parent != PACKAGE or file.name not in ("__init__.py", "__main__.py")]
 
 
-def test_every_room_is_listed():
-    assert {room_of(file) for file in files()} == set(ROOMS)
+def own_imports(file):
+    return {module for module in imports(file) if module.startswith("lata_lightning.")}
+
+
+def test_every_part_is_listed():
+    assert {part_of(file) for file in files()} == set(PARTS)
+
+
+def test_few_modules_stand_beside_the_packages():
+    assert len([file for file in files() if file.parent == PACKAGE]) <= MODULES_BESIDE_THE_PACKAGES
 
 
 def test_imports_point_down_only():
     upward = [
         (str(file.relative_to(PACKAGE)), module)
         for file in files()
-        for module in imports(file)
-        if module.startswith("lata_lightning.") and ROOMS.index(module.split(".")[1]) < ROOMS.index(room_of(file))
+        for module in own_imports(file)
+        if PARTS.index(module.split(".")[1]) < PARTS.index(part_of(file))
     ]
     assert upward == []
 
 
-def test_nothing_below_the_callbacks_knows_lightning():
-    below = ROOMS[ROOMS.index("callbacks") + 1 :]
-    knowing = [
-        str(file) for file in files() if room_of(file) in below and any(module.split(".")[0] == "lightning" for module in imports(file))
+def test_no_modules_import_each_other_in_a_circle():
+    graph = {".".join(("lata_lightning", *file.relative_to(PACKAGE).with_suffix("").parts)): own_imports(file) for file in files()}
+    while True:
+        leaves = {module for module, needed in graph.items() if not needed & graph.keys()}
+        if not leaves:
+            break
+        graph = {module: needed for module, needed in graph.items() if module not in leaves}
+    assert sorted(graph) == []
+
+
+def test_nothing_below_the_callbacks_imports_lightning():
+    below = PARTS[PARTS.index("callbacks") + 1 :]
+    importing = [
+        str(file) for file in files() if part_of(file) in below and any(module.split(".")[0] == "lightning" for module in imports(file))
     ]
-    assert knowing == []
+    assert importing == []
+
+
+def test_the_package_imports_nothing_that_stands_beside_it():
+    assert [(str(file), module) for file in files() for module in imports(file) if module.split(".")[0] in OUTSIDE] == []
 
 
 def test_every_exported_name_is_there():

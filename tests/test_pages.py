@@ -21,7 +21,7 @@ from lata_lightning.exports.coefficients import export_coefficients
 from lata_lightning.layers import LayerMap, Place
 from lata_lightning.linearity.solution import Solution
 from lata_lightning.moments import Moments
-from lata_lightning.store.manifest import (
+from lata_lightning.vectors.manifest import (
     FactorEntry,
     Identity,
     Manifest,
@@ -32,7 +32,7 @@ from lata_lightning.store.manifest import (
     TensorEntry,
     library_versions,
 )
-from lata_lightning.store.task_vector import verify
+from lata_lightning.vectors.task_vector import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -97,7 +97,9 @@ def test_every_page_of_results_is_on_the_page_of_benchmarks_or_of_evidence():
         re.findall(r"^```\{include\} \.\./(\S+)$", read(page), re.MULTILINE) for page in ("docs/benchmarks.md", "docs/evidence.md")
     )
     assert included == sorted(included)
-    assert sorted([*included, *compared]) == sorted(str(page.relative_to(ROOT)) for page in (ROOT / "benchmarks/results").glob("*.md"))
+    assert sorted([*included, *compared]) == sorted(
+        str(page.relative_to(ROOT)) for folder in ("benchmarks", "study") for page in (ROOT / folder / "results").glob("*.md")
+    )
 
 
 def test_every_public_name_has_its_place_in_the_reference():

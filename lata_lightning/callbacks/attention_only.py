@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lata_lightning.callbacks.lata import LATACallback
-from lata_lightning.callbacks.live_model import COMPILED, find_model
-from lata_lightning.callbacks.projections import attention_projections
 from lata_lightning.errors import LataError, first_three
+from lata_lightning.live.live_model import COMPILED, find_model
+from lata_lightning.live.projections import attention_projections
 from lata_lightning.store.lora import peft_kinds
 
 STATE_VERSION = 1

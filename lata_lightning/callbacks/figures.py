@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import Logger
 
 from lata_lightning.alignment import Alignment
 from lata_lightning.callbacks.history import HISTORY_NAME, read_history
-from lata_lightning.charts import alignment_over_training
+from lata_lightning.display.charts import alignment_over_training
 
 
 def log_heat_map(loggers: Sequence[Logger], prefix: str, directory: Path | None, step: int) -> None:
@@ -28,7 +28,7 @@ def log_heat_map(loggers: Sequence[Logger], prefix: str, directory: Path | None,
     chart = alignment_over_training([(row["step"], row["epoch"], Alignment.from_json(row)) for row in rows])
     if chart is None:
         return
-    from lata_lightning.pictures import draw, pixels
+    from lata_lightning.display.pictures import draw, pixels
 
     for add_figure, log_image in drawing:
         if add_figure is not None:

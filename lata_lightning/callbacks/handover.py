@@ -10,10 +10,10 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lata_lightning.errors import LataError
 from lata_lightning.exports import EXPORTS, export_to
-from lata_lightning.merging import Term
+from lata_lightning.merging.merge import Term
 from lata_lightning.store.opening import open_source
-from lata_lightning.store.task_vector import TaskVector
 from lata_lightning.store.writer import PARTIAL_MARK, replace_directory
+from lata_lightning.vectors.task_vector import TaskVector
 
 VECTOR_NAME = "task_vector"
 _ONTO_START = ("hf", "peft", "mergekit")

@@ -14,18 +14,18 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lata_lightning.alignment import Alignment, alignment_of
 from lata_lightning.callbacks.figures import log_heat_map
-from lata_lightning.callbacks.gathering import export, manifest_of
 from lata_lightning.callbacks.handover import VECTOR_NAME, check_kinds, check_located, folder, write_exports
 from lata_lightning.callbacks.history import HISTORY_NAME, append_history, cut_history, log_figures, read_history, summary
-from lata_lightning.callbacks.start_weights import SPILL_NAME
-from lata_lightning.callbacks.tracker import Fingerprint, Tracker
+from lata_lightning.display.tables import alignment_table, flat_warning, show
 from lata_lightning.errors import LataError, OutputError, first_three
 from lata_lightning.layers import LayerRule, Level, check_level
+from lata_lightning.live.gathering import export, manifest_of
+from lata_lightning.live.start_weights import SPILL_NAME
+from lata_lightning.live.tracker import Fingerprint, Tracker
 from lata_lightning.moments import Start, check_start, total
-from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.numerics.measure import moments_table
 from lata_lightning.store.writer import PARTIAL_MARK, float_dtype
-from lata_lightning.sums import moments_table
-from lata_lightning.tables import alignment_table, flat_warning, show
+from lata_lightning.vectors.task_vector import TaskVector
 from lata_lightning.weighting import DEFAULT_THRESHOLD, Weighting, check_weighting
 
 STATE_VERSION = 1

@@ -130,7 +130,7 @@ def _show(options: Namespace, scores: dict[str, dict[str, Any]]) -> None:
     if options.format == "json":
         print_json(scores)
         return
-    from lata_lightning.tables import plain_table, show
+    from lata_lightning.display.tables import plain_table, show
 
     rows = [(name, metric, "–" if value is None else f"{value:.4g}") for name, row in scores.items() for metric, value in row.items()]
     show(plain_table([options.model, "measure", "score"], rows))

@@ -37,8 +37,8 @@ def _arguments(parser: ArgumentParser) -> None:
 
 def _export(options: Namespace, command: str) -> None:
     from lata_lightning.exports import export_to
-    from lata_lightning.merging import Term
-    from lata_lightning.store.task_vector import TaskVector
+    from lata_lightning.merging.merge import Term
+    from lata_lightning.vectors.task_vector import TaskVector
 
     scales = options.scale * len(options.vectors) if len(options.scale) == 1 else options.scale
     if len(scales) != len(options.vectors):

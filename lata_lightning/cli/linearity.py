@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from lata_lightning.linearity.scores import Linearity
     from lata_lightning.linearity.solution import Solution
-    from lata_lightning.store.task_vector import TaskVector
+    from lata_lightning.vectors.task_vector import TaskVector
 
 
 _EACH = "One file of samples for each vector, of its own task, in the same order"
@@ -87,10 +87,10 @@ def _add_level(parser: ArgumentParser, level: str) -> None:
 
 
 def _linearity(options: Namespace, command: str) -> None:
-    from lata_lightning.linearity.figure import save_figure
+    from lata_lightning.display.linearity import save_figure
+    from lata_lightning.display.tables import show
     from lata_lightning.linearity.scores import cosine_distance, l2_distance, measure_linearity
     from lata_lightning.store.writer import check_free
-    from lata_lightning.tables import show
 
     if options.figure is not None:
         check_free(Path(options.figure))
@@ -117,9 +117,9 @@ def _linearity(options: Namespace, command: str) -> None:
 
 
 def _solve(options: Namespace, command: str) -> None:
+    from lata_lightning.display.tables import show
     from lata_lightning.linearity.solving import solve_coefficients
     from lata_lightning.store.writer import check_free
-    from lata_lightning.tables import show
 
     check_free(Path(options.output))
     _check_data(options)
@@ -184,7 +184,7 @@ def _check_data(options: Namespace) -> None:
 
 def _vectors(options: Namespace) -> list[TaskVector]:
     from lata_lightning.store.directories import holds_vector
-    from lata_lightning.store.task_vector import TaskVector
+    from lata_lightning.vectors.task_vector import TaskVector
 
     return [TaskVector.open(path) if holds_vector(path) else TaskVector.between(options.start_model, path) for path in options.vectors]
 
@@ -222,7 +222,7 @@ def _samples(options: Namespace, data: Sequence[str]) -> list[list[dict[str, Ten
 
 
 def _scores_table(measured: Sequence[Linearity], distance: str) -> Table:
-    from lata_lightning.tables import plain_table
+    from lata_lightning.display.tables import plain_table
 
     columns = ["layer", *(f"{side} {linearity.vector}" for linearity in measured for side in ("branch", "output"))]
     rows = [
@@ -233,7 +233,7 @@ def _scores_table(measured: Sequence[Linearity], distance: str) -> Table:
 
 
 def _solution_table(solution: Solution, names: Sequence[str]) -> Table:
-    from lata_lightning.tables import plain_table
+    from lata_lightning.display.tables import plain_table
 
     columns = [solution.level, *names, "condition", "residual"]
     rows = [

@@ -12,8 +12,8 @@ from lata_lightning.cli.common import Command, add_weighting, add_workers, note,
 from lata_lightning.errors import LataError
 
 if TYPE_CHECKING:
-    from lata_lightning.merging import Term
-    from lata_lightning.store.task_vector import TaskVector
+    from lata_lightning.merging.merge import Term
+    from lata_lightning.vectors.task_vector import TaskVector
     from lata_lightning.weighting import Weighting
 
 _DEFAULT = "Rule for the coefficients, 'none' for plain task arithmetic. By default {rule} with --instruction, else what the vector stores."
@@ -56,7 +56,7 @@ def _common_arguments(parser: ArgumentParser, rule: str) -> None:
 
 
 def _merge(options: Namespace, command: str) -> None:
-    from lata_lightning.merging import merge
+    from lata_lightning.merging.merge import merge
 
     scales = options.scale * len(options.vectors) if len(options.scale) == 1 else options.scale
     if len(scales) != len(options.vectors):
@@ -68,7 +68,7 @@ def _merge(options: Namespace, command: str) -> None:
 
 
 def _forget(options: Namespace, command: str) -> None:
-    from lata_lightning.merging import forget
+    from lata_lightning.merging.merge import forget
 
     (term,) = _terms(options, options.target, [options.vector], [options.scale], "threshold")
     with progress_bar("forget") as progress:
@@ -85,7 +85,7 @@ def _terms(options: Namespace, onto: str, paths: Sequence[str], scales: Sequence
     if options.coefficients is None:
         return [_term(options, onto, path, scale, rule) for path, scale in zip(paths, scales, strict=True)]
     from lata_lightning.linearity.solution import Solution
-    from lata_lightning.merging import Term
+    from lata_lightning.merging.merge import Term
 
     if options.instruction is not None or options.weighting is not None:
         raise LataError("coefficients come from a file or from a rule: give --coefficients, or --instruction and --weighting, not both")
@@ -96,9 +96,9 @@ def _terms(options: Namespace, onto: str, paths: Sequence[str], scales: Sequence
 
 
 def _term(options: Namespace, onto: str, path: str, scale: float, rule: Weighting) -> Term:
-    from lata_lightning.alignment import align
-    from lata_lightning.merging import Term
-    from lata_lightning.tables import flat_warning
+    from lata_lightning.display.tables import flat_warning
+    from lata_lightning.merging.merge import Term
+    from lata_lightning.vectors.aligning import align
 
     vector, tuned = _vector(options, onto, path)
     if options.instruction is not None and options.weighting != "none":
@@ -121,9 +121,9 @@ def _vector(options: Namespace, onto: str, path: str) -> tuple[TaskVector, str |
     """A vector, and the tuned model it was computed from if it is no saved one."""
     from dataclasses import replace
 
+    from lata_lightning.merging.vocabularies import between_vocabularies
     from lata_lightning.store.directories import holds_vector
-    from lata_lightning.store.shared_rows import between_vocabularies
-    from lata_lightning.store.task_vector import TaskVector
+    from lata_lightning.vectors.task_vector import TaskVector
 
     tuned = None if holds_vector(path) else path
     if tuned is None:
@@ -140,9 +140,9 @@ def _vector(options: Namespace, onto: str, path: str) -> tuple[TaskVector, str |
 
 def _instruction(options: Namespace, onto: str, vector: TaskVector) -> TaskVector:
     """The instruction vector, with the rows of the vector where vocabularies may differ."""
+    from lata_lightning.merging.vocabularies import resized
     from lata_lightning.store.opening import open_source
-    from lata_lightning.store.shared_rows import resized
-    from lata_lightning.store.task_vector import TaskVector
+    from lata_lightning.vectors.task_vector import TaskVector
 
     instruction = TaskVector.open(options.instruction)
     return instruction if options.vocabulary is None else resized(instruction, vector, open_source(onto).config)

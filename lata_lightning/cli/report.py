@@ -29,7 +29,7 @@ def _run(options: Namespace, command: str) -> None:
     with progress_bar("report") as progress:
         report = build(options.paths, options.instruction, check_base=options.check_base, progress=progress)
     if options.figures is not None:
-        from lata_lightning.pictures import save
+        from lata_lightning.display.pictures import save
 
         for chart in report.charts:
             save(chart, options.figures)

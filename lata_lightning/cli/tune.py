@@ -17,7 +17,7 @@ from lata_lightning.errors import LataError
 
 if TYPE_CHECKING:
     from lata_lightning.evaluation.tuning import Tuning
-    from lata_lightning.store.task_vector import TaskVector
+    from lata_lightning.vectors.task_vector import TaskVector
 
 # Spelled out because the module that knows it imports torch; a test holds both together.
 DEFAULT_GRID = [0.0, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 1.75, 2.0]
@@ -63,8 +63,8 @@ def _arguments(parser: ArgumentParser) -> None:
 def _run(options: Namespace, command: str) -> None:
     from lata_lightning.evaluation.questions import names_of, prepare
     from lata_lightning.evaluation.tuning import tune, under_rules
-    from lata_lightning.store.task_vector import TaskVector
     from lata_lightning.store.writer import atomic_directory, check_free, write_json
+    from lata_lightning.vectors.task_vector import TaskVector
 
     if options.forget != bool(options.control):
         raise LataError("--forget needs --control FILE: data whose score must not suffer, and --control is for --forget only")
@@ -84,7 +84,7 @@ def _run(options: Namespace, command: str) -> None:
         check_base=options.check_base,
     )
     if options.check_base:
-        from lata_lightning.alignment import check_same_start
+        from lata_lightning.vectors.aligning import check_same_start
 
         check_same_start(weighted[next(iter(weighted))])
     model, tokenizer = load(options.onto, options.dtype, options.device)
@@ -98,7 +98,7 @@ def _run(options: Namespace, command: str) -> None:
             )
         write_json(directory / "tune.json", {**found.to_json(), "command": command})
         if options.figure:
-            from lata_lightning.pictures import save
+            from lata_lightning.display.pictures import save
 
             save(found.chart(), directory)
     _show(options, found)
@@ -125,7 +125,7 @@ def _vector(options: Namespace, path: str) -> TaskVector:
     from dataclasses import replace
 
     from lata_lightning.store.directories import holds_vector
-    from lata_lightning.store.task_vector import TaskVector
+    from lata_lightning.vectors.task_vector import TaskVector
 
     vector = TaskVector.open(path) if holds_vector(path) else TaskVector.between(options.onto, path, start_kind=options.start or "instruct")
     return vector if options.start is None else TaskVector(vector.tensors, replace(vector.manifest, start=options.start))
@@ -153,8 +153,8 @@ def _points() -> Iterator[Callable[[int, int], None]]:
 
 
 def _show(options: Namespace, found: Tuning) -> None:
+    from lata_lightning.display.tables import plain_table, show
     from lata_lightning.evaluation.tuning import mean_score
-    from lata_lightning.tables import plain_table, show
 
     best = found.best
     sides = ["score"] if found.kept is None else ["to forget", "to keep"]

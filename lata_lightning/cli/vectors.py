@@ -32,8 +32,8 @@ def _extract_arguments(parser: ArgumentParser) -> None:
 
 
 def _extract(options: Namespace, command: str) -> None:
-    from lata_lightning.store.shared_rows import between_vocabularies
-    from lata_lightning.store.task_vector import TaskVector
+    from lata_lightning.merging.vocabularies import between_vocabularies
+    from lata_lightning.vectors.task_vector import TaskVector
 
     settings = {"kind": options.kind, "start_kind": options.start, "layers": options.layers}
     if options.vocabulary is None:
@@ -59,10 +59,10 @@ def _align_arguments(parser: ArgumentParser) -> None:
 
 
 def _align(options: Namespace, command: str) -> None:
-    from lata_lightning.alignment import align
+    from lata_lightning.display.tables import alignment_table, flat_warning, show
     from lata_lightning.errors import LataError
-    from lata_lightning.store.task_vector import TaskVector
-    from lata_lightning.tables import alignment_table, flat_warning, show
+    from lata_lightning.vectors.aligning import align
+    from lata_lightning.vectors.task_vector import TaskVector
     from lata_lightning.weighting import Weighting, coefficients
 
     if options.instruction is None:
@@ -98,9 +98,9 @@ def _project_arguments(parser: ArgumentParser) -> None:
 
 
 def _project(options: Namespace, command: str) -> None:
-    from lata_lightning.projection import project
-    from lata_lightning.store.task_vector import TaskVector
     from lata_lightning.store.writer import check_free
+    from lata_lightning.vectors.projection import project
+    from lata_lightning.vectors.task_vector import TaskVector
 
     check_free(Path(options.output))
     vector, instruction = TaskVector.open(options.vector), TaskVector.open(options.instruction)
@@ -124,8 +124,8 @@ def _inspect_arguments(parser: ArgumentParser) -> None:
 
 
 def _inspect(options: Namespace, command: str) -> None:
-    from lata_lightning.store.inspection import describe
-    from lata_lightning.tables import plain_table, show
+    from lata_lightning.display.tables import plain_table, show
+    from lata_lightning.vectors.inspection import describe
 
     facts = describe(options.path)
     if options.format == "json":
@@ -145,7 +145,7 @@ def _text(value: Any) -> str:
 def _verify(options: Namespace, command: str) -> None:
     from lata_lightning.store.directories import holds_vector
     from lata_lightning.store.model_directory import verify_merged
-    from lata_lightning.store.task_vector import verify
+    from lata_lightning.vectors.task_vector import verify
 
     path = Path(options.path)
     count = verify(path) if holds_vector(path) else verify_merged(path)

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lata_lightning.combining import combine
 from lata_lightning.errors import LataError, LayoutMismatchError, first_three
-from lata_lightning.merging import Term
+from lata_lightning.merging.merge import Term
+from lata_lightning.numerics.combine import combine
 
 
 class ResidualSearch(NamedTuple):

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
-from lata_lightning.alignment import align
-from lata_lightning.charts import Lines, Series
+from lata_lightning.display.charts import Lines, Series
 from lata_lightning.errors import LataError, first_three
 from lata_lightning.evaluation.questions import MetricName
 from lata_lightning.evaluation.scales import Reweighting, best_scale
 from lata_lightning.layers import Level
-from lata_lightning.merging import Term
-from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.merging.merge import Term
+from lata_lightning.vectors.aligning import align
+from lata_lightning.vectors.task_vector import TaskVector
 from lata_lightning.weighting import DEFAULT_THRESHOLD, Weighting, check_weighting
 
 DEFAULT_GRID = (0.0, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 1.75, 2.0)

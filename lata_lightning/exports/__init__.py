@@ -11,7 +11,7 @@ from lata_lightning.errors import LataError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lata_lightning.merging import Term
+    from lata_lightning.merging.merge import Term
     from lata_lightning.store.sources import Source
     from lata_lightning.store.writer import Progress
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from lata_lightning.exports.factors import DEFAULT_RANK, Truncation, relative
 from lata_lightning.layers import LayerMap
-from lata_lightning.merging import Term
-from lata_lightning.store.cards import PAPER, front_matter
+from lata_lightning.merging.merge import Term
+from lata_lightning.vectors.cards import PAPER, front_matter
 
 RECONSTRUCTION = "reconstruction.json"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lata_lightning.errors import LataError
-from lata_lightning.store.task_vector import TaskVector
 from lata_lightning.store.writer import atomic_directory, write_json
+from lata_lightning.vectors.task_vector import TaskVector
 
 COEFFICIENTS_JSON = "coefficients.json"
 COEFFICIENTS_CSV = "coefficients.csv"

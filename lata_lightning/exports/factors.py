@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lata_lightning.errors import CorruptFileError, LataError
-from lata_lightning.low_rank import Factors, LowRank
+from lata_lightning.numerics.low_rank import Factors, LowRank
 
 DEFAULT_RANK = 16
 Part = tuple["Tensor | LowRank", float]

@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from lata_lightning.exports.start import Onto, check_start_hash, start_of
-from lata_lightning.merging import Term, merge
+from lata_lightning.merging.merge import Term, merge
+from lata_lightning.merging.sum import Onto, check_start_hash, start_of
 from lata_lightning.store.directories import MERGE_RECORD
 from lata_lightning.store.writer import Progress, atomic_directory
 

@@ -10,14 +10,14 @@ import torch
 
 from lata_lightning.errors import LataError, first_three
 from lata_lightning.exports.cards import mergekit_card
-from lata_lightning.exports.start import Onto, Sum
 from lata_lightning.exports.structure import Structure
 from lata_lightning.layers import skeleton
-from lata_lightning.merging import Term, merge
+from lata_lightning.merging.merge import Term, merge
+from lata_lightning.merging.sum import Onto, Sum
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.sources import Source
-from lata_lightning.store.task_vector import TaskVector
 from lata_lightning.store.writer import Progress, atomic_directory, check_free
+from lata_lightning.vectors.task_vector import TaskVector
 
 # A plus means an adapter to mergekit, an at sign a revision.
 _SPLITS = "+@"

@@ -16,9 +16,9 @@ from lata_lightning.errors import CorruptFileError, LataError, first_three
 from lata_lightning.exports.cards import RECONSTRUCTION, adapter_card, reconstruction
 from lata_lightning.exports.factors import Factored, Truncation, common_scale, factored, rows_between, squares
 from lata_lightning.exports.plan import Plan, plan_adapter
-from lata_lightning.exports.start import Onto, Sum
 from lata_lightning.exports.structure import Form, Held, Structure
-from lata_lightning.merging import Term
+from lata_lightning.merging.merge import Term
+from lata_lightning.merging.sum import Onto, Sum
 from lata_lightning.store.writer import Progress, ShardWriter, atomic_directory, check_free, float_dtype, layout_size, write_json
 
 _STEM = "adapter_model"

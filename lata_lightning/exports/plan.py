@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lata_lightning.errors import LataError, first_three
-from lata_lightning.exports.start import Sum
 from lata_lightning.exports.structure import Form, Structure
+from lata_lightning.merging.sum import Sum
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lata_lightning.errors import LataError
-from lata_lightning.merging import Term
+from lata_lightning.merging.merge import Term
 from lata_lightning.store.writer import Progress
 
 

@@ -8,9 +8,9 @@ from lata_lightning.errors import LataError
 from lata_lightning.linearity.stages import Merged, Stages
 from lata_lightning.linearity.units import Blocks
 from lata_lightning.linearity.walk import Batch, StartModel, check_samples, opened, row_count
-from lata_lightning.store.manifest import Identity, Manifest, RegressedVector, Regression, TensorEntry
-from lata_lightning.store.task_vector import TaskVector
 from lata_lightning.store.writer import Progress
+from lata_lightning.vectors.manifest import Identity, Manifest, RegressedVector, Regression, TensorEntry
+from lata_lightning.vectors.task_vector import TaskVector
 
 DEFAULT_OFF_DIAGONAL = 0.9
 DEFAULT_RIDGE = 1e-6

@@ -13,8 +13,8 @@ from torch import Tensor
 from lata_lightning.errors import LataError
 from lata_lightning.layers import Level
 from lata_lightning.linearity.walk import Batch, Passage, StartModel, Walker
-from lata_lightning.store.task_vector import TaskVector
 from lata_lightning.store.writer import Progress
+from lata_lightning.vectors.task_vector import TaskVector
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """From two sets of features, both (positions, width), to a distance per position, (positions,)."""

@@ -12,9 +12,9 @@ from lata_lightning.errors import CorruptFileError, LataError
 from lata_lightning.layers import Level
 from lata_lightning.linearity.solution import Fit, Solution, SolvedVector
 from lata_lightning.linearity.walk import Batch, Passage, StartModel, Walker, check_samples, row_count
-from lata_lightning.store.manifest import Identity
-from lata_lightning.store.task_vector import TaskVector
 from lata_lightning.store.writer import Progress
+from lata_lightning.vectors.manifest import Identity
+from lata_lightning.vectors.task_vector import TaskVector
 
 DEFAULT_RIDGE = 1e-6
 # Positions whose outputs are multiplied at once: their float64 copies stay small beside the hidden states.

@@ -21,9 +21,9 @@ from lata_lightning.linearity.lockstep import Stand, in_lockstep
 from lata_lightning.linearity.matrices import Fit, Role, Seen, flattened
 from lata_lightning.linearity.shell import Shell, empty_copy
 from lata_lightning.linearity.walk import Batch, call, relative
+from lata_lightning.numerics.measure import all_finite
 from lata_lightning.store.sources import Source
 from lata_lightning.store.writer import Progress
-from lata_lightning.sums import all_finite
 
 
 class Merged(Source):

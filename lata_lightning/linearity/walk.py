@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lata_lightning.alignment import check_same_start
 from lata_lightning.errors import LataError, first_three
 from lata_lightning.linearity.lockstep import Stand, in_lockstep
 from lata_lightning.linearity.shell import Shell, empty_copy, empty_model
@@ -25,8 +24,9 @@ from lata_lightning.linearity.units import Blocks, Unit
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import named_like, pair
 from lata_lightning.store.sources import Source, View
-from lata_lightning.store.task_vector import TaskVector
 from lata_lightning.store.writer import Progress
+from lata_lightning.vectors.aligning import check_same_start
+from lata_lightning.vectors.task_vector import TaskVector
 
 Batch = Mapping[str, Tensor]
 StartModel = str | os.PathLike[str] | nn.Module

@@ -17,17 +17,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lata_lightning.callbacks.handover import VECTOR_NAME
 from lata_lightning.callbacks.lata import LATACallback
+from lata_lightning.display.tables import alignment_table, show
 from lata_lightning.errors import OutputError
 from lata_lightning.evaluation.scales import Reweighting, best_scale, scale_for_residual
 from lata_lightning.linearity.regression import regress
-from lata_lightning.merging import Term, forget, merge
+from lata_lightning.merging.merge import Term, forget, merge
 from lata_lightning.quickstart.experts import BASE, EXPERTS, INSTRUCT, fine_tune, training_samples
 from lata_lightning.quickstart.methods import LATA_METHODS, METHODS, REGRESSION
 from lata_lightning.quickstart.results import Results, Row
 from lata_lightning.quickstart.scoring import Scoring, mean
-from lata_lightning.store.task_vector import TaskVector
-from lata_lightning.tables import alignment_table, show
 from lata_lightning.training.loading import load_causal_lm
+from lata_lightning.vectors.task_vector import TaskVector
 
 MARKER = ".lata-quickstart"
 MERGE_SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.25, 1.5, 2.0)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from lata_lightning.alignment import Alignment
 from lata_lightning.errors import LataError
-from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.vectors.task_vector import TaskVector
 from lata_lightning.weighting import Weighting, linear_drop_by_rank
 
 Method = Callable[[TaskVector], TaskVector]

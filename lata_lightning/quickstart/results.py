@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rich.table import Table
 
+from lata_lightning.display.tables import plain_table, show
 from lata_lightning.store.writer import write_json
-from lata_lightning.tables import plain_table, show
 
 RESULTS_NAME = "results.json"
 TABLES_NAME = "results.txt"

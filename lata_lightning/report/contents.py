@@ -8,19 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lata_lightning.alignment import Alignment, alignment_of, check_same_start
-from lata_lightning.charts import Chart, as_text
+from lata_lightning.alignment import Alignment, alignment_of
+from lata_lightning.display.charts import Chart, as_text
+from lata_lightning.display.tables import flat_warning
 from lata_lightning.errors import BaseMismatchError
 from lata_lightning.moments import Moments, total
 from lata_lightning.report import figures
 from lata_lightning.report.measuring import Measured, measure_together
 from lata_lightning.report.reading import Subject, open_subjects
 from lata_lightning.store.directories import MANIFEST_NAME
-from lata_lightning.store.inspection import describe
-from lata_lightning.store.manifest import Identity, Manifest, read_manifest
-from lata_lightning.store.task_vector import TaskVector
 from lata_lightning.store.writer import Progress
-from lata_lightning.tables import flat_warning
+from lata_lightning.vectors.aligning import check_same_start
+from lata_lightning.vectors.inspection import describe
+from lata_lightning.vectors.manifest import Identity, Manifest, read_manifest
+from lata_lightning.vectors.task_vector import TaskVector
 
 _MOST_IN_TITLE = 4
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from lata_lightning.alignment import Alignment, LayerStats
-from lata_lightning.charts import Chart, HeatMap, Lines, Series, alignment_over_training, as_text, axis_title, clip, extremes, short_names
+from lata_lightning.display.charts import (
+    Chart,
+    HeatMap,
+    Lines,
+    Series,
+    alignment_over_training,
+    as_text,
+    axis_title,
+    clip,
+    extremes,
+    short_names,
+)
 from lata_lightning.layers import LayerMap
 from lata_lightning.moments import Moments, total
 from lata_lightning.report.measuring import Measured

@@ -10,7 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale, unlabel_rgb
 
-from lata_lightning.charts import Chart, HeatMap, Lines, ink_on
+from lata_lightning.display.charts import Chart, HeatMap, Lines, ink_on
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
 _MOST_ROWS, _MOST_COLUMNS = 24, 12

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from lata_lightning.alignment import check_matching_instruction, check_same_tensors
 from lata_lightning.errors import LataError, LayoutMismatchError
 from lata_lightning.moments import Moments, total
-from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.numerics.measure import moments_table, tensor_sums
+from lata_lightning.store.pairing import check_same_tensors
 from lata_lightning.store.writer import Progress
-from lata_lightning.sums import moments_table, tensor_sums
+from lata_lightning.vectors.aligning import check_matching_instruction
+from lata_lightning.vectors.task_vector import TaskVector
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,13 @@ def measure_together(
 
 
 def _check(vector: TaskVector, first: TaskVector, instruction: TaskVector | None, check_base: bool) -> None:
-    check_same_tensors(vector, first)
+    check_same_tensors(vector.tensors, first.tensors)
     if vector.layers.blocks != first.layers.blocks or any(vector.layers.places[name] != first.layers.places[name] for name in first):
         raise LayoutMismatchError(f"{vector.label} and {first.label} must have the same blocks to be shown together; make a report of each")
     if vector.manifest.kind == "instruction":
         return
     if instruction is not None:
-        check_same_tensors(vector, instruction)
+        check_same_tensors(vector.tensors, instruction.tensors)
         if check_base:
             check_matching_instruction(vector, instruction, vector.start)
     elif vector.start == "base":

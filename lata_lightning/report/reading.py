@@ -13,7 +13,7 @@ from lata_lightning.alignment import Alignment
 from lata_lightning.callbacks.history import HISTORY_NAME, read_history
 from lata_lightning.errors import CorruptFileError, LataError, SourceError, first_three
 from lata_lightning.store.directories import holds_vector
-from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.vectors.task_vector import TaskVector
 
 # As in callbacks/lata.py, which imports Lightning; a test holds both together.
 VECTOR_NAME = "task_vector"

@@ -10,16 +10,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lata_lightning.combining import combine
 from lata_lightning.errors import BaseMismatchError, CorruptFileError, LataError, LayoutMismatchError, SourceError, first_three
 from lata_lightning.layers import skeleton
-from lata_lightning.low_rank import LowRank
+from lata_lightning.numerics.combine import combine
+from lata_lightning.numerics.low_rank import LowRank
+from lata_lightning.numerics.measure import difference
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
 from lata_lightning.store.directories import ADAPTER_CONFIG, read_object
 from lata_lightning.store.hashing import content_hash, hash_values
 from lata_lightning.store.lora import RESIDUAL, AdaptedModel
 from lata_lightning.store.sources import Source
-from lata_lightning.sums import difference
 
 _WEIGHTS_NAME = "adapter_model.safetensors"
 

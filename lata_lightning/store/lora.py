@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lata_lightning.errors import LataError, first_three
-from lata_lightning.low_rank import Factors, LowRank
+from lata_lightning.numerics.low_rank import Factors, LowRank
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
 
 _COMPILED = "_orig_mod."

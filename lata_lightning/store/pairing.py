@@ -130,3 +130,19 @@ def _stored_twice(source: Source, name: str, other: Source) -> bool:
         return False
     twins = (twin for twin in other.names if twin in source.names and source.shape(twin) == source.shape(name))
     return any(torch.equal(source.read(twin), source.read(name)) for twin in twins)
+
+
+def check_same_tensors(one: Source, other: Source) -> None:
+    """Refuse the tensors of two vectors that differ in names or shapes; the message names the first three tensors."""
+    lone = set(one.names) ^ set(other.names)
+    if lone:
+        raise LayoutMismatchError(
+            f"{one.label} and {other.label} must hold the same tensors; on one side only are {first_three(lone)}. Were both made from one base model?"
+        )
+    odd = {name for name in one.names if one.shape(name) != other.shape(name)}
+    if odd:
+        name = min(odd)
+        raise LayoutMismatchError(
+            f"{one.label} and {other.label} must have the same shapes; different are {first_three(odd)}, {name} with {one.shape(name)} and "
+            f"{other.shape(name)}. Do both have the same vocabulary and sizes?"
+        )

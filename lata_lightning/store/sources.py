@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lata_lightning.errors import CorruptFileError, SourceError
-from lata_lightning.low_rank import LowRank
-from lata_lightning.pieces import Load, in_parallel, pieces_of, products, worker_count
-from lata_lightning.pieces import slices as in_memory
+from lata_lightning.numerics.chunks import Load, in_parallel, pieces_of, products, worker_count
+from lata_lightning.numerics.chunks import slices as in_memory
+from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
 from lata_lightning.store.directories import file_layout
 from lata_lightning.store.hashing import StoredHash, ValueHash, hash_values

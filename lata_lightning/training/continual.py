@@ -19,10 +19,10 @@ from lata_lightning.callbacks.lata import LATACallback
 from lata_lightning.errors import CorruptFileError, LataError, OutputError, first_three
 from lata_lightning.evaluation.continual import summary
 from lata_lightning.layers import Level
-from lata_lightning.merging import Term, merge
-from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.merging.merge import Term, merge
 from lata_lightning.store.writer import write_json
 from lata_lightning.training.loading import load_causal_lm
+from lata_lightning.vectors.task_vector import TaskVector
 from lata_lightning.weighting import DEFAULT_THRESHOLD, Weighting
 
 Rule = Literal["sequential", "merge"]

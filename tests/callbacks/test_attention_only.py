@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
 from lata_lightning import AttentionOnlyFinetuning, LATACallback, LataError, TaskVector
-from lata_lightning.callbacks.projections import attention_projections
+from lata_lightning.live.projections import attention_projections
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 

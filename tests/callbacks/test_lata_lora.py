@@ -20,8 +20,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from lata_lightning import LATACallback, LataError, TaskVector, align
-from lata_lightning.low_rank import LowRank
-from lata_lightning.store.task_vector import verify
+from lata_lightning.numerics.low_rank import LowRank
+from lata_lightning.vectors.task_vector import verify
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -610,7 +610,7 @@ def test_a_start_that_is_not_where_the_model_comes_from_is_refused(tmp_path, mod
 
 def test_a_sharded_model_under_adapters_is_refused(tmp_path, monkeypatch):
     model = wrapped(tiny_llama(), target_modules=["q_proj"])
-    monkeypatch.setattr("lata_lightning.callbacks.adapters.DTensor", nn.Parameter)
+    monkeypatch.setattr("lata_lightning.live.adapters.DTensor", nn.Parameter)
     refused(tmp_path, model, "cannot measure adapters of a sharded model")
 
 

@@ -14,9 +14,9 @@ from lightning_models import Module, batches, shifted, tiny_llama, trainer
 from transformers import LlamaForCausalLM
 
 from lata_lightning import LATACallback, LataError, TaskVector
-from lata_lightning.callbacks.live_model import Shard
-from lata_lightning.callbacks.start_weights import Spill, StartWeights
 from lata_lightning.errors import CorruptFileError
+from lata_lightning.live.live_model import Shard
+from lata_lightning.live.start_weights import Spill, StartWeights
 from lata_lightning.store.hashing import value_sums
 
 pytestmark = [

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from lata_lightning.cli.main import main
 from lata_lightning.layers import LEVELS
 from lata_lightning.moments import STARTS
-from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.vectors.task_vector import TaskVector
 from lata_lightning.weighting import WEIGHTINGS
 
 CONFIG = {

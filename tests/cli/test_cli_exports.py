@@ -5,10 +5,10 @@ import pytest
 import torch
 from tiny_models import llama, read_back
 
-from lata_lightning.alignment import align
 from lata_lightning.cli.main import build_parser, main
 from lata_lightning.exports import EXPORTS
-from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.vectors.aligning import align
+from lata_lightning.vectors.task_vector import TaskVector
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 

@@ -15,7 +15,7 @@ from lata_lightning.evaluation.questions import METRICS
 from lata_lightning.layers import LEVELS
 from lata_lightning.quickstart.exercises import exercises
 from lata_lightning.quickstart.experts import BASE, INSTRUCT
-from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.vectors.task_vector import TaskVector
 from lata_lightning.weighting import WEIGHTINGS
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife. " * 2

@@ -17,8 +17,8 @@ from transformers import (
 from lata_lightning import regress
 from lata_lightning.cli.main import main
 from lata_lightning.quickstart.make_checkpoints import make_tokenizer
-from lata_lightning.store.task_vector import TaskVector
 from lata_lightning.training.samples import model_inputs, read_samples, tokenised
+from lata_lightning.vectors.task_vector import TaskVector
 
 WORDS = {"math": "compute 1+2", "string": "reverse abc"}
 

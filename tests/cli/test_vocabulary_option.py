@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lata_lightning.cli.main import main
-from lata_lightning.store.shared_rows import SIDES, VOCABULARIES
+from lata_lightning.merging.vocabularies import SIDES, VOCABULARIES
 
 HEAD = "lm_head.weight"
 

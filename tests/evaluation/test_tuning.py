@@ -6,13 +6,13 @@ import torch
 from tiny_models import llama
 from torch.nn.utils import parameters_to_vector
 
-from lata_lightning.alignment import align
 from lata_lightning.errors import LataError, LayoutMismatchError, WeightingError
 from lata_lightning.evaluation.tuning import DEFAULT_GRID, Tuning, mean_score, tune, under_rules
-from lata_lightning.merging import Term
+from lata_lightning.merging.merge import Term
 from lata_lightning.report.reading import read_scales
-from lata_lightning.store.task_vector import TaskVector
 from lata_lightning.store.writer import write_json
+from lata_lightning.vectors.aligning import align
+from lata_lightning.vectors.task_vector import TaskVector
 from lata_lightning.weighting import linear_drop_by_rank
 
 

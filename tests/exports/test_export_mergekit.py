@@ -10,8 +10,8 @@ from tiny_models import leftovers, llama, read_back, same_bits, weights, write_c
 
 from lata_lightning.errors import BaseMismatchError, LataError, OutputError
 from lata_lightning.exports.mergekit import export_mergekit
-from lata_lightning.merging import Term
-from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.merging.merge import Term
+from lata_lightning.vectors.task_vector import TaskVector
 
 
 @pytest.fixture(scope="module")

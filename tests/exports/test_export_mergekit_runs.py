@@ -12,8 +12,8 @@ from architectures import loaded, save_family
 from tiny_models import read_back
 
 from lata_lightning.exports.mergekit import export_mergekit
-from lata_lightning.merging import Term, merge
-from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.merging.merge import Term, merge
+from lata_lightning.vectors.task_vector import TaskVector
 
 pytest.importorskip("mergekit")
 

@@ -14,8 +14,8 @@ from transformers import CLIPConfig, CLIPModel
 from lata_lightning.errors import BaseMismatchError, CorruptFileError, LataError, OutputError
 from lata_lightning.exports import export_to
 from lata_lightning.exports.peft import export_peft
-from lata_lightning.merging import Term
-from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.merging.merge import Term
+from lata_lightning.vectors.task_vector import TaskVector
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),

@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 from tiny_models import BLOCKS, leftovers, llama, read_back, same_bits, weights, write_model
 from transformers import AutoModelForCausalLM
 
-from lata_lightning.alignment import align
 from lata_lightning.errors import BaseMismatchError, LataError, OutputError
 from lata_lightning.exports import EXPORTS, export_to
-from lata_lightning.merging import Term, merge
-from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.merging.merge import Term, merge
+from lata_lightning.vectors.aligning import align
+from lata_lightning.vectors.task_vector import TaskVector
 
 
 @pytest.fixture

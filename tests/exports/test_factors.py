@@ -3,7 +3,7 @@ import torch
 
 from lata_lightning.errors import CorruptFileError, LataError
 from lata_lightning.exports.factors import Truncation, common_scale, factored, relative, rows_between, squares
-from lata_lightning.low_rank import Factors, LowRank
+from lata_lightning.numerics.low_rank import Factors, LowRank
 
 
 def matrix(rows, columns, seed=0):

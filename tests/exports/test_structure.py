@@ -18,10 +18,10 @@ from lata_lightning.errors import LataError
 from lata_lightning.exports import structure as structures
 from lata_lightning.exports.peft import export_peft
 from lata_lightning.exports.structure import Structure
-from lata_lightning.merging import Term
+from lata_lightning.merging.merge import Term
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.sources import StateDictSource
-from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.vectors.task_vector import TaskVector
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),

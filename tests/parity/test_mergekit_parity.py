@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_models import BLOCKS, llama, plus, read_back, weights
 
-from lata_lightning.alignment import align
-from lata_lightning.merging import Term, merge
-from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.merging.merge import Term, merge
+from lata_lightning.vectors.aligning import align
+from lata_lightning.vectors.task_vector import TaskVector
 
 mergekit_methods = pytest.importorskip("mergekit.merge_methods")
 

@@ -6,8 +6,8 @@ import re
 
 from tiny_models import plus, weights
 
-from lata_lightning.alignment import align
-from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.vectors.aligning import align
+from lata_lightning.vectors.task_vector import TaskVector
 
 HOSTILE = "<script>alert('x')</script>&%{y}$x$"
 

@@ -7,14 +7,14 @@ import torch
 from report_inputs import row, write_run, write_vectors
 
 from lata_lightning.callbacks.handover import VECTOR_NAME
-from lata_lightning.charts import HeatMap
+from lata_lightning.display.charts import HeatMap
 from lata_lightning.errors import BaseMismatchError, CorruptFileError, LataError, LayoutMismatchError, SourceError
 from lata_lightning.layers import layer_map
 from lata_lightning.moments import Moments
 from lata_lightning.report import figures, reading
 from lata_lightning.report.contents import build
 from lata_lightning.report.measuring import measure_together
-from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.vectors.task_vector import TaskVector
 
 BLOCKS = ("model.layers.0", "model.layers.1")
 

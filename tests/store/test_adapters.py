@@ -16,9 +16,9 @@ from tiny_models import llama, read_back, same_bits, write_checkpoint
 from lata_lightning import TaskVector, Term, align, forget, merge
 from lata_lightning.cli.main import main
 from lata_lightning.errors import BaseMismatchError, CorruptFileError, LataError, LayoutMismatchError, SourceError
-from lata_lightning.low_rank import LowRank
+from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.store.opening import open_source
-from lata_lightning.store.task_vector import verify
+from lata_lightning.vectors.task_vector import verify
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),

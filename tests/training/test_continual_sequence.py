@@ -12,10 +12,10 @@ from tiny_models import llama, read_back, same_bits
 
 from lata_lightning.callbacks.lata import LATACallback
 from lata_lightning.errors import CorruptFileError, LataError, OutputError
-from lata_lightning.merging import Term, merge
-from lata_lightning.store.task_vector import TaskVector
+from lata_lightning.merging.merge import Term, merge
 from lata_lightning.training.continual import Task, learn_in_sequence
 from lata_lightning.training.module import CausalLMModule
+from lata_lightning.vectors.task_vector import TaskVector
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

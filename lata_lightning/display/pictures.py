@@ -1,0 +1,120 @@
+"""Charts drawn by matplotlib, for files and loggers. Needs the extra ``report``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedFormatter, FixedLocator
+
+from lata_lightning.display.charts import Chart, HeatMap, Lines, ink_on
+from lata_lightning.errors import OutputError
+
+COLOURS = ("#1f6fb4", "#c2410c", "#0f766e", "#9333a8", "#8a6d00", "#be185d", "#4d7c0f", "#475569")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
+_MOST_TICKS = 40
+_MOST_NUMBERS = 12
+
+
+def draw(chart: Chart) -> Figure:
+    """A figure of the chart that belongs to no window."""
+    if isinstance(chart, HeatMap):
+        return _draw_heat_map(chart)
+    return _draw_lines(chart)
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    """The figure as an image: uint8 of shape (height, width, 4)."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # type: ignore[no-untyped-call]  # matplotlib has no annotation here
+    return np.array(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
+
+
+def save(chart: Chart, directory: str | Path) -> list[Path]:
+    """Write a chart as PNG and as SVG under its key; the two paths. The same chart gives the same bytes.
+
+    Raises:
+        OutputError: The directory cannot be written to.
+    """
+    figure, target = draw(chart), Path(directory)
+    paths = [target / f"{chart.key}.{ending}" for ending in ("png", "svg")]
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with rc_context({"svg.hashsalt": chart.key}):
+            for path in paths:
+                figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
+    except OSError as error:
+        raise OutputError(f"the figures cannot be written to {target}: {error.strerror}") from error
+    return paths
+
+
+def _draw_heat_map(chart: HeatMap) -> Figure:
+    height = min(0.26 * len(chart.rows), 24.0) + 1.8
+    figure = Figure(figsize=(min(max(6.4, 0.32 * len(chart.columns) + 2.6), 16.0), height), layout="constrained")
+    axes = figure.add_subplot()
+    low, high = chart.limits
+    values = np.array([[np.nan if value is None else value for value in row] for row in chart.values])
+    image = axes.imshow(values, aspect="auto", cmap="PuOr" if chart.diverging else "viridis", vmin=low, vmax=high, interpolation="nearest")
+    _names(axes, "y", chart.row_ticks)
+    _names(axes, "x", chart.column_ticks)
+    if len(chart.columns) <= _MOST_NUMBERS and len(chart.rows) <= _MOST_TICKS:
+        for (row, column), value in np.ndenumerate(values):
+            if not np.isnan(value):
+                ink = ink_on(*image.cmap(image.norm(value))[:3])
+                axes.text(column, row, format(value, chart.form), ha="center", va="center", fontsize=7, color=ink)
+    _label(axes, chart.title, chart.column_title, chart.row_title)
+    figure.colorbar(image, label=_plain(chart.value_title))
+    return figure
+
+
+def _draw_lines(chart: Lines) -> Figure:
+    figure = Figure(figsize=(6.8, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    places = {name: index for index, name in enumerate(chart.ticks)}
+    for line in chart.series:
+        points = [(places[at] if isinstance(at, str) else at, np.nan if value is None else value) for at, value in line.points.items()]
+        style = line.colour % len(COLOURS)
+        axes.plot(
+            [at for at, _ in points],
+            [value for _, value in points],
+            color=COLOURS[style],
+            marker=MARKERS[style],
+            markersize=4,
+            linewidth=1.6,
+            label=_plain(line.name),
+        )
+    if chart.ticks:
+        _names(axes, "x", tuple(chart.ticks.values()))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    _label(axes, chart.title, chart.x_title, chart.y_title)
+    if len(chart.series) > 1:
+        # Not by labels alone: matplotlib leaves out those that begin with an underscore.
+        axes.legend(axes.get_lines(), [_plain(line.name) for line in chart.series], frameon=False, fontsize=8)
+    return figure
+
+
+def _label(axes: Axes, title: str, x_title: str, y_title: str) -> None:
+    axes.set_title(_plain(title), loc="left", fontsize=11)
+    axes.set_xlabel(_plain(x_title))
+    axes.set_ylabel(_plain(y_title))
+
+
+def _names(axes: Axes, which: str, ticks: tuple[str, ...]) -> None:
+    every = -(-len(ticks) // _MOST_TICKS)
+    axis = axes.yaxis if which == "y" else axes.xaxis
+    shown = range(0, len(ticks), every)
+    axis.set_major_locator(FixedLocator(list(shown)))
+    axis.set_major_formatter(FixedFormatter([_plain(ticks[index]) for index in shown]))
+    wide = which == "x" and sum(len(ticks[index]) + 1 for index in shown) > 70
+    axis.set_tick_params(labelsize=8, labelrotation=60 if wide else 0)
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib shows as it is: dollars would begin formulas, control characters have no shape."""
+    return re.sub(r"[\x00-\x1f\x7f]", " ", text).replace("$", r"\$")

@@ -1,0 +1,75 @@
+"""The model in training as it now stands; one wrapped by peft as the model it stands for, base weights plus what its LoRA layers add."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from lata_lightning.errors import LataError
+from lata_lightning.live.live_model import LiveModel, find_model
+from lata_lightning.numerics.low_rank import LowRank
+from lata_lightning.store.lora import AdaptedModel, check_unwrapped, peft_kinds
+
+
+class LoraModel(LiveModel):
+    """A LoRA model in training, under the names of the checkpoint it adapts.
+
+    What an adapter adds to a tensor is given as its factors; the base weights themselves are frozen. Trained copies (``modules_to_save``) stand
+    in the place of what they copy.
+
+    Args:
+        model: A ``peft.PeftModel``.
+
+    Raises:
+        LataError: An adapter is no plain LoRA, is merged, or the model is sharded.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._adapters = AdaptedModel(model)
+        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            raise LataError("LATACallback cannot measure adapters of a sharded model; use one device or strategy='ddp'")
+        self._take(self._adapters.module, self._adapters.plain)
+        # What the factors start with may be taken off the base weights.
+        self.residual = self._adapters.residual
+
+    @property
+    def adapted(self) -> frozenset[str]:
+        """Names of the tensors that an adapter adds to."""
+        return self._adapters.adapted
+
+    def added(self, name: str) -> LowRank:
+        """What the active adapters add to a tensor, as their factors."""
+        return self._adapters.added(name)
+
+    @property
+    def quantised(self) -> frozenset[str]:
+        """Names of the tensors whose values are packed away; only what adapters add to them can be measured."""
+        return frozenset(self._adapters.quantised)
+
+    def bits(self, name: str) -> Tensor:
+        """The local values of a tensor as they are held, packed ones as they are packed."""
+        packed = self._adapters.quantised.get(name)
+        return super().bits(name) if packed is None else packed.detach()
+
+    @property
+    def changing(self) -> tuple[str, ...]:
+        """Names of the tensors that training can change now: by an adapter, as a trained copy, or themselves."""
+        by_themselves = set(super().changing)
+        by_adapter = {name for name in self.adapted if self._adapters.trains(name)}
+        return tuple(name for name in self.names if name in by_adapter or name in by_themselves)
+
+
+def look_at(root: nn.Module, name: str | None = None) -> LiveModel:
+    """The model inside a LightningModule as it now stands (see ``find_model``)."""
+    for part in root.modules():
+        # After a forward pass without gradients the parameters of the outermost group stay gathered, as plain tensors.
+        if isinstance(part, FSDPModule):
+            part.reshard()
+    module = find_model(root, name)
+    if isinstance(module, peft_kinds()):
+        return LoraModel(module)
+    check_unwrapped(module)
+    return LiveModel(module)

@@ -1,0 +1,188 @@
+"""The model inside a LightningModule, as a source of named tensors."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as Sharded
+
+from lata_lightning.errors import LataError, first_three
+from lata_lightning.numerics.low_rank import LowRank
+from lata_lightning.store.checkpoint_names import under_checkpoint_names
+from lata_lightning.store.lora import peft_kinds
+from lata_lightning.store.sources import Source
+
+COMPILED = "_orig_mod."
+
+
+class Shard(NamedTuple):
+    """The part of a tensor that this process holds.
+
+    Attributes:
+        local: Its values, as they stand.
+        slices: Where they lie in the whole tensor; None for all of it.
+        counted: Whether this process counts them; False for copies of what another process counts. None if all processes hold the same, so
+            that they share the counting by name.
+    """
+
+    local: Tensor
+    slices: tuple[slice, ...] | None = None
+    counted: bool | None = None
+
+
+class LiveModel(Source):
+    """Floating parameters and persistent buffers of a module in training, under the names its checkpoint would have.
+
+    Tied tensors appear once, under their first name; the markers of compiled submodules are taken off. ``read`` gives the tensor as it
+    stands, on its device and without a copy, so what it returns changes with the next optimizer step. (Where a checkpoint stores in pieces what the
+    module holds as one, some pieces are copies: look at the model anew before each measurement.)
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        persistent = module.state_dict(keep_vars=True).keys()
+        buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
+        held = {name.replace(COMPILED, ""): tensor for name, tensor in {**dict(module.named_parameters()), **buffers}.items()}
+        packed = [name for name, parameter in module.named_parameters() if not parameter.is_floating_point()]
+        if packed:
+            raise LataError(
+                f"LATACallback cannot measure quantised weights, whose parameters are integers: {first_three(packed)}. "
+                "Train a model in full or half precision, or LoRA on top of the quantised one."
+            )
+        self._take(module, {name: tensor for name, tensor in held.items() if tensor.is_floating_point()})
+
+    def _take(self, module: nn.Module, held: dict[str, Tensor]) -> None:
+        """Hold these tensors of a module, named as the module names them."""
+        self.module = module
+        config = getattr(module, "config", None)
+        self.config = config.to_dict() if config is not None and hasattr(config, "to_dict") else None
+        # Transformers notes here what the weights were loaded from.
+        self.location = getattr(config, "_name_or_path", None) or None
+        self._held = held
+        named = under_checkpoint_names(module, held)
+        whole = {id(tensor) for tensor in held.values()}
+        cut = [name for name, tensor in named.items() if isinstance(tensor, DTensor) and id(tensor) not in whole]
+        if cut:
+            raise LataError(
+                f"LATACallback cannot measure {first_three(cut)} while sharded: a checkpoint stores them in other pieces than the module"
+            )
+        self._tensors = {name: tensor.detach() for name, tensor in named.items()}
+        self._names = tuple(self._tensors)
+        self.index = {name: number for number, name in enumerate(self._tensors)}
+        self._changing: tuple[tuple[bool, ...], tuple[str, ...]] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:  # noqa: D102
+        return self._names
+
+    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:  # noqa: D102
+        return self._tensors[name].dtype
+
+    def read(self, name: str) -> Tensor:  # noqa: D102
+        return self._tensors[name]
+
+    def shard(self, name: str) -> Shard:
+        """What this process holds of a tensor.
+
+        Raises:
+            LataError: The tensor is spread over devices in a way that has no contiguous parts.
+        """
+        tensor = self._tensors[name]
+        return _shard_of(name, tensor) if isinstance(tensor, DTensor) else Shard(tensor)
+
+    @property
+    def changing(self) -> tuple[str, ...]:
+        """Names of the tensors that training can change now: parameters that ask for gradients, and buffers."""
+        flags = tuple(tensor.requires_grad or not isinstance(tensor, nn.Parameter) for tensor in self._held.values())
+        # Asked for before every batch, and nearly always the same as before the last one.
+        if self._changing is None or self._changing[0] != flags:
+            asking = {name: tensor for (name, tensor), flag in zip(self._held.items(), flags, strict=True) if flag}
+            named = under_checkpoint_names(self.module, asking)
+            self._changing = (flags, tuple(name for name in self._tensors if name in named))
+        return self._changing[1]
+
+    @property
+    def adapted(self) -> frozenset[str]:
+        """Names of the tensors that an adapter adds to; none here."""
+        return frozenset()
+
+    def added(self, name: str) -> LowRank:
+        """What adapters add to a tensor."""
+        raise KeyError(name)
+
+    @property
+    def quantised(self) -> frozenset[str]:
+        """Names of the tensors whose values are packed away; none here."""
+        return frozenset()
+
+    def bits(self, name: str) -> Tensor:
+        """The local values of a tensor as they are held."""
+        return self.shard(name).local
+
+    @property
+    def materialized(self) -> bool:
+        """Whether there are weights at all: not before ``configure_model`` has built them, not on the meta device."""
+        return bool(self._tensors) and not any(tensor.is_meta for name, tensor in self._tensors.items() if name not in self.quantised)
+
+
+def _shard_of(name: str, tensor: DTensor) -> Shard:
+    """The local part of a DTensor; chunks are cut as ``torch.chunk`` cuts them, so the last ones may be smaller or empty."""
+    bounds = [(0, length) for length in tensor.shape]
+    counted = True
+    coordinates: list[int] = list(tensor.device_mesh.get_coordinate() or [])
+    for axis, (placement, coordinate) in enumerate(zip(tensor.placements, coordinates, strict=True)):
+        if placement.is_replicate():
+            counted = counted and coordinate == 0
+            continue
+        if type(placement) is not Sharded:
+            raise LataError(f"LATACallback cannot measure {name}, which is placed as {placement}; plain shards and replicas are supported")
+        begin, end = bounds[placement.dim]
+        length = -(-(end - begin) // tensor.device_mesh.size(axis))
+        first = min(begin + coordinate * length, end)
+        bounds[placement.dim] = (first, min(first + length, end))
+    local = tensor.to_local()
+    if tuple(local.shape) != tuple(end - begin for begin, end in bounds):
+        raise LataError(f"LATACallback cannot measure {name}: its shard has shape {tuple(local.shape)}, where {bounds} was expected")
+    return Shard(local, tuple(slice(begin, end) for begin, end in bounds), counted)
+
+
+def find_model(module: nn.Module, name: str | None = None) -> nn.Module:
+    """The model to watch inside a LightningModule.
+
+    Args:
+        module: The LightningModule.
+        name: Path of the model inside of it, such as ``"model"``; None to look for it.
+
+    Returns:
+        The outermost peft model if there is one, else the outermost transformers model, else the module itself.
+
+    Raises:
+        LataError: There is nothing under that name, or two models of equal standing.
+    """
+    if name is not None:
+        try:
+            return module.get_submodule(name)
+        except AttributeError as error:
+            children = [child for child, _ in module.named_children()]
+            raise LataError(f"the LightningModule has no submodule {name!r}; its children are {children}") from error
+    for kinds in (peft_kinds(), _transformers_kinds()):
+        found: dict[str, nn.Module] = {}
+        for path, candidate in module.named_modules():
+            if isinstance(candidate, kinds) and not any(path.startswith(outer + ".") or outer == "" for outer in found):
+                found[path] = candidate
+        if len(found) > 1:
+            raise LataError(f"the LightningModule holds several models, {first_three(found)}; say which one to watch with model=…")
+        if found:
+            return next(iter(found.values()))
+    return module
+
+
+def _transformers_kinds() -> tuple[Any, ...]:
+    transformers = sys.modules.get("transformers")
+    return (transformers.PreTrainedModel,) if transformers is not None else ()

@@ -1,0 +1,218 @@
+"""The weights a fine-tune starts from: re-read, copied or spilled, whatever costs least and is certain."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lata_lightning.errors import CorruptFileError, LataError
+from lata_lightning.live.live_model import LiveModel, Shard
+from lata_lightning.store.sources import Source
+
+SPILL_NAME = "start_weights"
+
+
+class StartWeights:
+    """Start values of the tensors that training can change, of the shards this process counts.
+
+    Of a tensor under an adapter, and of a frozen one, the live tensor is the start value, and nothing is kept. Others are read again from
+    ``origin`` if they are equal to what lies there, copied to CPU memory otherwise, and moved on to files by ``spill``.
+
+    Args:
+        origin: Weights on disk, under the names of the live model; None if there are none.
+        trusted: Whether ``origin`` is known to hold the start values, even where the live ones differ by now.
+    """
+
+    def __init__(self, origin: Source | None = None, *, trusted: bool = False) -> None:
+        self._origin, self._trusted = origin, trusted
+        self._stamps = _stamps(origin)
+        self._copies: dict[str, Tensor] = {}
+        self._sourced: set[str] = set()
+        self._spill: Spill | None = None
+
+    @property
+    def location(self) -> str | None:
+        """Where start values are read again from; None if nowhere."""
+        return self._origin.location if self._origin is not None and self._sourced else None
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of memory that the copies take."""
+        return sum(copy.nbytes for copy in self._copies.values())
+
+    def describe(self, live: LiveModel) -> str:
+        """What is kept where, for the log."""
+        parts = []
+        if live.adapted:
+            parts.append(f"{len(live.adapted)} tensors under adapters need no copy")
+        if self._sourced and self._origin is not None:
+            parts.append(f"{len(self._sourced)} tensors are read again from {self._origin.location}, at 0 bytes per parameter")
+        if self._spill is not None:
+            parts.append(f"{len(self._spill)} tensors lie in {self._spill.directory}, at 0 bytes of memory per parameter")
+        if self._copies:
+            each = self.copied_bytes / sum(copy.numel() for copy in self._copies.values())
+            parts.append(
+                f"{len(self._copies)} tensors are copied to memory: {self.copied_bytes / 2**20:,.1f} MiB, {each:.0f} bytes per parameter"
+            )
+        return "; ".join(parts) or "no tensor can change"
+
+    def has(self, name: str) -> bool:
+        """Whether the start value of a tensor is kept."""
+        return name in self._copies or name in self._sourced or (self._spill is not None and name in self._spill)
+
+    def find(self, name: str, shard: Shard) -> bool:
+        """Whether the present value of a tensor lies in the origin, so that it costs nothing to keep."""
+        if self._origin is not None and (self._trusted or _same(self._from_origin(name, shard), shard.local)):
+            self._sourced.add(name)
+            return True
+        return False
+
+    def capture(self, name: str, shard: Shard) -> None:
+        """Keep the present value of a tensor, in place of what was kept of it before."""
+        self.release(name)
+        if self.find(name, shard):
+            return
+        copy = shard.local.detach().to("cpu", copy=True)
+        # From pinned memory a GPU fetches without stopping for it.
+        self._copies[name] = copy.pin_memory() if shard.local.is_cuda else copy
+
+    def release(self, name: str) -> None:
+        """Keep a tensor no longer."""
+        self._copies.pop(name, None)
+        self._sourced.discard(name)
+
+    def cast(self, name: str, dtype: torch.dtype) -> None:
+        """Round a copy to the precision in which the trainer now holds the tensor."""
+        if name in self._copies:
+            self._copies[name] = self._copies[name].to(dtype)
+
+    def read(self, name: str, shard: Shard) -> Tensor:
+        """Start value of the part of a tensor that this process holds, at the precision of the live one; on the CPU.
+
+        Raises:
+            LataError: It is not kept, or the files it was to be read from have changed.
+        """
+        if name in self._copies:
+            return self._copies[name]
+        if name in self._sourced:
+            return self._from_origin(name, shard)
+        if self._spill is not None and name in self._spill:
+            return self._spill.read(name, shard)
+        raise LataError(f"the start value of {name} was not kept")
+
+    def spill(self, directory: Path, rank: int, shards: dict[str, Shard]) -> None:
+        """Move the copies to files of this process."""
+        if self._spill is None:
+            self._spill = Spill(directory)
+        if self._copies:
+            self._spill.write(rank, self._copies, shards)
+            self._copies = {}
+
+    def adopt(self, directory: Path) -> None:
+        """Read start values from the files an interrupted run has left; they stand before anything captured since."""
+        self._spill = Spill(directory)
+        for name in self._spill.names:
+            self.release(name)
+
+    def check_origin(self) -> None:
+        """Refuse to go on if the files to read from were changed since the fit started."""
+        if self._sourced and self._stamps != _stamps(self._origin):
+            raise LataError(
+                f"the start weights in {self._origin.location if self._origin else ''} were changed while training ran, so the task vector cannot be "
+                "measured any more. Keep them as they are, or train with base_weights='memory'."
+            )
+
+    def close(self) -> None:
+        """Remove the spilled files: nothing needs them any more."""
+        if self._spill is not None:
+            shutil.rmtree(self._spill.directory, ignore_errors=True)
+
+    def _from_origin(self, name: str, shard: Shard) -> Tensor:
+        if self._origin is None:
+            raise LataError(f"there are no files to read the start value of {name} from")
+        # At the precision the trainer holds: a finer start would show as a difference that training never made.
+        return self._origin.read_slice(name, shard.slices).to(shard.local.dtype)
+
+
+class Spill:
+    """Files of start values, one or more per process, each with the places of its parts in the whole tensors.
+
+    A run that is resumed with another number of processes puts the parts together anew.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._parts: dict[str, list[tuple[Path, tuple[slice, ...]]]] = {}
+        for file in sorted(directory.glob("*.safetensors")) if directory.is_dir() else []:
+            self._index(file)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._parts
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Names of the tensors that lie here."""
+        return self._parts.keys()
+
+    def write(self, rank: int, tensors: dict[str, Tensor], shards: dict[str, Shard]) -> None:
+        """Add a file with parts of tensors; it appears whole or not at all."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        number = len(list(self.directory.glob(f"rank-{rank:05d}-*.safetensors")))
+        file = self.directory / f"rank-{rank:05d}-{number:03d}.safetensors"
+        bounds = {name: [[part.start, part.stop] for part in _slices(shards[name])] for name in tensors}
+        partial = file.with_suffix(".partial")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"bounds": json.dumps(bounds)})
+        partial.replace(file)
+        self._index(file)
+
+    def read(self, name: str, shard: Shard) -> Tensor:
+        """The part of a tensor that a shard covers, put together from all files that hold some of it."""
+        wanted = _slices(shard)
+        found = torch.empty(shard.local.shape, dtype=shard.local.dtype)
+        filled = 0
+        for file, held in self._parts[name]:
+            begins = [max(one.start, other.start) for one, other in zip(wanted, held, strict=True)]
+            ends = [min(one.stop, other.stop) for one, other in zip(wanted, held, strict=True)]
+            if any(begin >= end for begin, end in zip(begins, ends, strict=True)):
+                continue
+            source = tuple(slice(begin - part.start, end - part.start) for begin, end, part in zip(begins, ends, held, strict=True))
+            target = tuple(slice(begin - part.start, end - part.start) for begin, end, part in zip(begins, ends, wanted, strict=True))
+            with safe_open(file, framework="pt") as handle:
+                piece = handle.get_tensor(name)[source]
+            found[target] = piece.to(found.dtype)
+            filled += piece.numel()
+        if filled != found.numel():
+            raise CorruptFileError(f"the spilled start weights in {self.directory} hold {filled} of {found.numel()} entries of {name}")
+        return found
+
+    def _index(self, file: Path) -> None:
+        with safe_open(file, framework="pt") as handle:
+            bounds = json.loads(handle.metadata()["bounds"])
+        for name, places in bounds.items():
+            self._parts.setdefault(name, []).append((file, tuple(slice(*place) for place in places)))
+
+
+def _slices(shard: Shard) -> tuple[slice, ...]:
+    return shard.slices if shard.slices is not None else tuple(slice(0, length) for length in shard.local.shape)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one, other.detach().cpu())
+
+
+def _stamps(origin: Source | None) -> list[tuple[str, int, int]]:
+    """Size and time of the files of a directory, by which a change is noticed."""
+    if origin is None or origin.directory is None:
+        return []
+    files = sorted(origin.directory.glob("*.safetensors"))
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]

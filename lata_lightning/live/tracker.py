@@ -1,0 +1,387 @@
+"""The work behind the callback on each process: start weights, live weights and instruction vector held together."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Set
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lata_lightning.errors import BaseMismatchError, LataError, LayoutMismatchError, WeightingError, first_three
+from lata_lightning.layers import LayerMap, LayerRule, Level, layer_map
+from lata_lightning.live.adapters import LoraModel, look_at
+from lata_lightning.live.live_model import LiveModel
+from lata_lightning.live.ranks import Ranks
+from lata_lightning.live.start_weights import SPILL_NAME, StartWeights
+from lata_lightning.moments import Start
+from lata_lightning.numerics.low_rank import LowRank
+from lata_lightning.numerics.measure import moments_table, tensor_sums
+from lata_lightning.store.hashing import value_sums
+from lata_lightning.store.opening import open_source
+from lata_lightning.store.pairing import pair
+from lata_lightning.store.sources import Source
+from lata_lightning.vectors.task_vector import TaskVector
+
+PROVIDERS = ("auto", "lora", "source", "spill", "memory")
+_ADVICE = "Pass base_weights=<directory or checkpoint of the start weights>, or train with base_weights='spill' from the start."
+Fingerprint = Mapping[str, list[int]]
+
+
+class Tracker:
+    """Measures the difference between a module in training and the weights it started from.
+
+    Every process of a run has one. Tensors that all processes hold alike are shared out among them by name; of sharded tensors each process
+    sees to its own part. Only sums cross between processes, in one reduction per measurement.
+
+    Args:
+        root: The LightningModule.
+        model: Path of the model inside of it; None to look for it.
+        instruction: Instruct minus base, or None.
+        start: What the fine-tune starts from.
+        base_weights: How the start weights are kept: one of ``PROVIDERS``, or where they lie.
+        layers: Rule that names the blocks.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        *,
+        model: str | None = None,
+        instruction: TaskVector | None = None,
+        start: Start = "instruct",
+        base_weights: str = "auto",
+        layers: LayerRule | str | None = None,
+    ) -> None:
+        self.root, self._model = root, model
+        self.instruction, self.start, self._base_weights, self._rule = instruction, start, base_weights, layers
+        self.ranks = Ranks()
+        self._live: LiveModel | None = None
+        self._kept: StartWeights | None = None
+        self._changing: set[str] = set()
+        # What adapters add when training starts, where that is not zero: by their initialisation, or from earlier training.
+        self._start_factors: dict[str, LowRank] = {}
+        self._squares: dict[str, float] = {}
+        self._local_squares: dict[str, float] = {}
+        self._spill_to: Path | None = None
+        self._frozen: dict[str, list[int]] = {}
+        self.places = LayerMap({}, ())
+        self.fingerprint: dict[str, list[int]] = {}
+        """Two sums over the bits of every start value, by tensor: the same for every number of processes."""
+
+    @property
+    def live(self) -> LiveModel:
+        """The model as it was when last looked at."""
+        if self._live is None:
+            raise LataError("there are no start weights: the model had no weights when the fit started")
+        return self._live
+
+    @property
+    def kept(self) -> StartWeights:
+        """The start weights this process keeps."""
+        if self._kept is None:
+            raise LataError("there are no start weights: the model had no weights when the fit started")
+        return self._kept
+
+    @property
+    def changing(self) -> Set[str]:
+        """Names of the tensors whose start values are kept, by this process or another; not to be changed."""
+        return self._changing
+
+    def capture_early(self) -> None:
+        """Keep the weights as they are before a resumed run restores trained ones; nothing if the model has none yet."""
+        live = look_at(self.root, self._model)
+        if live.materialized:
+            self._live = live
+            self._kept = self._new_kept()
+            self._capture(live.changing)
+            if not live.adapted:
+                # What is frozen now may have been trained before the checkpoint that is resumed.
+                for name in live.names:
+                    if name not in self._changing and self._counts(name):
+                        self._kept.find(name, live.shard(name))
+
+    def settle(self, spill_to: Path | None) -> None:
+        """Go through the start weights once more, now that the model has its final precision.
+
+        Args:
+            spill_to: Output directory of the run, for spilled start weights.
+        """
+        live, self._spill_to = self.look(), spill_to
+        if not live.materialized:
+            raise LataError("the model has no weights when the fit starts; build them in __init__, configure_model or setup")
+        if self._kept is None:
+            self._kept = self._new_kept()
+        for name in self._changing:
+            self._kept.cast(name, live.dtype(name))
+            if name in self._start_factors:
+                self._start_factors[name] = self._start_factors[name].stored_as(live.added(name).parts[0].left.dtype)
+        self._capture(name for name in live.changing if name not in self._changing)
+        self._check_provider(live)
+        self.places = layer_map(live.names, structure=live.module, rule=self._rule)
+
+    def take_up(self, recorded: Fingerprint | None) -> None:
+        """On a resumed run: keep what the first run has kept, its spilled start weights before those that were kept since.
+
+        Args:
+            recorded: The fingerprint in the checkpoint; None if that holds none.
+        """
+        if self._base_weights == "spill" and self._spill_to is not None and (self._spill_to / SPILL_NAME).is_dir():
+            self.kept.adopt(self._spill_to / SPILL_NAME)
+        if recorded is None:
+            return
+        for name in list(self._start_factors):
+            # The first run's adapters started at zero: what they add now was trained before the checkpoint.
+            if list(recorded.get(name, ())) == value_sums(self.live.bits(name).cpu()).tolist():
+                del self._start_factors[name]
+        for name in set(self.live.names) & set(recorded):
+            # Trained before the checkpoint, also if it is frozen now.
+            if name not in self._changing and self._base_weights not in PROVIDERS and self._counts(name):
+                self.kept.capture(name, self.live.shard(name))
+            self._changing.add(name)
+        asking = set(self.live.changing)
+        for name in self._changing - set(recorded):
+            if name not in asking:
+                # Never trained, and frozen by a callback that came after the weights were first kept.
+                self.kept.release(name)
+                self._changing.discard(name)
+            elif self._counts(name) and name not in self.live.adapted and self._base_weights in PROVIDERS:
+                # Frozen until the checkpoint: what it restores is the start value.
+                self.kept.capture(name, self.live.shard(name))
+        lost = [name for name in self._changing if self._counts(name) and name not in self.live.adapted and not self.kept.has(name)]
+        if lost:
+            raise LataError(
+                f"the start values of {first_three(lost)} cannot be had any more: they are frozen now and were trained before. {_ADVICE}"
+            )
+
+    def forget_frozen(self) -> None:
+        """On a fresh run: what turned out to be frozen since the weights were first kept needs no start value."""
+        for name in self._changing - set(self.live.changing):
+            self.kept.release(name)
+        self._changing &= set(self.live.changing)
+
+    def verify(self, recorded: Fingerprint | None) -> None:
+        """Refuse start weights that are not those a resumed run first started from."""
+        if self._base_weights not in PROVIDERS and not self._start_factors:
+            return
+        if recorded is None:
+            raise LataError(
+                f"this run resumes from a checkpoint that holds no state of LATACallback, so the weights it first started from are unknown. {_ADVICE}"
+            )
+        wrong = [name for name in self._changing if name in recorded and list(recorded[name]) != self.fingerprint[name]]
+        if wrong:
+            raise LataError(
+                "the weights this run first started from cannot be had any more: the model was built with other values than at the first start in "
+                f"{first_three(wrong)} of {len(self._changing)} tensors. {_ADVICE}"
+            )
+
+    def note_frozen(self) -> None:
+        """Note the fingerprint of what is frozen, to see later whether it stayed so; not under adapters, whose base may be huge."""
+        self._frozen = {} if self.live.adapted else self._sums_of_bits([name for name in self.live.names if name not in self._changing])
+
+    def check_frozen(self) -> None:
+        """Refuse to pass tensors off as unchanged that were changed without gradients."""
+        now = self._sums_of_bits([name for name in self._frozen if name not in self._changing])
+        moved = [name for name, sums in now.items() if sums != self._frozen[name]]
+        if moved:
+            raise LataError(
+                f"tensors that ask for no gradient were changed while training ran: {first_three(moved)}. LATACallback follows what is trained; "
+                "extract the task vector from the saved model instead: lata extract START TUNED --output VECTOR"
+            )
+
+    def check_instruction(self, level: Level, *, weighted: bool) -> None:
+        """Refuse an instruction vector of another layout, or one that is zero in a layer that is to be weighted."""
+        if self.instruction is None:
+            return
+        matched, _ = pair(self.live, self.instruction.tensors)
+        missing = set(self.live.names) - set(matched.names)
+        if missing:
+            raise LayoutMismatchError(f"the instruction vector {self.instruction.label} lacks {first_three(missing)}")
+        sums = torch.zeros(len(self.live.names), 3, dtype=torch.float64)
+        for index, name in enumerate(self.live.names):
+            if index % self.ranks.world == self.ranks.rank:
+                sums[index] = tensor_sums(self.instruction.held(name))
+        table = moments_table(dict(zip(self.live.names, self.ranks.total(sums), strict=True)))
+        self._squares = {name: row.task for name, row in table.items()}
+        layers = self.places.layers(level)
+        empty = [layer for layer, names in layers.items() if not any(self._squares[name] for name in names)]
+        if empty and weighted:
+            raise WeightingError(
+                f"the instruction vector is zero in {first_three(empty)} of {len(layers)} layers, so they have no alignment to be weighted by. "
+                "Use a coarser level, or weighting='none'."
+            )
+
+    def capture_late(self) -> None:
+        """Before the first step of a fresh run: take weights that were loaded since as the start, and say so."""
+        self.look()
+        changed = [name for name in sorted(self._changing) if (self._counts(name) or name in self.live.adapted) and self._moved(name)]
+        if changed and self._base_weights not in PROVIDERS:
+            raise BaseMismatchError(
+                f"the model does not start from {self._base_weights}: it has other values in {first_three(changed)}. Pass the weights it starts from."
+            )
+        # Each process sees its own part only; one warning, from rank zero, is enough.
+        if changed and self.ranks.rank == 0:
+            warnings.warn(
+                f"weights were loaded after the fit had started ({first_three(changed)}); LATACallback takes those as the start weights",
+                stacklevel=2,
+            )
+        self._capture(changed)
+
+    def note_fingerprint(self) -> None:
+        """Note the fingerprint of all start values."""
+        self._take_fingerprint(self._changing)
+
+    def begin(self) -> None:
+        """After the start is certain: note its fingerprint, and spill it if that is wanted."""
+        self.note_fingerprint()
+        self._spill()
+
+    def capture_unfrozen(self) -> None:
+        """Keep tensors that can change from now on; as they could not before, they still have their start values."""
+        new = [name for name in self.live.changing if name not in self._changing]
+        if new:
+            self._capture(new)
+            self._take_fingerprint(new)
+            self._spill()
+
+    def sums(self) -> tuple[list[str], Tensor]:
+        """Names and their three sums over all processes, float64 of shape (tensors, 3), on the CPU."""
+        self.ranks.agree(self.kept.check_origin)
+        live = self.look()
+        rows = torch.zeros(len(live.names), 3, dtype=torch.float64)
+        for index, name in enumerate(live.names):
+            if name not in self._changing:
+                rows[index] = self._frozen_sums(name) if self.ranks.rank == 0 else 0.0
+            elif self._counts(name):
+                rows[index] = self._sums_of(name)
+        return list(live.names), self.ranks.total(rows)
+
+    def look(self) -> LiveModel:
+        """The model as it now stands."""
+        self._live = look_at(self.root, self._model)
+        return self._live
+
+    def owner(self, name: str) -> int:
+        """The process that keeps the start value of a tensor that all processes hold alike."""
+        return self.live.index[name] % self.ranks.world
+
+    def _counts(self, name: str) -> bool:
+        counted = self.live.shard(name).counted
+        return self.owner(name) == self.ranks.rank if counted is None else counted
+
+    def _capture(self, names: Iterable[str]) -> None:
+        for name in list(names):
+            self._changing.add(name)
+            if name in self.live.adapted:
+                self._capture_factors(name)
+            elif self._counts(name):
+                self.kept.capture(name, self.live.shard(name))
+
+    def _capture_factors(self, name: str) -> None:
+        # On every process, as any of them may be asked to export: factors are small.
+        added = self.live.added(name)
+        self._start_factors.pop(name, None)
+        if added.any():
+            self._start_factors[name] = added.copy()
+
+    def added(self, name: str) -> LowRank:
+        """What adapters have added to a tensor since training started."""
+        added, before = self.live.added(name), self._start_factors.get(name)
+        if before is None:
+            return added
+        return LowRank(added.shape, ()) if added.equals(before) else added.since(before)
+
+    @property
+    def location(self) -> str | None:
+        """Where the start weights lie, as far as that is known; None for adapters that a first round of training left."""
+        if self._start_factors and not (isinstance(self.live, LoraModel) and self.live.residual):
+            return None
+        return self.kept.location or self.live.location
+
+    @property
+    def unhashable(self) -> frozenset[str]:
+        """Tensors whose start value no single tensor in memory holds: quantised ones, and those whose adapters did not start at zero."""
+        return self.live.quantised | frozenset(self._start_factors)
+
+    def _spill(self) -> None:
+        if self._base_weights == "spill" and self._spill_to is not None:
+            shards = {name: self.live.shard(name) for name in self._changing}
+            self.kept.spill(self._spill_to / SPILL_NAME, self.ranks.rank, shards)
+
+    def _moved(self, name: str) -> bool:
+        if name in self.live.adapted:
+            before = self._start_factors.get(name)
+            added = self.live.added(name)
+            return added.any() if before is None else not added.equals(before)
+        shard = self.live.shard(name)
+        return not torch.equal(shard.local.cpu(), self.kept.read(name, shard))
+
+    def _take_fingerprint(self, names: Iterable[str]) -> None:
+        self.fingerprint.update(self._sums_of_bits(names))
+
+    def _sums_of_bits(self, names: Iterable[str]) -> dict[str, list[int]]:
+        """Two sums over the bits of start values (of live ones, where nothing is kept): one reduction, the same result whatever the sharding."""
+        listed = sorted(names)
+        sums = torch.zeros(len(listed), 2, dtype=torch.int64)
+        for index, name in enumerate(listed):
+            if self._counts(name):
+                is_live = name in self.live.adapted or name not in self._changing
+                sums[index] = value_sums(self.live.bits(name).cpu() if is_live else self.kept.read(name, self.live.shard(name)))
+                before = self._start_factors.get(name)
+                for part in () if before is None else before.parts:
+                    sums[index] += value_sums(part.left) + value_sums(part.right)
+        return dict(zip(listed, self.ranks.total(sums).tolist(), strict=True))
+
+    def _sums_of(self, name: str) -> Tensor:
+        # Without an instruction vector there is nothing to take off, whatever the start was.
+        start: Start = self.start if self.instruction is not None else "instruct"
+        shard = self.live.shard(name)
+        direction: Tensor | LowRank | None = None
+        if self.instruction is not None:
+            direction = self.instruction.held(name) if shard.slices is None else self.instruction.read_slice(name, shard.slices)
+        if name in self.live.adapted:
+            sums = tensor_sums(self.added(name), direction, start=start, instruction_squared=self._local_squares.get(name))
+        else:
+            origin = self.kept.read(name, shard)
+            sums = tensor_sums(shard.local, direction, subtract=origin, start=start, instruction_squared=self._local_squares.get(name))
+        if direction is not None:
+            # Of the part that this process holds, which stays the same while it trains.
+            self._local_squares[name] = sums[2].item()
+        return sums.cpu()
+
+    def _frozen_sums(self, name: str) -> Tensor:
+        square = self._squares.get(name, 0.0)
+        # Frozen, so the difference is zero; from base, that means the task vector takes the whole instruction vector back.
+        row = [0.0, 0.0, square] if self.start == "instruct" else [-square, square, square]
+        return torch.tensor(row, dtype=torch.float64)
+
+    def _new_kept(self) -> StartWeights:
+        origin, trusted = self._origin()
+        return StartWeights(origin, trusted=trusted)
+
+    def _origin(self) -> tuple[Source | None, bool]:
+        """Where the start weights may be read again from, and whether they are known to lie there."""
+        live = self.live
+        if self._base_weights not in PROVIDERS:
+            matched, origin = pair(live, open_source(self._base_weights))
+            missing = set(live.names) - set(matched.names)
+            if missing:
+                raise LayoutMismatchError(f"the start weights {self._base_weights} lack {first_three(missing)}")
+            return origin, True
+        if self._base_weights not in ("auto", "source") or live.location is None or not Path(live.location).is_dir():
+            return None, False
+        try:
+            matched, origin = pair(live, open_source(live.location))
+        except LataError:
+            # What the model says it was loaded from need not be weights of its own shape; then they are copied.
+            return None, False
+        return (origin, False) if set(matched.names) == set(live.names) else (None, False)
+
+    def _check_provider(self, live: LiveModel) -> None:
+        if self._base_weights == "lora" and not live.adapted:
+            raise LataError("base_weights='lora' needs a model wrapped by peft with LoRA; use 'auto'")
+        if self._base_weights == "source" and self.kept.copied_bytes:
+            raise LataError(
+                f"base_weights='source' needs a model whose weights are those of the local directory it was loaded from ({live.location}); use 'auto'"
+            )

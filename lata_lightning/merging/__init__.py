@@ -1,0 +1,1 @@
+"""Merging: vectors matched with the model they are added to, weighted, and summed, to disk or in memory."""

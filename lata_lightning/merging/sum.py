@@ -1,0 +1,113 @@
+"""The start model of vectors and, on it, their weighted sum tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lata_lightning.errors import BaseMismatchError, LataError
+from lata_lightning.merging.merge import Term
+from lata_lightning.numerics.combine import combine
+from lata_lightning.numerics.low_rank import LowRank
+from lata_lightning.store.hashing import content_hash
+from lata_lightning.store.opening import open_source
+from lata_lightning.store.pairing import named_like, pair
+from lata_lightning.store.sources import Fingerprinted, Source, View
+from lata_lightning.vectors.aligning import check_same_start
+
+Onto = str | Path | nn.Module | Mapping[str, Tensor] | Source
+
+
+def start_of(terms: Sequence[Term], onto: Onto | None) -> Onto:
+    """What is given, or the location of the start that the first vector records.
+
+    Raises:
+        LataError: Nothing is given and nothing recorded, as the start was in memory.
+    """
+    if onto is not None:
+        return onto
+    location = terms[0].vector.manifest.start_identity.location
+    if location is None:
+        raise LataError(f"{terms[0].vector.label} does not record where its start model lies: name it (onto=…, --onto MODEL)")
+    return location
+
+
+def check_start_hash(terms: Sequence[Term], found: str, label: str) -> None:
+    """Refuse a start of that content hash and label for vectors that are known to come from another.
+
+    Raises:
+        BaseMismatchError: The hash a vector records of its start is another.
+    """
+    for term in terms:
+        origin = term.vector.manifest.start_identity
+        if origin.content_hash is not None and origin.content_hash != found:
+            raise BaseMismatchError(
+                f"{term.vector.label} started from {origin.location} with the content hash {origin.content_hash}, and {label} has {found}: these are "
+                "different weights. Name the start model (onto=…, --onto), or switch the check off (check_base=False, --check-base false)."
+            )
+
+
+class Sum:
+    """Start + Σ scale · coefficient · vector, under the names of the start; nothing is read before it is asked for.
+
+    Attributes:
+        source: The start as it lies, with its config.
+        weights: Its floating tensors.
+
+    Raises:
+        BaseMismatchError: Two vectors started from different weights.
+        LayoutMismatchError: A vector does not hold the tensors of the start.
+    """
+
+    def __init__(self, terms: Sequence[Term], onto: Onto | None, *, check_base: bool = True) -> None:
+        if check_base:
+            check_same_start([term.vector for term in terms])
+        self._terms = terms
+        opened = open_source(start_of(terms, onto))
+        if isinstance(onto, nn.Module) and opened.config is not None and not opened.config.get("architectures"):
+            # transformers writes the class into the config only when a model is saved.
+            opened.config = {**opened.config, "architectures": [type(onto).__name__]}
+        self.source = named_like(opened, terms[0].vector.tensors)
+        floating = {name: name for name in self.source.names if self.source.dtype(name).is_floating_point}
+        weights: Source = View(self.source, floating)
+        self._readers: list[Source] = []
+        for term in terms:
+            weights, reader = pair(weights, term.vector.tensors)
+            self._readers.append(reader)
+        self.weights = Fingerprinted(weights)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the floating tensors."""
+        return self.weights.names
+
+    def parts(self, name: str) -> list[tuple[Tensor | LowRank, float]]:
+        """What is added to a tensor: differences as they are held, each with its factor; none where no vector acts."""
+        acting = [(reader, term.factor(name)) for reader, term in zip(self._readers, self._terms, strict=True)]
+        found = [(reader.low_rank(name) or reader.read(name), factor) for reader, factor in acting if factor != 0]
+        return [(part, factor) for part, factor in found if bool(part.any())]
+
+    def low_rank(self, name: str) -> list[LowRank]:
+        """What is held as factors of what is added to a tensor, without reading the rest."""
+        found = (reader.low_rank(name) for reader, term in zip(self._readers, self._terms, strict=True) if term.factor(name) != 0)
+        return [held for held in found if held is not None]
+
+    def merged(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        """The sum of a tensor, rounded once to the dtype (by default that of the start), bit for bit as a merge writes it."""
+        start = self.weights.read(name)
+        return combine(start, self.parts(name), dtype or start.dtype)
+
+    def check_start(self) -> None:
+        """Read what has not been read of the start, if a vector records a hash to compare with.
+
+        Raises:
+            BaseMismatchError: The start is another than the one a vector comes from.
+        """
+        if any(term.vector.manifest.start_identity.content_hash for term in self._terms):
+            for name in self.names:
+                if name not in self.weights.hashes:
+                    self.weights.read(name)
+            check_start_hash(self._terms, content_hash(self.weights.hashes), self.source.label)

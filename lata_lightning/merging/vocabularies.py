@@ -1,0 +1,328 @@
+"""Sources brought to one set of rows: vectors between models of different vocabularies, and merges of them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lata_lightning.errors import LataError, LayoutMismatchError, first_three
+from lata_lightning.layers import LayerRule
+from lata_lightning.moments import Start
+from lata_lightning.numerics.chunks import Load
+from lata_lightning.numerics.chunks import slices as in_memory
+from lata_lightning.numerics.low_rank import LowRank
+from lata_lightning.store.hashing import content_hash
+from lata_lightning.store.opening import open_source
+from lata_lightning.store.pairing import pair_names
+from lata_lightning.store.sources import Fingerprinted, Source, View
+from lata_lightning.store.vocabulary import (
+    Comparison,
+    Tokens,
+    check_same_meaning,
+    compare,
+    read_tokens,
+    resized_config,
+    stated_sizes,
+    vocabulary_axes,
+    within,
+)
+from lata_lightning.vectors.differences import Difference
+from lata_lightning.vectors.manifest import Kind
+from lata_lightning.vectors.task_vector import TaskVector
+
+Vocabulary = Literal["union", "onto"]
+VOCABULARIES: tuple[Vocabulary, ...] = ("union", "onto")
+Side = Literal["start", "tuned"]
+SIDES: tuple[Side, ...] = ("start", "tuned")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Onto and vectors with one set of rows.
+
+    Attributes:
+        onto: The weights to add to; rows it lacked are those of the tuned models.
+        vectors: Zero in every row that is not shared.
+        rows: Number of rows of onto, before and after; None if no vocabulary differs.
+        tokenizer: Whose tokenizer the result needs.
+        config: The config.json of the result; None where onto has none.
+        notes: What was decided, in sentences.
+    """
+
+    onto: Source
+    vectors: list[Source]
+    rows: tuple[int, int] | None
+    tokenizer: Source
+    config: Mapping[str, Any] | None
+    notes: tuple[str, ...]
+
+
+class Rows(View):
+    """A source in which some tensors are put together from rows of several sources, one tensor at a time.
+
+    Args:
+        source: Whose other tensors are taken as they are.
+        axes: Axis of the rows by tensor name.
+        size: Number of rows to hold.
+        pieces: Sources, each with the rows to take from it; later ones win. Rows that none gives are zero.
+    """
+
+    def __init__(self, source: Source, axes: Mapping[str, int], size: int, pieces: Sequence[tuple[Source, Iterable[int]]]) -> None:
+        super().__init__(source, {name: name for name in source.names})
+        self._axes, self._size = axes, size
+        self._pieces = [(piece, torch.tensor(sorted(rows), dtype=torch.int64)) for piece, rows in pieces]
+
+    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
+        shape = super().shape(name)
+        axis = self._axes.get(name)
+        return shape if axis is None else (*shape[:axis], self._size, *shape[axis + 1 :])
+
+    def dtype(self, name: str) -> torch.dtype:  # noqa: D102
+        found = super().dtype(name)
+        for piece, _ in self._pieces if name in self._axes else ():
+            found = torch.promote_types(found, piece.dtype(name))
+        return found
+
+    def read(self, name: str) -> Tensor:  # noqa: D102
+        axis = self._axes.get(name)
+        if axis is None:
+            return super().read(name)
+        found = torch.zeros(self.shape(name), dtype=self.dtype(name))
+        for piece, rows in self._pieces:
+            found.index_copy_(axis, rows, piece.read(name).index_select(axis, rows).to(found.dtype))
+        return found
+
+    def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:  # noqa: D102
+        if name in self._axes:
+            return self.read(name) if slices is None else self.read(name)[slices]
+        return super().read_slice(name, slices)
+
+    def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
+        return None if name in self._axes else super().low_rank(name)
+
+    def load(self, name: str) -> Load:  # noqa: D102
+        return in_memory(self.read(name)) if name in self._axes else super().load(name)
+
+    def place(self, name: str) -> Hashable:  # noqa: D102
+        return None if name in self._axes else super().place(name)
+
+    def sides(self, name: str) -> tuple[Source, Source, str] | None:  # noqa: D102
+        return None if name in self._axes else super().sides(name)
+
+
+class _SharedDifference(Difference):
+    """A difference over shared rows, which still identifies its two sides by all the rows they have."""
+
+    def __init__(self, start: Source, tuned: Source, names: Iterable[str], sides: tuple[Fingerprinted, Fingerprinted]) -> None:
+        super().__init__(start, tuned, names, identify=False)
+        self._sides = sides
+
+    def content_hashes(self) -> tuple[str | None, str | None]:
+        found = [{name: side.hashes[name] for name in self.names if name in side.hashes} for side in self._sides]
+        one, other = (content_hash(hashes) if len(hashes) == len(self.names) else None for hashes in found)
+        return one, other
+
+
+def between_vocabularies(
+    start: str | Path | nn.Module | Mapping[str, Tensor] | Source,
+    tuned: str | Path | nn.Module | Mapping[str, Tensor] | Source,
+    vocabulary: Side,
+    *,
+    kind: Kind = "task",
+    start_kind: Start = "instruct",
+    layers: LayerRule | str | None = None,
+) -> tuple[TaskVector, tuple[str, ...]]:
+    """The difference of two models of different vocabularies, over the rows they share.
+
+    Args:
+        start: As for ``TaskVector.between``, and so are all others but the vocabulary.
+        tuned: Where the fine-tune ended.
+        kind: ``"task"`` or ``"instruction"``.
+        start_kind: Whether ``start`` is the instruct model or the base model.
+        layers: Rule that names the blocks.
+        vocabulary: Whose rows the vector has. A row that is not shared has no difference: it is zero, or left out if it is not a row of this side.
+
+    Returns:
+        The vector, and what was decided about the rows, in sentences. With one vocabulary it is ``TaskVector.between`` and no sentence.
+
+    Raises:
+        LayoutMismatchError: A row is another token on each side, or something else than the vocabulary differs.
+        LataError: There is no such side.
+    """
+    if vocabulary not in SIDES:
+        raise LataError(f"unknown vocabulary {vocabulary!r}; choose one of {', '.join(SIDES)}")
+    one, other = pair_names(open_source(start), open_source(tuned))
+    found = compare(one, other, (read_tokens(one), read_tokens(other)))
+    if not found.axes:
+        return TaskVector.between(start, tuned, kind=kind, start_kind=start_kind, layers=layers), ()
+    sides = Fingerprinted(one), Fingerprinted(other)
+    frame, patched = sides if vocabulary == "start" else sides[::-1]
+    size = found.rows[SIDES.index(vocabulary)]
+    mixed = Rows(patched, found.axes, size, [(frame, range(size)), (patched, found.shared)])
+    ready: tuple[Source, Source] = (frame, mixed) if vocabulary == "start" else (mixed, frame)
+    vector = TaskVector.between(*ready, kind=kind, start_kind=start_kind, layers=layers)
+    notes = [_by_number(found)] if found.unknown else []
+    for side, rows in ((other, found.extra), (one, found.own)):
+        if rows:
+            what = "left out" if rows[-1] >= size else "zero"
+            notes.append(
+                f"only {side.label} has {_described(rows, found.tokens)}: no difference is known there, they are {what} in the vector"
+            )
+    return TaskVector(_SharedDifference(*ready, vector.tensors.names, sides), vector.manifest), tuple(notes)
+
+
+def resized(vector: TaskVector, like: TaskVector, config: Mapping[str, Any] | None) -> TaskVector:
+    """A vector with the rows of another one: rows it lacks are zero, rows the other lacks are left out; rows are matched by number.
+
+    Args:
+        vector: To measure with, as an instruction vector.
+        like: Whose rows to take.
+        config: Of a model with the vocabulary of one of them.
+
+    Raises:
+        LayoutMismatchError: Something else than the vocabulary differs.
+    """
+    if set(vector) != set(like):
+        return vector
+    axes, (size, held) = vocabulary_axes(like.tensors, vector.tensors, config)
+    if not axes:
+        return vector
+    frozen = {name: replace(entry, shape=like.shape(name)) for name, entry in vector.manifest.tensors.items() if entry.unchanged}
+    source = Rows(vector.tensors, axes, size, [(vector.tensors, range(min(size, held)))])
+    return TaskVector(source, replace(vector.manifest, tensors=frozen))
+
+
+def fit_vocabularies(onto: Source, vectors: Sequence[Source], tuned: Sequence[Source | None], vocabulary: Vocabulary) -> Fitted:
+    """Onto and vectors with one set of rows, as a merge needs them.
+
+    Args:
+        onto: Weights to add to; vectors and tuned models are under its names.
+        vectors: With the rows of ``onto``, of the tuned model, or of another size.
+        tuned: The tuned model of each vector, where it is at hand.
+        vocabulary: ``"onto"`` keeps the rows of ``onto``; ``"union"`` adds those that only a tuned model has, with its values.
+
+    Raises:
+        LayoutMismatchError: A row is another token on each side, something else than the vocabulary differs, or a union needs rows of a tuned
+            model that is not at hand.
+    """
+    own = read_tokens(onto)
+    known = [own if model is None else read_tokens(model) for model in tuned]
+    found = []
+    for vector, model, tokens in zip(vectors, tuned, known, strict=True):
+        saved = Tokens(None, f"{vector.label} is a vector, which holds no tokenizer")
+        comparison = compare(onto, vector, (own, saved)) if model is None else compare(onto, model, (own, tokens))
+        if vocabulary == "union" and model is None and comparison.extra:
+            raise LayoutMismatchError(
+                f"{vector.label} has {comparison.rows[1]} rows and {onto.label} {comparison.rows[0]}: a vector holds differences, so a union cannot take "
+                "the new rows from it. Give the tuned model itself in its place, or keep the rows of the model (vocabulary='onto', --vocabulary onto)."
+            )
+        found.append(comparison)
+    axes = {name: axis for comparison in found for name, axis in comparison.axes.items()}
+    if not axes:
+        return Fitted(onto, list(vectors), None, onto, onto.config, ())
+    before = next(comparison.rows[0] for comparison in found if comparison.axes)
+    sides = [(onto, own, before)]
+    sides += [(model, tokens, size.rows[1] or before) for model, tokens, size in zip(tuned, known, found, strict=True) if model is not None]
+    tokenizers = [(side, within(tokens.by_row, size)) for side, tokens, size in sides if tokens.by_row is not None]
+    if vocabulary == "union":
+        check_same_meaning([(side.label, by_row) for side, by_row in tokenizers])
+    added_rows = {row for comparison in found for row in comparison.extra}
+    beyond = [comparison.rows[1] for comparison in found if comparison.extra and comparison.extra[-1] >= before]
+    after = max([before, *beyond]) if vocabulary == "union" else before
+    notes = _merge_notes(onto, vectors, tuned, found, vocabulary)
+    readers = []
+    for vector, comparison in zip(vectors, found, strict=True):
+        name, axis = next(iter(axes.items()))
+        # What a vector says of a row that is new to the model was measured from weights the model does not have.
+        new = added_rows if vocabulary == "union" else set(comparison.extra)
+        rows = set(range(min(before, vector.shape(name)[axis]))) - new - set(comparison.own)
+        readers.append(Rows(vector, axes, after, [(vector, rows)]))
+    weights, tokenizer, config = onto, onto, onto.config
+    if vocabulary == "union" and any(comparison.extra for comparison in found):
+        pieces = [(model, comparison) for model, comparison in zip(tuned, found, strict=True) if model is not None]
+        # The first model that has a token gives its row, and padding never covers a token.
+        padding = [(model, range(before, min(after, comparison.rows[1]))) for model, comparison in pieces if comparison.axes]
+        added = [(model, comparison.extra) for model, comparison in reversed(pieces) if comparison.extra]
+        weights = Rows(onto, axes, after, [(onto, range(before)), *padding, *added])
+        tokenizer, spoken = _largest(tokenizers) if tokenizers else (onto, added_rows)
+        if not added_rows <= set(spoken):
+            notes = (*notes, f"the tokenizer of {tokenizer.label} is kept, which has no token for every new row")
+        config = _with_size(onto.config, found, pieces, after)
+    wrong = [name for name in weights.names for reader in readers if reader.shape(name) != weights.shape(name)]
+    if wrong:
+        raise LayoutMismatchError(
+            f"{onto.label} and the vectors must have the same shapes but for the vocabulary; different are {first_three(wrong)}"
+        )
+    return Fitted(weights, list(readers), (before, after), tokenizer, config, notes)
+
+
+def check_vocabulary(vocabulary: str) -> Vocabulary:
+    """The choice itself; an error that lists the choices if there is no such one."""
+    if vocabulary not in VOCABULARIES:
+        raise LataError(f"unknown vocabulary {vocabulary!r}; choose one of {', '.join(VOCABULARIES)}")
+    return vocabulary
+
+
+def _merge_notes(
+    onto: Source, vectors: Sequence[Source], tuned: Sequence[Source | None], found: Sequence[Comparison], vocabulary: Vocabulary
+) -> tuple[str, ...]:
+    notes, taken = [], set[int]()
+    for vector, model, comparison in zip(vectors, tuned, found, strict=True):
+        label = vector.label if model is None else model.label
+        if comparison.unknown:
+            notes.append(_by_number(comparison))
+        if comparison.extra:
+            new = [row for row in comparison.extra if row not in taken]
+            what = "taken from it" if vocabulary == "union" else "dropped"
+            if new:
+                notes.append(f"only {label} has {_described(new, comparison.tokens)}: they are {what}")
+            if vocabulary == "union":
+                if len(new) < len(comparison.extra):
+                    notes.append(f"{label} adds rows that a model before it adds too: they are taken from the first")
+                taken |= set(new)
+        if comparison.own:
+            notes.append(f"{label} lacks {_described(comparison.own, comparison.tokens)} of {onto.label}: they stay as they are")
+    return tuple(notes)
+
+
+def _by_number(found: Comparison) -> str:
+    return f"{found.unknown}: rows are taken to be the same token where they have the same number"
+
+
+def _described(rows: Sequence[int], tokens: Mapping[int, str] | None) -> str:
+    named = [tokens[row] for row in rows if row in tokens] if tokens else []
+    span = f"{len(rows)} rows from {rows[0]} on" if len(rows) > 1 else f"row {rows[0]}"
+    shown = ", ".join(repr(token) for token in named[:3])
+    return f"{span} ({shown}{', …' if len(named) > 3 else ''})" if named else span
+
+
+def _largest(sides: Sequence[tuple[Source, Mapping[int, str]]]) -> tuple[Source, Mapping[int, str]]:
+    """The side whose tokenizer knows every token of all of them, and its tokens."""
+    everything = {row: token for _, by_row in sides for row, token in by_row.items()}
+    best, tokens = max(sides, key=lambda side: len(side[1]))
+    lost = [token for row, token in everything.items() if row not in tokens]
+    if lost:
+        raise LayoutMismatchError(
+            f"a union needs one tokenizer that knows all tokens; that of {best.label}, the largest, lacks {first_three(lost)}. Add them to it first."
+        )
+    return best, tokens
+
+
+def _with_size(
+    config: Mapping[str, Any] | None, found: Sequence[Comparison], pieces: Sequence[tuple[Source, Comparison]], size: int
+) -> Mapping[str, Any] | None:
+    """The config with the new size where it names the vocabulary that differs."""
+    before = next(comparison.rows[0] for comparison in found if comparison.axes)
+    if config is None or size == before:
+        return config
+    places = {place for place, stated in stated_sizes(config).items() if stated == before}
+    for model, comparison in pieces:
+        if model.config is not None and comparison.rows[1] != before and comparison.axes:
+            # Another part of the model may have a vocabulary of the same size that is left alone.
+            places &= {place for place, stated in stated_sizes(model.config).items() if stated == comparison.rows[1]}
+    return resized_config(config, places, size)

@@ -1,0 +1,1 @@
+"""The arithmetic on tensors: chunks, low-rank factors, compiled kernels, the measuring and the merging pass."""

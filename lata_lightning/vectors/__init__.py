@@ -1,0 +1,1 @@
+"""Task vectors: the lazy mapping, its manifest, and what is measured on it or made from it."""

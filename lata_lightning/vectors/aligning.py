@@ -1,0 +1,96 @@
+"""Measuring task vectors against an instruction vector, and whether vectors belong to the same weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lata_lightning.alignment import Alignment, alignment_of
+from lata_lightning.errors import BaseMismatchError
+from lata_lightning.layers import Level, check_level
+from lata_lightning.moments import Moments, Start, check_start
+from lata_lightning.numerics.chunks import in_parallel, worker_count
+from lata_lightning.numerics.measure import moments_table, streamed_sums, tensor_sums
+from lata_lightning.store.pairing import check_same_tensors
+from lata_lightning.vectors.task_vector import TaskVector
+
+
+def measure(task_vector: TaskVector, instruction_vector: TaskVector, start: Start = "instruct") -> dict[str, Moments]:
+    """Moments by tensor name; the tensors are read piece by piece, by several threads.
+
+    Raises:
+        LayoutMismatchError: A tensor is on one side only, or has two shapes.
+        CorruptFileError: NaN or infinite weights.
+    """
+    check_same_tensors(task_vector.tensors, instruction_vector.tensors)
+
+    def sums_of(name: str) -> Tensor:
+        if task_vector.low_rank(name) is not None or instruction_vector.low_rank(name) is not None:
+            return tensor_sums(task_vector.held(name), instruction_vector.held(name), start=start)
+        sides = task_vector.tensors.load(name), instruction_vector.tensors.load(name)
+        return streamed_sums(math.prod(task_vector.shape(name)), *sides, start=start)
+
+    parallel = task_vector.tensors.parallel and instruction_vector.tensors.parallel
+    names = list(task_vector)
+    return moments_table(dict(zip(names, in_parallel(sums_of, names, worker_count(None) if parallel else 1), strict=True)))
+
+
+def align(
+    task_vector: TaskVector,
+    instruction_vector: TaskVector,
+    level: Level = "block",
+    start: Start | None = None,
+    *,
+    check_base: bool = True,
+) -> Alignment:
+    """Alignment of a task vector with an instruction vector, layer by layer.
+
+    Args:
+        task_vector: Tuned minus start.
+        instruction_vector: Instruct minus base.
+        level: The unit of weighting.
+        start: What the fine-tune started from; by default what the task vector's manifest says.
+        check_base: Refuse an instruction vector that is known to belong to other weights.
+
+    Returns:
+        The alignment, without coefficients (see ``lata_lightning.weighting``). Neither vector changes.
+
+    Raises:
+        LayoutMismatchError: The vectors do not hold the same tensors.
+        BaseMismatchError: The instruction vector belongs to other weights.
+        CorruptFileError: NaN or infinite weights.
+
+    Source: LATA, arXiv:2502.20186, step 2.
+    """
+    check_level(level)
+    start = check_start(start or task_vector.start)
+    if check_base:
+        check_matching_instruction(task_vector, instruction_vector, start)
+    return alignment_of(measure(task_vector, instruction_vector, start), task_vector.layers, level, start)
+
+
+def check_same_start(vectors: Sequence[TaskVector]) -> None:
+    """Refuse vectors that are known to start from different weights; unknown starts pass."""
+    known = {vector.manifest.start_identity.content_hash: vector for vector in vectors if vector.manifest.start_identity.content_hash}
+    if len(known) > 1:
+        one, other = list(known.values())[:2]
+        raise BaseMismatchError(
+            f"{one.label} started from {one.manifest.start_identity.location} and {other.label} from {other.manifest.start_identity.location}, which "
+            "are different weights, so their sum has no common origin. Extract them from one start, or switch the check off (check_base=False, "
+            "--check-base false)."
+        )
+
+
+def check_matching_instruction(task_vector: TaskVector, instruction_vector: TaskVector, start: Start) -> None:
+    """Refuse an instruction vector that is known to belong to other weights than the task vector's start; unknown ones pass."""
+    sides = instruction_vector.manifest
+    expected = sides.tuned_identity if start == "instruct" else sides.start_identity
+    origin = task_vector.manifest.start_identity
+    if origin.content_hash and expected.content_hash and origin.content_hash != expected.content_hash:
+        raise BaseMismatchError(
+            f"{task_vector.label} started from {origin.location}, and the {start} model of {instruction_vector.label} is {expected.location}: these are "
+            f"different weights. If the fine-tune started from {'base' if start == 'instruct' else 'instruct'}, say so (start=…, --start); otherwise "
+            "extract the instruction vector from the models it belongs to, or switch the check off (check_base=False, --check-base false)."
+        )

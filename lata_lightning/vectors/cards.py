@@ -1,0 +1,142 @@
+"""Model cards: the README.md of a saved task vector and of a merged model, in the form a hub accepts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from lata_lightning.weighting import CLOSED_FORM
+
+if TYPE_CHECKING:
+    from lata_lightning.vectors.manifest import Manifest
+
+PAPER = "[LATA](https://arxiv.org/abs/2502.20186)"
+REGRESSION_PAPERS = ("[RegMean](https://arxiv.org/abs/2212.09849)", "[RegMean++](https://arxiv.org/abs/2508.03121)")
+CLOSED_FORM_PAPER = "[submodule linearity](https://arxiv.org/abs/2504.10902)"
+
+
+def vector_card(manifest: Manifest, name: str) -> str:
+    """Card of a task vector: what it is, between which weights, its alignment and coefficients."""
+    lines = front_matter([manifest.start_identity.location], "lata_lightning", ["task-vector", "task-arithmetic", "lata"])
+    what = "An instruction vector (instruct − base)" if manifest.kind == "instruction" else f"A task vector (tuned − {manifest.start})"
+    lines += [
+        f"# {name}",
+        "",
+        f"{what} made with lata_lightning. **These are differences of weights, not a model**: add them to the model they start from.",
+        "",
+        "| | location | content hash |",
+        "|---|---|---|",
+        f"| start | {_cell(**asdict(manifest.start_identity))}",
+        f"| tuned | {_cell(**asdict(manifest.tuned_identity))}",
+        "",
+    ]
+    if manifest.step is not None:
+        lines += [f"Taken at optimizer step {manifest.step}, after {manifest.epoch} finished epochs.", ""]
+    if manifest.regression is not None:
+        made = manifest.regression
+        lines += [
+            f"Made of several vectors by regression on the outputs of linear layers ({REGRESSION_PAPERS[made.in_order]}), "
+            f"{'on inputs from merged blocks' if made.in_order else 'on inputs from each own model'}, "
+            f"entries off the diagonal times {made.off_diagonal:g}, ridge {made.ridge:g}:",
+            "",
+            "| vector | rows of samples | from |",
+            "|---|---|---|",
+            *(f"| {vector.label} | {vector.samples} | {vector.data or '–'} |" for vector in made.vectors),
+            "",
+        ]
+        if made.averaged:
+            lines += [f"{len(made.averaged)} tensors of two axes or more are plain means; `task_vector.json` names them.", ""]
+    if manifest.projection is not None:
+        lines += [
+            f"Projected off the instruction vector, by {manifest.projection.level}; outside the layers {manifest.projection.outside:.4f} times the "
+            "instruction vector was taken off, in them:",
+            "",
+            "| layer | times the instruction vector |",
+            "|---|---|",
+            *(f"| {layer} | {_numbers(share)} |" for layer, share in manifest.projection.shares.items()),
+            "",
+        ]
+    if manifest.precision_loss is not None:
+        cosine = manifest.precision_loss.cosine
+        lines += [
+            f"Stored below the precision it was measured in: {manifest.precision_loss.zero_fraction:.2%} of the nonzero entries became zero, "
+            f"cosine to the full-precision difference {'undefined' if cosine is None else f'{cosine:.6f}'}.",
+            "",
+        ]
+    if manifest.alignment is not None:
+        by_rule = f"; coefficients by the rule `{manifest.weighting}`" if manifest.weighting != CLOSED_FORM else ""
+        lines += [f"Alignment with the instruction vector, by {manifest.alignment.level}{by_rule} ({PAPER}):", ""]
+        lines += ["| layer | alignment | relative norm | coefficient |", "|---|---|---|---|"]
+        for layer, stats in manifest.alignment.layers.items():
+            lines.append(f"| {layer} | {_numbers(stats.alignment, stats.relative_norm, stats.coefficient)} |")
+        lines.append("")
+        if manifest.alignment.flat:
+            lines += [
+                f"The alignments spread by {manifest.alignment.spread:.4f} only: too little to rank the layers by.",
+                "",
+            ]
+    if manifest.coefficients is not None and manifest.weighting == CLOSED_FORM:
+        lines += [f"Coefficients in closed form from samples of the task, by {manifest.level} ({CLOSED_FORM_PAPER}):", ""]
+        lines += ["| layer | coefficient |", "|---|---|"]
+        lines += [f"| {layer} | {_numbers(number)} |" for layer, number in manifest.coefficients.items()]
+        lines.append("")
+    if manifest.alignment is not None or manifest.coefficients is not None:
+        lines += [f"Tensors outside the layers have coefficient {manifest.outside:g}.", ""]
+    lines += ["Read it with `lata_lightning.TaskVector.open(path)`; check its bytes with `lata verify`.", ""]
+    return "\n".join(lines)
+
+
+def merge_card(name: str, record: Mapping[str, Any]) -> str:
+    """Card of a merged model: from what it was made, how, and by which command.
+
+    Args:
+        name: Title.
+        record: The content of its merge record.
+    """
+    onto = record["onto"]
+    lines = front_matter([onto["location"]], "transformers", ["merge", "task-arithmetic", "lata"])
+    lines += [f"# {name}", "", f"Made with lata_lightning by layer-aware task arithmetic ({PAPER}).", ""]
+    lines += ["| | location | content hash |", "|---|---|---|", f"| onto | {_cell(**onto)}", ""]
+    lines += ["| vector | scale | weighting | outside the layers |", "|---|---|---|---|"]
+    lines += [f"| {term['vector']} | {term['scale']:g} | {term['weighting']} | {term['outside']:g} |" for term in record["terms"]]
+    if record.get("vocabulary"):
+        lines += ["", f"Vocabulary: {record['vocabulary']['before']} rows before, {record['vocabulary']['after']} after."]
+        lines += [f"- {note}" for note in record["vocabulary"]["notes"]]
+    count = len(record["tensors"])
+    lines += [
+        "",
+        f"{count} tensors, content hash `{record['content_hash']}`; per-tensor hashes and coefficients are in `merge.json`.",
+        "",
+    ]
+    if record["command"]:
+        lines += ["```", record["command"], "```", ""]
+    return "\n".join(lines)
+
+
+def _numbers(*numbers: float | None) -> str:
+    return " | ".join("–" if number is None else f"{number:.4f}" for number in numbers)
+
+
+def front_matter(bases: Sequence[str | None], library: str, tags: Sequence[str]) -> list[str]:
+    """The lines with which a card on a hub begins.
+
+    Args:
+        bases: Locations of the models it was made from; unknown ones are left out.
+        library: Which library loads what the card stands beside.
+        tags: Words to find it by.
+    """
+    lines = ["---", f"library_name: {library}"]
+    located = [location for location in bases if location is not None]
+    if located:
+        lines.append("base_model:")
+        # JSON strings are YAML strings, whatever characters a path holds.
+        lines += [f"- {json.dumps(location)}" for location in located]
+    return [*lines, "tags:", *(f"- {tag}" for tag in tags), "---", ""]
+
+
+def _cell(location: str | None, revision: str | None, content_hash: str | None) -> str:
+    where = "in memory" if location is None else f"`{location}`"
+    at = "" if revision is None else f" at `{revision}`"
+    return f"{where}{at} | {'–' if content_hash is None else f'`{content_hash}`'} |"

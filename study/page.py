@@ -1,0 +1,74 @@
+"""The page of the evidence, made from the results of every seed: tables, verdicts and figures.
+
+Seeds from 100 on are for development: candidates are chosen by them, and they decide nothing. What a seed has not run is left out, and said.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from study import continual_page, forgetting_page, heterogeneity_page, merging_page
+from study.cells import Results
+from study.statistics import FEWEST_SEEDS, HEADROOM
+
+FOLDER = Path(__file__).parent / "results" / "methods"
+RULE = f"""The decision rule was fixed before the runs. A row **wins** in a setting only if, over at least {FEWEST_SEEDS} seeds that differ from
+pre-training on, the 95 % intervals (t distribution) of its paired differences to task arithmetic *and* to the mean of five random rank
+orders both lie above zero. It **loses** if that to task arithmetic lies below zero. Everything else is **not separated**. Each row's scale
+is chosen on validation from one and the same grid, and the row then scored once on test; *untuned* is test at scale 1. Rows with the log
+rule are judged by random ranks under the log rule, all others by those under the linear rule. p-values are adjusted by Holm for the rows of
+a table, and decide nothing. A setting can tell methods apart where task arithmetic keeps {100 * HEADROOM[0]:.0f} to {100 * HEADROOM[1]:.0f}
+% of the experts' own gain; elsewhere there are no verdicts. ± is half a 95 % interval over the seeds."""
+
+
+def write(folder: Path = FOLDER, page: Path | None = None) -> str:
+    """Write the page and its figures; the text of the page.
+
+    Args:
+        folder: Holds the results, one JSON file a seed and part; the figures go there.
+        page: The Markdown file; by default beside the folder, under its name.
+    """
+    page = folder.with_suffix(".md") if page is None else page
+    results = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
+    sections: dict[str, Callable[[Results, Path, str], list[str]]] = {
+        "merging": merging_page.section,
+        "forgetting": forgetting_page.section,
+        "continual": continual_page.section,
+        "heterogeneity": heterogeneity_page.section,
+    }
+    lines = ["# Methods compared", "", _head(results), "", RULE]
+    for part, section in sections.items():
+        found = [result for result in results if result["part"] == part]
+        if found:
+            lines += ["", *section(found, folder, folder.relative_to(page.parent).as_posix() + "/")]
+    text = "\n".join(lines) + "\n"
+    page.write_text(text, "utf-8")
+    return text
+
+
+def _head(results: Results) -> str:
+    if not results:
+        return "No results yet: run `python -m study seed 0`."
+    seeds = sorted({result["seed"] for result in results})
+    machine = next((result["machine"] for result in results if "machine" in result), None)
+    said = f"Measured on {machine}. " if machine else ""
+    minutes = f"{_minutes(results):.0f}"
+    said += f"Made by `python -m study all` in {minutes} minutes of one core; training counts once a seed, by its longest part. "
+    return f"{said}Seeds: {', '.join(map(str, seeds))}."
+
+
+def _minutes(results: Results) -> float:
+    """Processor time of the evaluations, and by seed of the training that took longest, as settings share models: less than all training took."""
+    total = 0.0
+    training: dict[int, float] = {}
+    for result in results:
+        taken: Any = result.get("cpu_minutes", 0.0)
+        if isinstance(taken, dict):
+            total += taken["evaluation"]
+            training[result["seed"]] = max(training.get(result["seed"], 0.0), taken["training"])
+        else:
+            total += taken
+    return total + sum(training.values())
