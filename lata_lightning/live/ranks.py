@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lata_lightning.errors import LataError
+from lata_lightning.errors import LataError, first_line
 
 _Result = TypeVar("_Result")
 
@@ -46,19 +46,37 @@ class Ranks:
         return sent.cpu()
 
     def agree(self, work: Callable[[], _Result]) -> _Result:
-        """Do something on every process, and raise on all of them what failed on any: one that stops alone leaves the others waiting."""
-        result, error = _attempt(work)
+        """Do something on every process, and raise on all of them what failed on any: one that stops alone leaves the others waiting.
+
+        Args:
+            work: What to do.
+
+        Raises:
+            Exception: What ``work`` raised on this process.
+            LataError: What it raised on another process. An error of another kind is named with its process.
+        """
+        try:
+            result = work()
+        except Exception as error:
+            self._first_report(self._report(error))
+            raise
+        report = self._first_report(None)
+        if report is not None:
+            raise report
+        return result
+
+    def _report(self, error: Exception) -> LataError:
+        """An error as the other processes raise it; errors of other kinds need not survive the way to them."""
+        if isinstance(error, LataError):
+            return error
+        return LataError(
+            f"process {self.rank} of {self.world} failed with {type(error).__name__}: {first_line(error)}. Its own log holds the traceback."
+        )
+
+    def _first_report(self, report: LataError | None) -> LataError | None:
+        """Exchange the reports of all processes; the one of the lowest rank, or None."""
+        reports: list[LataError | None] = [report]
         if self.world > 1:
-            errors: list[LataError | None] = [None] * self.world
-            dist.all_gather_object(errors, error)
-            error = next((other for other in errors if other is not None), None)
-        if error is not None:
-            raise error
-        return result  # type: ignore[return-value]  # without an error there is a result
-
-
-def _attempt(work: Callable[[], _Result]) -> tuple[_Result | None, LataError | None]:
-    try:
-        return work(), None
-    except LataError as error:
-        return None, error
+            reports *= self.world
+            dist.all_gather_object(reports, report)
+        return next((one for one in reports if one is not None), None)

@@ -247,15 +247,19 @@ class Tracker:
 
     def sums(self) -> tuple[list[str], Tensor]:
         """Names and their three sums over all processes, float64 of shape (tensors, 3), on the CPU."""
-        self.ranks.agree(self.kept.check_origin)
         live = self.look()
+        return list(live.names), self.ranks.total(self.ranks.agree(lambda: self._own_sums(live)))
+
+    def _own_sums(self, live: LiveModel) -> Tensor:
+        """What this process adds to the sums of every tensor, of shape (tensors, 3)."""
+        self.kept.check_origin()
         rows = torch.zeros(len(live.names), 3, dtype=torch.float64)
         for index, name in enumerate(live.names):
             if name not in self._changing:
                 rows[index] = self._frozen_sums(name) if self.ranks.rank == 0 else 0.0
             elif self._counts(name):
                 rows[index] = self._sums_of(name)
-        return list(live.names), self.ranks.total(rows)
+        return rows
 
     def look(self) -> LiveModel:
         """The model as it now stands."""

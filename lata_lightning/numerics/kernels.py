@@ -1,11 +1,12 @@
 """The innermost loops, compiled by numba: each entry is taken through all steps while it is in the cache.
 
 The compiled code is kept on disk, beside this file or, where that cannot be written, in the user's cache, so that only the first use on a machine
-waits for the compiler. The interpreter's lock is released meanwhile.
+waits for the compiler. Where neither can be written, every process compiles anew. The interpreter's lock is released meanwhile.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,24 @@ _ONE = np.uint64(1)
 _SMALLEST = np.uint64(np.float64(2.0**-126).view(np.uint64) - _ONE)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator that compiles a function when it is first called, and caches the result on disk where a directory can be written.
+
+    Args:
+        options: More options of ``numba.njit``.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        try:
+            return njit(nogil=True, cache=True, error_model="numpy", **options)(function)
+        except RuntimeError:
+            # numba raises this when it can write to none of the directories it keeps compiled code in.
+            return njit(nogil=True, error_model="numpy", **options)(function)
+
+    return decorate
+
+
+@compiled()
 def combine(weights: Array, vectors: Array, less: Array, factors: Array, found: Array, odd: bool) -> np.uint64:
     """Weights + Σ factor · vector, or where asked Σ factor · (vector − weights), summed in float64.
 
@@ -90,7 +108,7 @@ def combine(weights: Array, vectors: Array, less: Array, factors: Array, found: 
     return largest
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"}, error_model="numpy")
+@compiled(fastmath={"reassoc", "contract"})
 def sums(tuned: Array, start: Array | None, direction: Array | None, from_base: bool) -> tuple[float, float, float]:
     """The three sums of a piece of a tensor, in float64: ⟨task, direction⟩, ‖task‖², ‖direction‖².
 
@@ -128,7 +146,7 @@ def sums(tuned: Array, start: Array | None, direction: Array | None, from_base: 
     return inner, square, length
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"}, error_model="numpy")
+@compiled(fastmath={"reassoc", "contract"})
 def loss(full: Array, lower: Array) -> tuple[float, float, float, int, int]:
     """What storing flat values lower costs, both float32 or float64: ⟨full, lower⟩, ‖full‖², ‖lower‖², entries that are not zero, and those lost."""
     inner = square = lower_square = 0.0
