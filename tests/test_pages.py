@@ -22,13 +22,13 @@ from lata_lightning.layers import LayerMap, Place
 from lata_lightning.linearity.solution import Solution
 from lata_lightning.moments import Moments
 from lata_lightning.vectors.manifest import (
+    Derivation,
     FactorEntry,
     Identity,
+    Input,
     Manifest,
+    Measured,
     PrecisionLoss,
-    Projection,
-    RegressedVector,
-    Regression,
     TensorEntry,
     library_versions,
 )
@@ -199,8 +199,8 @@ def test_the_card_of_regression_makes_vectors_and_merges_them(ran):
     assert "plain means: ()" in printed[-1]
     for name in ("merged-by-regression", "merged-from-python"):
         AutoModelForCausalLM.from_pretrained(folder / name)
-    made = TaskVector.open(folder / "math-and-string").manifest.regression
-    assert [vector.data for vector in made.vectors] == [f"quickstart-output/data/{name}.jsonl" for name in ("math", "string")]
+    made = TaskVector.open(folder / "math-and-string").manifest.derivation
+    assert [entry.facts["data"] for entry in made.inputs] == [f"quickstart-output/data/{name}.jsonl" for name in ("math", "string")]
 
 
 def test_the_card_of_projection_makes_vectors_and_forgets_by_them(ran):
@@ -208,7 +208,7 @@ def test_the_card_of_projection_makes_vectors_and_forgets_by_them(ran):
     assert "times instruction was taken off a layer" in printed[0]
     for name in ("forgotten-across", "forgotten-from-python"):
         AutoModelForCausalLM.from_pretrained(folder / name)
-    assert TaskVector.open(folder / "unwanted-across").manifest.projection.level == "tensor"
+    assert TaskVector.open(folder / "unwanted-across").manifest.derivation.settings == {"level": "tensor"}
 
 
 def test_the_card_of_linearity_names_every_field_of_the_file(ran):
@@ -304,8 +304,13 @@ def manifest():
         step=1,
         epoch=1,
         precision_loss=PrecisionLoss(0.0, 1.0),
-        regression=Regression(True, 0.9, 1e-6, (RegressedVector("one", Identity("tuned"), 30, "one.jsonl"),), ("w",)),
-        projection=Projection("block", {"b": 0.5}, 0.25),
+        derivation=Derivation(
+            "regression",
+            {"ridge": 1.0},
+            (Input("one", Identity("tuned"), {"samples": 30}),),
+            ("w",),
+            (Measured("interference", {"b": 0.5}, "one"),),
+        ),
         tensors={
             "w": TensorEntry((2, 2), "float32", None, False, (FactorEntry(1, 2.0, "blake3:02", "blake3:03"),)),
             "e": TensorEntry((2,), "float32"),
@@ -318,7 +323,7 @@ def manifest():
     return found
 
 
-NAMES = ("coefficients", "layers", "outside", "shares", "tensors", "versions")
+NAMES = ("coefficients", "layers", "outside", "settings", "facts", "tensors", "versions")
 
 
 def test_the_format_names_every_key_of_the_manifest(manifest):

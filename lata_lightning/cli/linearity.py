@@ -166,8 +166,8 @@ def _regress(options: Namespace, command: str) -> None:
         )
     with progress_bar("write") as progress:
         saved = found.save(options.output, dtype=options.dtype, progress=progress)
-    regression = saved.manifest.regression
-    averaged = () if regression is None else regression.averaged
+    derivation = saved.manifest.derivation
+    averaged = () if derivation is None else derivation.averaged
     fitted = sum(len(saved.shape(name)) > 1 and name not in averaged and name not in saved.unchanged for name in saved)
     sys.stdout.write(f"{options.output}: one vector of {len(vectors)}, {len(saved)} tensors, {fitted} of them fitted\n")
     if averaged:

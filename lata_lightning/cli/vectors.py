@@ -107,8 +107,9 @@ def _project(options: Namespace, command: str) -> None:
     projected = project(vector, instruction, level=options.level, check_base=options.check_base)
     with progress_bar("project") as progress:
         saved = projected.save(options.output, dtype=options.dtype, workers=options.workers, progress=progress)
-    taken = saved.manifest.projection
-    shares = [] if taken is None else [*taken.shares.values(), taken.outside]
+    derivation = saved.manifest.derivation
+    measured = () if derivation is None else derivation.measured
+    shares = [share for taken in measured for share in taken.layers.values() if share is not None]
     sys.stdout.write(
         f"{options.output}: {len(saved)} tensors; {min(shares):.3f} to {max(shares):.3f} times {options.instruction} was taken off a layer\n"
     )

@@ -9,7 +9,7 @@ from lata_lightning.linearity.stages import Merged, Stages
 from lata_lightning.linearity.units import Blocks
 from lata_lightning.linearity.walk import Batch, StartModel, check_samples, opened, row_count
 from lata_lightning.store.writer import Progress
-from lata_lightning.vectors.manifest import Identity, Manifest, RegressedVector, Regression, TensorEntry
+from lata_lightning.vectors.manifest import Derivation, Identity, Input, Manifest, TensorEntry
 from lata_lightning.vectors.task_vector import TaskVector
 
 DEFAULT_OFF_DIAGONAL = 0.9
@@ -85,13 +85,14 @@ def regress(
         start_identity=first.start_identity if first.start_identity != Identity() else Identity(source.location, source.revision),
         tied=first.tied,
         tensors={name: TensorEntry(merged.shape(name), "float32", unchanged=True) for name in merged.names if name in unchanged},
-        regression=Regression(
-            in_order=in_order,
-            off_diagonal=off_diagonal,
-            ridge=ridge,
-            vectors=tuple(
-                RegressedVector(
-                    vector.label, vector.manifest.tuned_identity, row_count(samples[task]), None if data is None else data[task]
+        derivation=Derivation(
+            "regression",
+            {"in_order": in_order, "off_diagonal": off_diagonal, "ridge": ridge},
+            tuple(
+                Input(
+                    vector.label,
+                    vector.manifest.tuned_identity,
+                    {"samples": row_count(samples[task]), "data": None if data is None else data[task]},
                 )
                 for task, vector in enumerate(vectors)
             ),

@@ -10,10 +10,16 @@ from typing import TYPE_CHECKING, Any
 from lata_lightning.weighting import CLOSED_FORM
 
 if TYPE_CHECKING:
-    from lata_lightning.vectors.manifest import Manifest
+    from lata_lightning.vectors.manifest import Derivation, Manifest
 
 PAPER = "[LATA](https://arxiv.org/abs/2502.20186)"
-REGRESSION_PAPERS = ("[RegMean](https://arxiv.org/abs/2212.09849)", "[RegMean++](https://arxiv.org/abs/2508.03121)")
+PAPERS = {
+    "regression": ("[RegMean](https://arxiv.org/abs/2212.09849)", "[RegMean++](https://arxiv.org/abs/2508.03121)"),
+    "regression without samples": ("[WUDI](https://arxiv.org/abs/2503.08099)", "[ACTMat](https://arxiv.org/abs/2604.01329)"),
+    "tsv": ("[TSV-M](https://arxiv.org/abs/2412.00081)",),
+    "iso": ("[Iso-C](https://arxiv.org/abs/2502.04959)",),
+}
+"""Where the methods come from that make one vector of several."""
 CLOSED_FORM_PAPER = "[submodule linearity](https://arxiv.org/abs/2504.10902)"
 
 
@@ -34,30 +40,8 @@ def vector_card(manifest: Manifest, name: str) -> str:
     ]
     if manifest.step is not None:
         lines += [f"Taken at optimizer step {manifest.step}, after {manifest.epoch} finished epochs.", ""]
-    if manifest.regression is not None:
-        made = manifest.regression
-        lines += [
-            f"Made of several vectors by regression on the outputs of linear layers ({REGRESSION_PAPERS[made.in_order]}), "
-            f"{'on inputs from merged blocks' if made.in_order else 'on inputs from each own model'}, "
-            f"entries off the diagonal times {made.off_diagonal:g}, ridge {made.ridge:g}:",
-            "",
-            "| vector | rows of samples | from |",
-            "|---|---|---|",
-            *(f"| {vector.label} | {vector.samples} | {vector.data or '–'} |" for vector in made.vectors),
-            "",
-        ]
-        if made.averaged:
-            lines += [f"{len(made.averaged)} tensors of two axes or more are plain means; `task_vector.json` names them.", ""]
-    if manifest.projection is not None:
-        lines += [
-            f"Projected off the instruction vector, by {manifest.projection.level}; outside the layers {manifest.projection.outside:.4f} times the "
-            "instruction vector was taken off, in them:",
-            "",
-            "| layer | times the instruction vector |",
-            "|---|---|",
-            *(f"| {layer} | {_numbers(share)} |" for layer, share in manifest.projection.shares.items()),
-            "",
-        ]
+    if manifest.derivation is not None:
+        lines += _derivation(manifest.derivation)
     if manifest.precision_loss is not None:
         cosine = manifest.precision_loss.cosine
         lines += [
@@ -86,6 +70,32 @@ def vector_card(manifest: Manifest, name: str) -> str:
         lines += [f"Tensors outside the layers have coefficient {manifest.outside:g}.", ""]
     lines += ["Read it with `lata_lightning.TaskVector.open(path)`; check its bytes with `lata verify`.", ""]
     return "\n".join(lines)
+
+
+def _derivation(made: Derivation) -> list[str]:
+    """How a vector was made of others: the method and its settings, the vectors, and what was measured by layer."""
+    settings = ", ".join(f"{name} {_value(value)}" for name, value in made.settings.items())
+    papers = f" ({', '.join(PAPERS[made.name])})" if made.name in PAPERS else ""
+    facts = list(dict.fromkeys(name for entry in made.inputs for name in entry.facts))
+    lines = [f"Made by {made.name}{papers}{f', {settings}' if settings else ''}.", ""]
+    if made.inputs:
+        lines += ["| " + " | ".join(["made of", *facts]) + " |", "|---" * (1 + len(facts)) + "|"]
+        lines += [f"| {' | '.join([entry.label, *(_value(entry.facts.get(name)) for name in facts)])} |" for entry in made.inputs]
+        lines.append("")
+    if made.averaged:
+        lines += [f"{len(made.averaged)} tensors of two axes or more are plain means; `task_vector.json` names them.", ""]
+    if made.measured:
+        layers = list(dict.fromkeys(layer for entry in made.measured for layer in entry.layers))
+        lines += [f"| {' | '.join(['layer', *(entry.title for entry in made.measured)])} |", "|---" * (1 + len(made.measured)) + "|"]
+        lines += [f"| {layer} | {_numbers(*(entry.layers.get(layer) for entry in made.measured))} |" for layer in layers]
+        lines.append("")
+    return lines
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def merge_card(name: str, record: Mapping[str, Any]) -> str:

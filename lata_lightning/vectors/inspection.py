@@ -21,7 +21,7 @@ from lata_lightning.store.directories import (
     shard_files,
     weight_files,
 )
-from lata_lightning.vectors.manifest import Identity, read_manifest
+from lata_lightning.vectors.manifest import Derivation, Identity, read_manifest
 
 # Names of dtypes by their codes in safetensors files.
 _DTYPES = {
@@ -62,11 +62,28 @@ def _describe_vector(path: Path) -> dict[str, Any]:
         "epoch": manifest.epoch,
         "weighting": None if manifest.coefficients is None else manifest.weighting,
         "level": None if manifest.coefficients is None else manifest.level,
-        "regression of": None if manifest.regression is None else ", ".join(vector.label for vector in manifest.regression.vectors),
-        "projected by": None if manifest.projection is None else manifest.projection.level,
+        **_derived(manifest.derivation),
         "alignment spread": None if alignment is None else round(alignment.spread, 6),
         "too flat to rank": None if alignment is None else alignment.flat,
     }
+
+
+def _derived(derivation: Derivation | None) -> dict[str, Any]:
+    """How a vector was made of others; of each thing that was measured its range over the layers."""
+    if derivation is None:
+        return {}
+    facts: dict[str, Any] = {
+        "derivation": derivation.name,
+        "derivation settings": dict(derivation.settings),
+        "made of": ", ".join(entry.label for entry in derivation.inputs) or None,
+        "plain means": len(derivation.averaged) or None,
+    }
+    for measured in derivation.measured:
+        known = {layer: number for layer, number in measured.layers.items() if number is not None}
+        if known:
+            least, most = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
+            facts[measured.title] = f"{known[least]:.4g} ({least}) to {known[most]:.4g} ({most})"
+    return facts
 
 
 def _describe_adapter(path: Path) -> dict[str, Any]:

@@ -21,6 +21,10 @@ Kind = Literal["task", "instruction"]
 FORMAT = "lata_lightning.task_vector"
 FORMAT_VERSION = 2
 """Version 2 has tensors that are stored as factors; version 1 is read as well."""
+OUTSIDE = "outside the layers"
+"""Stands for the tensors that belong to no layer, where a derivation gives numbers by layer."""
+PROJECTED = "times the instruction vector"
+"""What a projection measures: the multiple of the instruction vector that was taken off a layer."""
 
 
 @dataclass(frozen=True)
@@ -105,60 +109,81 @@ class PrecisionLoss:
 
 
 @dataclass(frozen=True)
-class RegressedVector:
-    """One of the vectors that were made into one by regression on outputs.
+class Input:
+    """One of the vectors that another vector was made of.
 
     Attributes:
         label: Its path, or the two sides it lies between.
-        tuned: The tuned side.
-        samples: Rows of its task that were run.
-        data: Where these come from; None if that is not known.
+        tuned: Its tuned side.
+        facts: What else is known of its part, such as the number of samples and where they come from.
     """
 
     label: str
-    tuned: Identity
-    samples: int
-    data: str | None = None
+    tuned: Identity = Identity()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Regression:
-    """How a vector was made of several.
+class Measured:
+    """One thing that was measured, layer by layer, when a vector was made of others.
 
     Attributes:
-        in_order: Whether blocks were fitted on what the merged blocks before them give out.
-        off_diagonal: Factor of the entries off the diagonal of the matrices of inputs.
-        ridge: As it was given, relative to the mean of the diagonal.
-        vectors: In the order in which they were given.
-        averaged: Tensors of two axes or more that are the plain mean.
+        name: What it is.
+        layers: Its values by layer, None where it has none; ``OUTSIDE`` stands for all tensors together that belong to no layer.
+        vector: Label of the vector that it says something about; None if that is the result.
     """
 
-    in_order: bool
-    off_diagonal: float
-    ridge: float
-    vectors: tuple[RegressedVector, ...]
+    name: str
+    layers: Mapping[str, float | None]
+    vector: str | None = None
+
+    @property
+    def title(self) -> str:
+        """Heading of a column of its values."""
+        return self.name if self.vector is None else f"{self.name}, {self.vector}"
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """How a vector was made of others.
+
+    Attributes:
+        name: The method, such as ``regression`` or ``projection``.
+        settings: Its options by name, as plain types.
+        inputs: The vectors, in the order in which they were given.
+        averaged: Tensors of two axes or more that are the plain mean of the vectors.
+        measured: What was measured by layer when it was made.
+    """
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    inputs: tuple[Input, ...] = ()
     averaged: tuple[str, ...] = ()
+    measured: tuple[Measured, ...] = ()
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Regression:
+    def from_json(cls, data: Mapping[str, Any]) -> Derivation:
         """The inverse of ``dataclasses.asdict``."""
-        vectors = tuple(RegressedVector(**{**entry, "tuned": Identity(**entry["tuned"])}) for entry in data["vectors"])
-        return cls(**{**data, "vectors": vectors, "averaged": tuple(data["averaged"])})
+        measured = tuple(Measured(**entry) for entry in data["measured"])
+        inputs = tuple(Input(**{**entry, "tuned": Identity(**entry["tuned"])}) for entry in data["inputs"])
+        return cls(**{**data, "inputs": inputs, "averaged": tuple(data["averaged"]), "measured": measured})
 
-
-@dataclass(frozen=True)
-class Projection:
-    """What was taken off a vector so that it lies across the instruction vector.
-
-    Attributes:
-        level: Unit in which it was projected.
-        shares: By layer ⟨vector, instruction vector⟩ / ‖instruction vector‖², the multiple of the instruction vector that was taken off.
-        outside: The same of all tensors together that belong to no layer.
-    """
-
-    level: Level
-    shares: Mapping[str, float]
-    outside: float
+    @classmethod
+    def from_older(cls, data: Mapping[str, Any]) -> Derivation | None:
+        """What a manifest says that was written before all derivations had one form; None if the vector is no derived one."""
+        if "regression" in data:
+            made = data["regression"]
+            inputs = tuple(
+                Input(entry["label"], Identity(**entry["tuned"]), {"samples": entry["samples"], "data": entry["data"]})
+                for entry in made["vectors"]
+            )
+            settings = {key: made[key] for key in ("in_order", "off_diagonal", "ridge")}
+            return cls("regression", settings, inputs, tuple(made["averaged"]))
+        if "projection" in data:
+            made = data["projection"]
+            measured = Measured(PROJECTED, {**made["shares"], OUTSIDE: made["outside"]})
+            return cls("projection", {"level": made["level"]}, measured=(measured,))
+        return None
 
 
 @dataclass(frozen=True)
@@ -180,8 +205,7 @@ class Manifest:
         step, epoch: When it was taken, in optimizer steps and finished epochs; None for vectors extracted from files.
         precision_loss: Measured cost of a stored precision below float32.
         tensors: Shape, dtype and hash by name; empty until the vector is saved.
-        regression: How it was made, if it was made of several vectors.
-        projection: What was taken off, if it was projected off the instruction vector.
+        derivation: How it was made, if it was made of other vectors.
     """
 
     kind: Kind
@@ -201,8 +225,7 @@ class Manifest:
     epoch: int | None = None
     precision_loss: PrecisionLoss | None = None
     tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
-    regression: Regression | None = None
-    projection: Projection | None = None
+    derivation: Derivation | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain types for JSON."""
@@ -228,8 +251,7 @@ class Manifest:
             "alignment_spread": None if self.alignment is None else self.alignment.spread,
             "alignment_too_flat_to_rank": None if self.alignment is None else self.alignment.flat,
             "precision_loss": None if self.precision_loss is None else asdict(self.precision_loss),
-            **({} if self.regression is None else {"regression": asdict(self.regression)}),
-            **({} if self.projection is None else {"projection": asdict(self.projection)}),
+            **({} if self.derivation is None else {"derivation": asdict(self.derivation)}),
             "blocks": list(self.layers.blocks),
             "tied": [list(group) for group in self.tied],
             "tensors": {
@@ -293,8 +315,7 @@ class Manifest:
                 )
                 for name, entry in entries.items()
             },
-            regression=Regression.from_json(data["regression"]) if "regression" in data else None,
-            projection=Projection(**data["projection"]) if "projection" in data else None,
+            derivation=Derivation.from_json(data["derivation"]) if "derivation" in data else Derivation.from_older(data),
         )
 
 

@@ -10,7 +10,7 @@ from lata_lightning.layers import Level, check_level
 from lata_lightning.moments import STARTS, total
 from lata_lightning.vectors.aligning import check_matching_instruction, measure
 from lata_lightning.vectors.differences import Difference, Scaled
-from lata_lightning.vectors.manifest import Projection
+from lata_lightning.vectors.manifest import OUTSIDE, PROJECTED, Derivation, Input, Measured
 from lata_lightning.vectors.task_vector import TaskVector
 
 
@@ -64,7 +64,12 @@ def project(vector: TaskVector, instruction_vector: TaskVector, *, level: Level 
         start_identity=sides.tuned_identity if from_base else origin,
         alignment=None,
         instruction_identity=(sides.start_identity, sides.tuned_identity),
-        projection=Projection(level, shares, share_outside),
+        derivation=Derivation(
+            "projection",
+            {"level": level},
+            (Input(vector.label, vector.manifest.tuned_identity),),
+            measured=(Measured(PROJECTED, {**shares, OUTSIDE: share_outside}),),
+        ),
         precision_loss=None,
         tensors={},
     )

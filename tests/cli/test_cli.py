@@ -152,7 +152,7 @@ def test_a_projected_vector_is_what_lies_across_and_is_forgotten_like_any_other(
     status, printed, _ = lata("project vector --instruction instruction --level block --output across")
     assert status == 0
     assert re.fullmatch(r"across: \d+ tensors; -?[\d.]+ to -?[\d.]+ times instruction was taken off a layer\n", printed)
-    assert json.loads(lata("inspect across --format json")[1])["projected by"] == "block"
+    assert json.loads(lata("inspect across --format json")[1])["derivation settings"] == {"level": "block"}
     assert lata("verify across")[0] == 0
     assert lata("forget stranger across --output forgotten")[0] == 0
     states = {name: state(name) for name in ("base", "instruct", "stranger", "forgotten")}

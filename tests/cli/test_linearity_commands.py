@@ -195,10 +195,10 @@ def test_a_regressed_vector_is_that_of_the_function_and_is_merged_like_any_other
     assert list(found) == list(expected)
     for name in found:
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
-    regression = found.manifest.regression
-    assert [(vector.samples, vector.data) for vector in regression.vectors] == [(5, "math.jsonl"), (5, "string.jsonl")]
+    inputs = found.manifest.derivation.inputs
+    assert [entry.facts for entry in inputs] == [{"samples": 5, "data": f"{name}.jsonl"} for name in ("math", "string")]
     facts = json.loads(lata("inspect one --format json")[1])
-    assert facts["regression of"] == "math − instruct, string − instruct"
+    assert facts["made of"] == "math − instruct, string − instruct"
     assert lata("verify one")[0] == 0
     assert lata("merge instruct one --scale 0.5 --output merged")[0] == 0
     merged, start = state("merged"), state("instruct")

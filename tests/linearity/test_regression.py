@@ -152,7 +152,7 @@ def test_real_architectures_equal_least_squares_on_whole_models(name, in_order, 
     assert len(fitted) >= 10
     for key, parameter in start.named_parameters():
         torch.testing.assert_close(merged[key].double(), parameter.double() + expected[key], rtol=0, atol=1e-6, msg=key)
-    assert {key for key in fitted if key in found} <= set(found) - set(found.manifest.regression.averaged)
+    assert {key for key in fitted if key in found} <= set(found) - set(found.manifest.derivation.averaged)
 
 
 def rows(count, width=4, seed=0, length=3):
@@ -276,7 +276,7 @@ def test_matrices_that_no_sample_reaches_are_plain_means_and_named():
     own, mean = vectors[1]["blocks.0.more.weight"], sum(vector["blocks.0.more.weight"] for vector in vectors) / 2
     torch.testing.assert_close(found["blocks.0.more.weight"], torch.cat([own[:, :3], mean[:, 3:]], dim=1), rtol=0, atol=1e-5)
     averaged = {f"blocks.{index}.{name}" for index in (0, 1) for name in ("never.weight", "plain")}
-    assert set(found.manifest.regression.averaged) == averaged
+    assert set(found.manifest.derivation.averaged) == averaged
     for name in found:
         mean = sum(vector[name] for vector in vectors) / 2
         assert torch.allclose(found[name], mean, atol=1e-6) == (name in averaged or name.endswith("bias")), name
@@ -297,7 +297,7 @@ def test_padding_and_the_size_of_batches_change_nothing():
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-5, msg=name)
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.allclose(one[name], wrong[name], atol=1e-3)
-    assert [vector.samples for vector in one.manifest.regression.vectors] == [4, 4]
+    assert [entry.facts["samples"] for entry in one.manifest.derivation.inputs] == [4, 4]
 
 
 class Pooled(nn.Module):
@@ -398,7 +398,7 @@ def test_adapters_are_merged_as_what_they_add(tmp_path):
     one, other = (regress(tmp_path / "start", vectors, samples) for vectors in (held, dense))
     moved = {f"model.layers.{index}.self_attn.{part}_proj.weight" for index in (0, 1) for part in "qv"}
     assert one.unchanged == set(one) - moved
-    assert one.manifest.regression.averaged == ()
+    assert one.manifest.derivation.averaged == ()
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-6)
         assert one[name].any() == (name in moved)
@@ -437,7 +437,7 @@ def test_experts_that_are_stored_one_by_one_are_plain_means(tmp_path):
         tuned(start, size=0.05, seed=number).save_pretrained(tmp_path / f"tuned-{number}")
     vectors = [TaskVector.between(tmp_path / "start", tmp_path / f"tuned-{number}") for number in (1, 2)]
     found = regress(tmp_path / "start", vectors, samples_of("llama"))
-    averaged = set(found.manifest.regression.averaged)
+    averaged = set(found.manifest.derivation.averaged)
     assert averaged == {name for name in found if ".experts." in name}
     name = "model.layers.1.block_sparse_moe.gate.weight"
     assert not torch.allclose(found[name], sum(vector[name] for vector in vectors) / 2, atol=1e-3)
@@ -475,18 +475,19 @@ def test_what_was_done_stands_beside_the_vector(tmp_path):
     ]
     samples = [[{"input_ids": tokens(2, 5, seed=task)}] * task for task in (1, 2)]
     found = regress(tmp_path / "start", vectors, samples, off_diagonal=0.8, in_order=False, ridge=1e-5, data=["a.jsonl", "b.jsonl"])
-    made = found.save(tmp_path / "merged").manifest.regression
-    assert made == found.manifest.regression
-    assert (made.in_order, made.off_diagonal, made.ridge, made.averaged) == (False, 0.8, 1e-5, ())
-    assert [(vector.label, vector.samples, vector.data) for vector in made.vectors] == [
-        (str(tmp_path / "vector-1"), 2, "a.jsonl"),
-        (str(tmp_path / "vector-2"), 4, "b.jsonl"),
+    made = found.save(tmp_path / "merged").manifest.derivation
+    assert made == found.manifest.derivation
+    assert (made.name, made.averaged) == ("regression", ())
+    assert made.settings == {"in_order": False, "off_diagonal": 0.8, "ridge": 1e-5}
+    assert [(entry.label, entry.facts) for entry in made.inputs] == [
+        (str(tmp_path / "vector-1"), {"samples": 2, "data": "a.jsonl"}),
+        (str(tmp_path / "vector-2"), {"samples": 4, "data": "b.jsonl"}),
     ]
-    assert [vector.tuned for vector in made.vectors] == [vector.manifest.tuned_identity for vector in vectors]
+    assert [entry.tuned for entry in made.inputs] == [vector.manifest.tuned_identity for vector in vectors]
     assert TaskVector.open(tmp_path / "merged").manifest.start_identity == vectors[0].manifest.start_identity
     card = (tmp_path / "merged/README.md").read_text()
     assert f"| {tmp_path / 'vector-2'} | 4 | b.jsonl |" in card
-    assert "on inputs from each own model" in card
+    assert "in_order no, off_diagonal 0.8, ridge 1e-05" in card
     # One that is merged like any other.
     plan = merge(tmp_path / "start", [Term(found, scale=0.5)], tmp_path / "model")
     model = transformers.LlamaForCausalLM.from_pretrained(plan)

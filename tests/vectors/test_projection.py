@@ -50,10 +50,12 @@ def test_what_is_left_is_the_part_across_by_numpy(level):
     expected, shares = across(vector, instruction(), level)
     for name in vector:
         assert np.allclose(found[name].numpy(), expected[name], rtol=0, atol=1e-6), name
-    made = found.manifest.projection
-    assert made.level == level
-    assert made.outside == pytest.approx(shares.pop(""), rel=1e-6)
-    assert dict(made.shares) == pytest.approx(shares, rel=1e-6)
+    made = found.manifest.derivation
+    assert (made.name, made.settings) == ("projection", {"level": level})
+    assert [measured.name for measured in made.measured] == ["times the instruction vector"]
+    taken = dict(made.measured[0].layers)
+    assert taken.pop("outside the layers") == pytest.approx(shares.pop(""), rel=1e-6)
+    assert taken == pytest.approx(shares, rel=1e-6)
 
 
 def test_no_layer_goes_along_the_instruction_vector_any_more():
@@ -78,7 +80,8 @@ def test_it_makes_no_difference_whether_a_vector_counts_from_base_or_from_instru
 def test_projecting_again_changes_nothing_but_rounding():
     once = project(TaskVector.between(INSTRUCT, TUNED), instruction())
     twice = project(once, instruction())
-    assert max(map(abs, twice.manifest.projection.shares.values())) < 1e-6
+    (taken,) = twice.manifest.derivation.measured
+    assert max(map(abs, taken.layers.values())) < 1e-6
     assert all(torch.allclose(once[name], twice[name], rtol=0, atol=1e-6) for name in once)
 
 
@@ -86,7 +89,8 @@ def test_a_layer_where_the_instruction_vector_is_zero_stays_as_it_is():
     still = {name: tensor if BLOCKS[0] in name else BASE[name] for name, tensor in INSTRUCT.items()}
     vector = TaskVector.between(INSTRUCT, TUNED)
     found = project(vector, TaskVector.between(BASE, still, kind="instruction"), level="block")
-    assert found.manifest.projection.shares[BLOCKS[1]] == found.manifest.projection.outside == 0.0
+    (taken,) = found.manifest.derivation.measured
+    assert taken.layers[BLOCKS[1]] == taken.layers["outside the layers"] == 0.0
     for name in vector:
         assert torch.equal(found[name], vector[name]) == (BLOCKS[0] not in name)
 
@@ -98,12 +102,13 @@ def test_a_saved_projection_says_what_it_is_and_is_used_like_any_vector(tmp_path
     )
     saved = found.save(tmp_path / "across")
     verify(tmp_path / "across")
-    assert TaskVector.open(tmp_path / "across").manifest.projection == found.manifest.projection
+    assert TaskVector.open(tmp_path / "across").manifest.derivation == found.manifest.derivation
     assert all(torch.equal(saved[name], found[name]) for name in found)
     written = json.loads((tmp_path / "across/task_vector.json").read_text())
-    assert set(written["projection"]) == {"level", "shares", "outside"}
+    assert written["derivation"]["name"] == "projection"
+    assert [entry["label"] for entry in written["derivation"]["inputs"]] == [vector.label]
     assert [side["location"].split("/")[-1] for side in written["instruction_vector"].values()] == ["base", "instruct"]
-    assert "Projected off the instruction vector, by block" in (tmp_path / "across/README.md").read_text()
+    assert "Made by projection, level block." in (tmp_path / "across/README.md").read_text()
     assert align(saved, instruction(), check_base=False).layers.keys() == set(BLOCKS)
     merge(tmp_path / "instruct", [Term(saved, 0.5)], tmp_path / "merged")
     merged = TaskVector.between(tmp_path / "instruct", tmp_path / "merged")
@@ -139,7 +144,7 @@ def test_an_instruction_vector_of_other_models_is_refused_unless_the_check_is_of
         BaseMismatchError, match=r"vector started from .*a, and .*along lies between .*c and .*d: these are different weights"
     ):
         project(vector, along)
-    assert project(vector, along, check_base=False).manifest.projection is not None
+    assert project(vector, along, check_base=False).manifest.derivation is not None
     # One side in common is enough: it is not known what the fine-tune started from.
     for sides in (("a", "c"), ("c", "a")):
         path = tmp_path / "".join(sides)
