@@ -1,6 +1,7 @@
 """How Sphinx builds the site: ``make docs``."""
 
 import os
+from pathlib import Path
 
 # Reading docstrings imports the package; nothing of that may ask the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,6 +39,16 @@ html_css_files = ["wide.css"]
 smartquotes_action = "D"
 
 
+def write_commands(app):
+    """Write the page of all commands, from their parsers."""
+    from lata_lightning.cli.reference import reference
+
+    page = Path(app.srcdir) / "commands.generated.md"
+    if not page.is_file() or page.read_text("utf-8") != reference():
+        page.write_text(reference(), "utf-8")
+
+
 def setup(app):
     """Leave out the fields of named tuples as members: the docstring of the class says what they are."""
+    app.connect("builder-inited", write_commands)
     app.connect("autodoc-skip-member", lambda *event: True if str(event[3].__doc__).startswith("Alias for field number") else None)

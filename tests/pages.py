@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts)]
+# The page of all commands is made when the site is built.
+_MADE = {"_build", "commands.generated.md"}
+PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md") if not _MADE & {*page.parts})]
 RUN = ("python", "bash")
 SHOWN = ("", "text", "json")
 _NOT_RUN = re.compile(r"<!-- not run: (.+) -->")

@@ -17,11 +17,19 @@ _SECONDS_BETWEEN = 0.1
 
 
 class Command(NamedTuple):
-    """One command: a sentence of help, its arguments, and what it does with them and with the line as it was typed."""
+    """One command.
+
+    Attributes:
+        help: A sentence.
+        add_arguments: Adds its arguments to a parser.
+        run: Does the work, with the arguments and the command line as it was typed.
+        parses_itself: Whether ``run`` parses the command line too; then its arguments are empty.
+    """
 
     help: str
     add_arguments: Callable[[ArgumentParser], None]
     run: Callable[[Namespace, str], None]
+    parses_itself: bool = False
 
 
 def add_format(parser: ArgumentParser) -> None:

@@ -3,10 +3,35 @@
 from __future__ import annotations
 
 import shlex
+import sys
 
 from jsonargparse import ArgumentParser, Namespace
 
 from lata_lightning.cli.common import Command
+from lata_lightning.cli.examples import EXAMPLES
+
+_SUMMARY = "Fine-tune a model as a recipe says, and keep its task vector."
+HELP = f"""usage: lata fit --config RECIPE.yaml [options]
+
+{_SUMMARY}
+
+options that most runs use:
+  --config FILE                  Recipe, a YAML file; several are read in order, later ones win.
+  --output DIR                   Directory for what the run leaves: lata/, checkpoints/ and logs/. Default: run.
+  --model.model MODEL            Directory or hub id of the model to fine-tune.
+  --data.data FILE               Conversations, prompts with completions, or texts: JSONL, CSV, Parquet or a data set of the hub.
+  --lata.instruction_vector DIR  Instruction vector to measure the alignment with.
+  --model.learning_rate NUMBER   Peak learning rate.
+  --trainer.max_epochs N         Passes over the data.
+  --trainer.accelerator NAME     cpu, gpu, mps or auto.
+  --ckpt_path FILE               Checkpoint to resume from; 'last' for the newest of the run.
+  --print_config                 Print the whole configuration and exit.
+  -h, --help                     Show this help.
+  --help-all                     Show every option of Trainer, model, data and callback.
+
+examples:
+{chr(10).join(f"  {line}" for line in EXAMPLES["fit"])}
+"""
 
 
 def _arguments(parser: ArgumentParser) -> None:
@@ -14,9 +39,14 @@ def _arguments(parser: ArgumentParser) -> None:
 
 
 def _run(options: Namespace, command: str) -> None:
+    words = shlex.split(command)[1:]
+    if "-h" in words or "--help" in words:
+        sys.stdout.write(HELP)
+        return
+    from lata_lightning.cli.fit_parser import FitParser
     from lata_lightning.training.command import FitCLI
 
-    FitCLI(shlex.split(command)[1:])
+    FitCLI(["--help" if word == "--help-all" else word for word in words], FitParser)
 
 
-COMMANDS = {"fit": Command("Fine-tune a model as a recipe says, and keep its task vector.", _arguments, _run)}
+COMMANDS = {"fit": Command(_SUMMARY, _arguments, _run, parses_itself=True)}

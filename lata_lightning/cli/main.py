@@ -6,10 +6,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from textwrap import wrap
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lata_lightning.cli import evaluate, exports, fit, linearity, merging, quickstart, report, tune, vectors
+from lata_lightning.cli import completion, evaluate, exports, fit, linearity, merging, quickstart, report, tune, vectors
+from lata_lightning.cli.common import Command
+from lata_lightning.cli.examples import EXAMPLES
+from lata_lightning.cli.parsing import CommandParser, nearest
 from lata_lightning.errors import LataError
 
 COMMANDS = {
@@ -22,33 +26,65 @@ COMMANDS = {
     **tune.COMMANDS,
     **evaluate.COMMANDS,
     **report.COMMANDS,
+    **completion.COMMANDS,
 }
+_DESCRIPTION = "Layer-Aware Task Arithmetic: extract task vectors, measure their alignment, merge and forget them."
 
 
-def build_parser() -> ArgumentParser:
-    """The parser of all commands."""
-    parser = ArgumentParser(
-        prog="lata",
-        description="Layer-Aware Task Arithmetic: extract task vectors, measure their alignment, merge and forget them.",
-        version=version("lata_lightning"),
-    )
-    subcommands = parser.add_subcommands(dest="command")
-    for name, command in COMMANDS.items():
-        sub = ArgumentParser(description=command.help)
-        sub.add_argument("--config", action="config", help="YAML file with the arguments of this command.")
-        command.add_arguments(sub)
-        subcommands.add_subcommand(name, sub, help=command.help)
+def parser_of(name: str) -> CommandParser:
+    """The parser of one command."""
+    command: Command = COMMANDS[name]
+    parser = CommandParser(name, command.help, EXAMPLES[name])
+    parser.add_argument("--config", action="config", metavar="FILE", help="YAML file with the arguments of this command.")
+    command.add_arguments(parser)
     return parser
 
 
+def build_parser() -> ArgumentParser:
+    """The parser of all commands together, from which shell completion is made."""
+    parser = ArgumentParser(prog="lata", description=_DESCRIPTION, version=version("lata_lightning"))
+    subcommands = parser.add_subcommands(dest="command")
+    for name, command in COMMANDS.items():
+        subcommands.add_subcommand(name, parser_of(name), help=command.help)
+    return parser
+
+
+def overview() -> str:
+    """Every command with a sentence of help."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = ["usage: lata COMMAND [arguments]", "", *wrap(_DESCRIPTION, 100), "", "commands:"]
+    for name, command in COMMANDS.items():
+        first, *rest = wrap(command.help, 100 - width)
+        lines += [f"  {name:<{width}}{first}", *(f"  {'':<{width}}{line}" for line in rest)]
+    return "\n".join(
+        [*lines, "", "lata COMMAND --help shows the arguments of a command, and two examples.", "lata --version shows the version.", ""]
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status: 0, or 1 after an error that is the input's. Wrong usage exits with 2."""
+    """Run one command; the exit status.
+
+    Returns:
+        0, 1 after a ``LataError``, or 130 after an interruption by the keyboard. Wrong usage raises ``SystemExit`` with status 2.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # What a recipe may say depends on the classes it names, so `fit` is parsed where they are known.
-    own = arguments[:1] == ["fit"]
-    options = Namespace({"command": "fit", "fit": None}) if own else build_parser().parse_args(arguments)  # type: ignore[no-untyped-call]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(overview())
+        return 0
+    if arguments[0] == "--version":
+        sys.stdout.write(f"lata {version('lata_lightning')}\n")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        what = "option" if name.startswith("-") else "command"
+        sys.stderr.write(f"lata: error: there is no {what} {name}{nearest(name, COMMANDS)} lata --help lists all commands.\n")
+        raise SystemExit(2)
+    command = COMMANDS[name]
+    parser = parser_of(name)
     try:
-        COMMANDS[options.command].run(options[options.command], shlex.join(["lata", *arguments]))
+        # What a recipe may say depends on the classes it names, so `fit` is parsed where they are known.
+        options = Namespace({}) if command.parses_itself else parser.parse_args(parser.arranged(rest))  # type: ignore[no-untyped-call]
+        command.run(options, shlex.join(["lata", *arguments]))
     except LataError as error:
         sys.stderr.write(f"lata: error: {error}\n")
         return 1

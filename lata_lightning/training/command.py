@@ -38,13 +38,15 @@ class FitCLI(LightningCLI):
 
     Args:
         arguments: The command line without the name of the program: ``["fit", "--config", …]``.
+        parser_class: What parses it.
     """
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], parser_class: type[LightningArgumentParser] = LightningArgumentParser) -> None:
         super().__init__(
             seed_everything_default=0,
             args=list(arguments),
             parser_kwargs={"prog": "lata", "fit": {"description": "Fine-tune a model and keep its task vector."}},
+            parser_class=parser_class,
             auto_configure_optimizers=False,
         )
 

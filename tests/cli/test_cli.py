@@ -270,7 +270,6 @@ def test_the_provenance_check_can_be_switched_off(lata):
 @pytest.mark.parametrize(
     "line",
     [
-        "",
         "frobnicate",
         "merge instruct",
         "merge instruct v --weighting cubic --output x",
@@ -292,14 +291,14 @@ def test_arguments_can_come_from_a_config_file(lata, tmp_path):
 def test_help_lists_the_same_choices_as_the_library(lata):
     _, printed, _ = lata("merge --help")
     for choice in (*WEIGHTINGS, *LEVELS, *STARTS):
-        assert f"'{choice}'" in printed
+        assert re.search(rf"[ |]{choice}[|\n]", printed), choice
 
 
 def test_help_needs_neither_torch_nor_transformers():
     code = (
         "import sys, lata_lightning\n"
-        "from lata_lightning.cli.main import build_parser\n"
-        "build_parser().format_help()\n"
+        "from lata_lightning.cli.main import COMMANDS, main, parser_of\n"
+        "[parser_of(name).format_help() for name in COMMANDS]\n"
         "print([name for name in ('torch', 'transformers', 'lightning', 'numpy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny_models import llama, read_back
 
-from lata_lightning.cli.main import build_parser, main
+from lata_lightning.cli.main import main, parser_of
 from lata_lightning.exports import EXPORTS
 from lata_lightning.vectors.aligning import align
 from lata_lightning.vectors.task_vector import TaskVector
@@ -78,6 +78,4 @@ def test_one_scale_too_few_is_an_error_of_one_line(lata, tmp_path):
 
 
 def test_the_command_offers_just_the_exports_there_are():
-    parser = build_parser()._subcommands_action._name_parser_map["export"]
-    action = next(action for action in parser._actions if action.dest == "to")
-    assert get_args(action._typehint) == EXPORTS
+    assert get_args(parser_of("export").types["to"]) == EXPORTS

@@ -1,13 +1,14 @@
 import json
 import shlex
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lata_lightning.cli import tune as tune_command
-from lata_lightning.cli.main import main
+from lata_lightning.cli.main import main, parser_of
 from lata_lightning.evaluation import tuning, unlearning
 from lata_lightning.evaluation.accuracy import exact_match
 from lata_lightning.evaluation.perplexity import perplexity
@@ -51,15 +52,11 @@ def scores_of(path, *skills):
 
 def test_choices_spelled_out_are_those_of_the_library():
     assert tuple(tune_command.DEFAULT_GRID) == tuning.DEFAULT_GRID
-    parser = main.__globals__["build_parser"]()
-    actions = {
-        name: {action.dest: action for action in parser._subcommands_action._name_parser_map[name]._actions}
-        for name in ("tune", "evaluate")
-    }
-    assert actions["tune"]["weighting"]._typehint.__args__ == WEIGHTINGS
-    assert actions["tune"]["level"]._typehint.__args__ == LEVELS
-    assert actions["tune"]["keep"].default == tuning.DEFAULT_KEPT
-    assert {actions[name]["metric"]._typehint.__args__ for name in actions} == {METRICS}
+    types = {name: parser_of(name).types for name in ("tune", "evaluate")}
+    assert get_args(types["tune"]["weighting"]) == WEIGHTINGS
+    assert get_args(types["tune"]["level"]) == LEVELS
+    assert parser_of("tune").get_default("keep") == tuning.DEFAULT_KEPT
+    assert {get_args(found["metric"]) for found in types.values()} == {METRICS}
 
 
 def test_evaluate_scores_files_and_writes_them(lata):

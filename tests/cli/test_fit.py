@@ -176,7 +176,7 @@ def test_wrong_usage_exits_with_2(folder, capsys):
 
 def test_help_names_the_sections(capsys):
     with pytest.raises(SystemExit, match="0"):
-        main(["fit", "--help"])
+        main(["fit", "--help-all"])
     printed = capsys.readouterr().out
     assert printed.startswith("usage: lata [options] fit")
     assert all(option in printed for option in ("--lata.instruction_vector", "--output", "--trainer.max_epochs", "--ckpt_path"))
