@@ -24,6 +24,9 @@ Level = Literal["block", "submodule", "tensor"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 LayerRule = Callable[[str], "str | None"]
 
+STATISTICS = "statistics"
+"""Role of a buffer, such as the running mean of a batch norm: it is no weight, and follows the data."""
+_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 _PARTS = ("attention", "cross_attention", "mlp", "norm", "other")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _CROSS = re.compile(r"cross|encdec|encoder_attn|multihead_attn", re.IGNORECASE)
@@ -50,7 +53,7 @@ class LayerMap:
 
     Attributes:
         places: Tensor name to place. Parts inside a block: ``attention``, ``cross_attention``, ``mlp``, ``norm``, ``other``.
-            Roles outside: ``embedding``, ``head``, ``final_norm``, ``other``.
+            Roles outside: ``embedding``, ``head``, ``final_norm``, ``other``, and ``statistics`` for buffers.
         blocks: Names of the blocks in order.
     """
 
@@ -116,6 +119,11 @@ def check_level(level: str) -> Level:
     return level
 
 
+def unwrapped(name: str) -> str:
+    """Name of a tensor or module without the parts that wrappers add: torch.compile, activation checkpointing and FSDP."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
 def layer_map(names: Iterable[str], *, structure: nn.Module | None = None, rule: LayerRule | str | None = None) -> LayerMap:
     """Place of every named tensor.
 
@@ -132,7 +140,8 @@ def layer_map(names: Iterable[str], *, structure: nn.Module | None = None, rule:
         LataError: The rule is no valid regular expression, or it places no tensor at all.
     """
     names = list(names)
-    modules = dict(structure.named_modules()) if structure is not None else {}
+    # Of a wrapper and what it wraps, both under one name, the inner one comes later and counts.
+    modules = {unwrapped(path): module for path, module in structure.named_modules()} if structure is not None else {}
     if rule is not None:
         block_of = _by_rule(names, rule)
         blocks = sorted({block for block in block_of.values() if block is not None}, key=_natural)

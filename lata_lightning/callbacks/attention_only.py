@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lata_lightning.callbacks.lata import LATACallback
 from lata_lightning.errors import LataError, first_three
-from lata_lightning.live.live_model import COMPILED, find_model
+from lata_lightning.layers import unwrapped
+from lata_lightning.live.live_model import find_model
 from lata_lightning.live.projections import attention_projections
 from lata_lightning.store.lora import peft_kinds
 
@@ -135,7 +136,7 @@ class AttentionOnlyFinetuning(pl.Callback):
                 # In training mode the running statistics follow the data, without any gradient.
                 part.eval()
         named = pl_module.named_parameters()
-        self._trainable = tuple(name.replace(COMPILED, "") for name, parameter in named if parameter.requires_grad)
+        self._trainable = tuple(unwrapped(name) for name, parameter in named if parameter.requires_grad)
 
     def _check_companions(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A head has a meaning for its own task only, so no task vector may contain it."""

@@ -20,10 +20,10 @@ from lata_lightning.display.tables import alignment_table, flat_warning, show
 from lata_lightning.errors import LataError, OutputError, first_three
 from lata_lightning.layers import LayerRule, Level, check_level
 from lata_lightning.live.gathering import export, manifest_of
+from lata_lightning.live.measuring import Measurement
 from lata_lightning.live.start_weights import SPILL_NAME
 from lata_lightning.live.tracker import Fingerprint, Tracker
 from lata_lightning.moments import Start, check_start, total
-from lata_lightning.numerics.measure import moments_table
 from lata_lightning.store.writer import PARTIAL_MARK, float_dtype
 from lata_lightning.vectors.task_vector import TaskVector
 from lata_lightning.weighting import DEFAULT_THRESHOLD, Weighting, check_weighting
@@ -147,6 +147,7 @@ class LATACallback(pl.Callback):
         self.alignment: Alignment | None = None
         """The last measurement; with coefficients once training has ended."""
         self._tracker: Tracker | None = None
+        self._measurement: Measurement | None = None
         self._restored: Fingerprint | None = None
         self._last_step: int | None = None
         self._directory: Path | None = None
@@ -171,14 +172,8 @@ class LATACallback(pl.Callback):
         if self._settled and trainer.global_step > 0 and self._tracker is not None and self._tracker.root is pl_module:
             return  # Another fit of the same trainer goes on from the weights it has: the start stays what it was.
         self._last_step, self._settled, self.alignment = None, False, None
-        self._tracker = Tracker(
-            pl_module,
-            model=self.model,
-            instruction=_open_instruction(self.instruction_vector),
-            start=self.start,
-            base_weights=self.base_weights,
-            layers=self.layers,
-        )
+        self._tracker = Tracker(pl_module, model=self.model, base_weights=self.base_weights, layers=self.layers)
+        self._measurement = Measurement(self._tracker, _open_instruction(self.instruction_vector), self.start)
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._tracker.ranks.agree(self._tracker.capture_early)
 
@@ -195,7 +190,7 @@ class LATACallback(pl.Callback):
             tracker.ranks.agree(lambda: self._check_companions(trainer))
             tracker.ranks.agree(lambda: tracker.settle(self._directory))
             rank_zero_info(f"LATACallback: start weights: {tracker.kept.describe(tracker.live)}")
-            tracker.check_instruction(self.level, weighted=self.weighting != "none")
+            self._require_measurement().check_instruction(self.level, weighted=self.weighting != "none")
             self._settled, self._decided = True, False
             if not trainer.strategy.restore_checkpoint_after_setup:
                 self._decide(trainer)
@@ -290,6 +285,11 @@ class LATACallback(pl.Callback):
             raise LataError("LATACallback was not set up: it has to be among the trainer's callbacks when fit is called")
         return self._tracker
 
+    def _require_measurement(self) -> Measurement:
+        if self._measurement is None:
+            raise LataError("LATACallback was not set up: it has to be among the trainer's callbacks when fit is called")
+        return self._measurement
+
     def _check_companions(self, trainer: pl.Trainer) -> None:
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if (
@@ -342,8 +342,7 @@ class LATACallback(pl.Callback):
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, on_step: bool | None) -> None:
         """Take the sums and log; ``on_step`` is None where logging through the module is not allowed any more."""
         tracker = self._require_tracker()
-        names, sums = tracker.sums()
-        table = moments_table(dict(zip(names, sums, strict=True)))
+        table = self._require_measurement().moments()
         alignment = alignment_of(table, tracker.places, self.level, self.start)
         figures = summary(total(table.values()), alignment, self.instruction_vector is not None)
         self.alignment, self._last_step = alignment, trainer.global_step
@@ -364,8 +363,8 @@ class LATACallback(pl.Callback):
         tracker = self._require_tracker()
         tracker.ranks.agree(tracker.kept.check_origin)
         tracker.check_frozen()
-        alignment = self.alignment if tracker.instruction is not None else None
-        manifest = manifest_of(tracker, alignment, trainer.global_step, trainer.current_epoch)
+        alignment = self.alignment if self._require_measurement().instruction is not None else None
+        manifest = manifest_of(tracker, self.start, alignment, trainer.global_step, trainer.current_epoch)
         tracker.ranks.agree(lambda: export(tracker, self._write, manifest))
         self._finished = True
         if trainer.is_global_zero:
@@ -377,7 +376,7 @@ class LATACallback(pl.Callback):
 
     def _write(self, vector: TaskVector) -> None:
         """On rank zero: weight the vector, show it, and write it."""
-        alignment, instruction = vector.manifest.alignment, self._require_tracker().instruction
+        alignment, instruction = vector.manifest.alignment, self._require_measurement().instruction
         if alignment is not None and alignment.undefined and self.weighting != "none":
             rank_zero_warn(
                 f"the alignment is undefined in {first_three(alignment.undefined)} layers; the vector is exported without coefficients"

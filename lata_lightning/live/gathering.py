@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
 from typing import Literal, TypeVar
 
@@ -11,8 +12,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lata_lightning.alignment import Alignment
+from lata_lightning.errors import first_three
+from lata_lightning.layers import LayerMap
 from lata_lightning.live.tracker import Tracker
+from lata_lightning.moments import Start
 from lata_lightning.numerics.low_rank import LowRank
+from lata_lightning.numerics.measure import same_values
 from lata_lightning.store.hashing import hash_values
 from lata_lightning.store.sources import Source
 from lata_lightning.vectors.differences import Difference
@@ -37,41 +42,76 @@ def export(tracker: Tracker, write: Callable[[TaskVector], _Result], start: Mani
         What ``write`` returned; None on other ranks.
     """
     tracker.look()
+    still, lost = _states(tracker)
     if tracker.ranks.rank != 0:
         _deliver(tracker)
         return None
     try:
-        return write(_task_vector(tracker, start))
+        return write(_task_vector(tracker, start, still, lost))
     finally:
         tracker.ranks.from_rank(torch.tensor([_DONE, 0]), 0)
 
 
-def manifest_of(tracker: Tracker, alignment: Alignment | None, step: int, epoch: int) -> Manifest:
+def manifest_of(tracker: Tracker, start: Start, alignment: Alignment | None, step: int, epoch: int) -> Manifest:
     """Manifest of the vector as it now stands, without tensors and identities."""
-    return Manifest(kind="task", start=tracker.start, layers=tracker.places, alignment=alignment, step=step, epoch=epoch)
+    return Manifest(kind="task", start=start, layers=tracker.places, alignment=alignment, step=step, epoch=epoch)
 
 
-def _task_vector(tracker: Tracker, manifest: Manifest) -> TaskVector:
+def _states(tracker: Tracker) -> tuple[frozenset[str], frozenset[str]]:
+    """Tensors that are exported as unchanged, and buffers that cannot be exported; the same on every process.
+
+    Unchanged are frozen tensors, buffers equal to their start, and parameters that are equal to it and hold infinite entries. Buffers that
+    changed have no difference where their shape changed, or where they are not finite.
+    """
     live = tracker.live
-    sides = {side: _Gathered(tracker, side) for side in _SIDES}
-    frozen = [name for name in live.names if name not in tracker.changing]
+    names = [name for name in live.names if name in tracker.changing and name not in live.adapted]
+    flags = torch.zeros(len(names), 2, dtype=torch.int64)
+    for index, name in enumerate(names):
+        if not tracker.counts(name):
+            continue
+        shard = live.shard(name)
+        finite = bool(torch.isfinite(shard.local).all())
+        if finite and name not in live.buffers:
+            # Whether it moved shows in the difference, which is written anyway.
+            flags[index, 0] = 1
+            continue
+        origin = tracker.kept.read(name, shard)
+        moved = not same_values(shard.local, origin)
+        exact = finite and origin.shape == shard.local.shape and bool(torch.isfinite(origin).all())
+        flags[index] = torch.tensor([moved, moved and not exact and name in live.buffers])
+    columns = tracker.ranks.total(flags).T.tolist()
+    moved_names, lost = ({name for name, flag in zip(names, column, strict=True) if flag} for column in columns)
+    return frozenset(set(live.names) - live.adapted - moved_names), frozenset(lost)
+
+
+def _task_vector(tracker: Tracker, manifest: Manifest, still: Set[str], lost: Set[str]) -> TaskVector:
+    live = tracker.live
+    if lost:
+        warnings.warn(
+            f"buffers that changed their shape, or hold infinite values and changed, are left out of the task vector: {first_three(lost)}",
+            stacklevel=2,
+        )
+    names = tuple(name for name in live.names if name not in lost)
+    sides = {side: _Gathered(tracker, side, names) for side in _SIDES}
+    unread = [name for name in names if (name in still or name in live.adapted) and name not in tracker.unhashable]
     # Of tensors that are not written, the identity of the start is to be known all the same.
-    still = {name: hash_values(sides["start"].read(name)) for name in [*frozen, *live.adapted] if name not in tracker.unhashable}
-    entries = {name: TensorEntry(live.shape(name), "float32", unchanged=True) for name in frozen}
-    manifest = replace(manifest, start_identity=Identity(tracker.location), tensors=entries)
-    return TaskVector(_LiveDifference(tracker, sides["start"], sides["live"], still), manifest)
+    known = {name: hash_values(sides["start"].read(name)) for name in unread}
+    entries = {name: TensorEntry(live.shape(name), "float32", unchanged=True) for name in names if name in still}
+    layers = LayerMap({name: manifest.layers.places[name] for name in names}, manifest.layers.blocks)
+    manifest = replace(manifest, layers=layers, start_identity=Identity(tracker.location), tensors=entries)
+    return TaskVector(_LiveDifference(tracker, sides["start"], sides["live"], known, still), manifest)
 
 
 class _Gathered(Source):
     """One side of the difference, gathered when it is read."""
 
-    def __init__(self, tracker: Tracker, side: Side) -> None:
-        self._tracker, self._side = tracker, side
+    def __init__(self, tracker: Tracker, side: Side, names: tuple[str, ...]) -> None:
+        self._tracker, self._side, self._names = tracker, side, names
         self.location = tracker.live.location if side == "start" else None
 
     @property
     def names(self) -> tuple[str, ...]:
-        return self._tracker.live.names
+        return self._names
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tracker.live.shape(name)
@@ -88,11 +128,13 @@ class _Gathered(Source):
 class _LiveDifference(Difference):
     """Live minus start weights; of a tensor under an adapter, what the adapter adds, without a detour over the sum."""
 
-    def __init__(self, tracker: Tracker, start: Source, live: Source, still: Mapping[str, str]) -> None:
-        super().__init__(start, live, start.names, known=still)
-        self._model, self._tracker = tracker.live, tracker
+    def __init__(self, tracker: Tracker, start: Source, live: Source, known: Mapping[str, str], still: Set[str]) -> None:
+        super().__init__(start, live, start.names, known=known)
+        self._model, self._tracker, self._still = tracker.live, tracker, still
 
     def read(self, name: str) -> Tensor:
+        if name in self._still:
+            return torch.zeros(self.shape(name))
         factors = self.low_rank(name)
         return super().read(name) if factors is None else factors.dense(self.dtype(name))
 

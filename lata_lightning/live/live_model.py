@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -11,12 +12,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as Sharded
 
 from lata_lightning.errors import LataError, first_three
+from lata_lightning.layers import unwrapped
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
 from lata_lightning.store.lora import peft_kinds
 from lata_lightning.store.sources import Source
-
-COMPILED = "_orig_mod."
 
 
 class Shard(NamedTuple):
@@ -37,15 +37,13 @@ class Shard(NamedTuple):
 class LiveModel(Source):
     """Floating parameters and persistent buffers of a module in training, under the names its checkpoint would have.
 
-    Tied tensors appear once, under their first name; the markers of compiled submodules are taken off. ``read`` gives the tensor as it
+    Tied tensors appear once, under their first name; what wrappers add to names is taken off (see ``unwrapped``). ``read`` gives the tensor as it
     stands, on its device and without a copy, so what it returns changes with the next optimizer step. (Where a checkpoint stores in pieces what the
     module holds as one, some pieces are copies: look at the model anew before each measurement.)
     """
 
     def __init__(self, module: nn.Module) -> None:
-        persistent = module.state_dict(keep_vars=True).keys()
-        buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
-        held = {name.replace(COMPILED, ""): tensor for name, tensor in {**dict(module.named_parameters()), **buffers}.items()}
+        held = {unwrapped(name): tensor for name, tensor in [*module.named_parameters(), *_persistent_buffers(module)]}
         packed = [name for name, parameter in module.named_parameters() if not parameter.is_floating_point()]
         if packed:
             raise LataError(
@@ -72,6 +70,9 @@ class LiveModel(Source):
         self._tensors = {name: tensor.detach() for name, tensor in named.items()}
         self._names = tuple(self._tensors)
         self.index = {name: number for number, name in enumerate(self._tensors)}
+        buffers = {name: tensor for name, tensor in held.items() if not isinstance(tensor, nn.Parameter)}
+        self.buffers = frozenset(under_checkpoint_names(module, buffers))
+        """Names of the tensors that are no parameters: they are followed, and not measured."""
         self._changing: tuple[tuple[bool, ...], tuple[str, ...]] | None = None
 
     @property
@@ -131,6 +132,18 @@ class LiveModel(Source):
         return bool(self._tensors) and not any(tensor.is_meta for name, tensor in self._tensors.items() if name not in self.quantised)
 
 
+def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that a checkpoint of the module holds, each once, under its first name."""
+    # Asked of each part, as state_dict may be overridden and need not take arguments.
+    persistent = {
+        f"{path}.{name}".removeprefix(".")
+        for path, part in module.named_modules()
+        for name, _ in part.named_buffers(recurse=False)
+        if name not in part._non_persistent_buffers_set
+    }
+    return ((name, buffer) for name, buffer in module.named_buffers() if name in persistent)
+
+
 def _shard_of(name: str, tensor: DTensor) -> Shard:
     """The local part of a DTensor; chunks are cut as ``torch.chunk`` cuts them, so the last ones may be smaller or empty."""
     bounds = [(0, length) for length in tensor.shape]
@@ -167,19 +180,31 @@ def find_model(module: nn.Module, name: str | None = None) -> nn.Module:
     """
     if name is not None:
         try:
-            return module.get_submodule(name)
+            found = module.get_submodule(name)
         except AttributeError as error:
             children = [child for child, _ in module.named_children()]
             raise LataError(f"the LightningModule has no submodule {name!r}; its children are {children}") from error
+        return _inside_wrappers(found)
     for kinds in (peft_kinds(), _transformers_kinds()):
-        found: dict[str, nn.Module] = {}
+        models: dict[str, nn.Module] = {}
         for path, candidate in module.named_modules():
-            if isinstance(candidate, kinds) and not any(path.startswith(outer + ".") or outer == "" for outer in found):
-                found[path] = candidate
-        if len(found) > 1:
-            raise LataError(f"the LightningModule holds several models, {first_three(found)}; say which one to watch with model=…")
-        if found:
-            return next(iter(found.values()))
+            if isinstance(candidate, kinds) and not any(path.startswith(outer + ".") or outer == "" for outer in models):
+                models[unwrapped(path)] = candidate
+        if len(models) > 1:
+            raise LataError(
+                f"the LightningModule holds several models, {first_three(models)}; say which one is meant, such as model={min(models)!r}"
+            )
+        if models:
+            return next(iter(models.values()))
+    return module
+
+
+def _inside_wrappers(module: nn.Module) -> nn.Module:
+    """The module in torch.compile's wrapper, or in that of activation checkpointing; any other module itself."""
+    children = list(module.named_children())
+    while len(children) == 1 and not unwrapped(children[0][0]):
+        module = children[0][1]
+        children = list(module.named_children())
     return module
 
 

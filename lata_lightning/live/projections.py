@@ -6,8 +6,7 @@ import re
 
 from torch import nn
 
-from lata_lightning.layers import layer_map, part_of
-from lata_lightning.live.live_model import COMPILED
+from lata_lightning.layers import layer_map, part_of, unwrapped
 
 _ATTENTION_PARTS = ("attention", "cross_attention")
 # Words of a name, between underscores, that say a tensor makes queries, keys, values or the output; fused ones and low-rank factors included.
@@ -41,18 +40,18 @@ def attention_projections(model: nn.Module, *, train_bias: bool = False) -> dict
         train_bias: Whether the biases that belong to the matrices come along.
 
     Returns:
-        Parameters by their name in ``model`` (without the markers of compiled submodules), in the order of the model; each once, under its first
+        Parameters by their name in ``model`` (without what wrappers add to it), in the order of the model; each once, under its first
         name. Empty for a model without attention.
 
     Source: arXiv:2407.07089.
     """
     held = {
-        f"{path}.{leaf}".removeprefix(".").replace(COMPILED, ""): (owner, parameter)
+        unwrapped(f"{path}.{leaf}".removeprefix(".")): (owner, parameter)
         for path, owner in model.named_modules()
         for leaf, parameter in owner.named_parameters(recurse=False)
     }
     places = layer_map(held, structure=model).places
-    modules = dict(model.named_modules())
+    modules = {unwrapped(path): module for path, module in model.named_modules()}
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for name, (owner, parameter) in held.items():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lata_lightning.errors import CorruptFileError, LataError
 from lata_lightning.live.live_model import LiveModel, Shard
+from lata_lightning.numerics.measure import same_values
 from lata_lightning.store.sources import Source
 
 SPILL_NAME = "start_weights"
@@ -32,6 +33,7 @@ class StartWeights:
 
     def __init__(self, origin: Source | None = None, *, trusted: bool = False) -> None:
         self._origin, self._trusted = origin, trusted
+        self._available = frozenset(() if origin is None else origin.names)
         self._stamps = _stamps(origin)
         self._copies: dict[str, Tensor] = {}
         self._sourced: set[str] = set()
@@ -69,7 +71,7 @@ class StartWeights:
 
     def find(self, name: str, shard: Shard) -> bool:
         """Whether the present value of a tensor lies in the origin, so that it costs nothing to keep."""
-        if self._origin is not None and (self._trusted or _same(self._from_origin(name, shard), shard.local)):
+        if name in self._available and (self._trusted or same_values(self._from_origin(name, shard), shard.local)):
             self._sourced.add(name)
             return True
         return False
@@ -204,10 +206,6 @@ class Spill:
 
 def _slices(shard: Shard) -> tuple[slice, ...]:
     return shard.slices if shard.slices is not None else tuple(slice(0, length) for length in shard.local.shape)
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one, other.detach().cpu())
 
 
 def _stamps(origin: Source | None) -> list[tuple[str, int, int]]:

@@ -1,4 +1,4 @@
-"""The work behind the callback on each process: start weights, live weights and instruction vector held together."""
+"""The weights of a model in training beside those it started from, on each process of a run."""
 
 from __future__ import annotations
 
@@ -7,39 +7,36 @@ from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lata_lightning.errors import BaseMismatchError, LataError, LayoutMismatchError, WeightingError, first_three
-from lata_lightning.layers import LayerMap, LayerRule, Level, layer_map
+from lata_lightning.errors import BaseMismatchError, LataError, first_three
+from lata_lightning.layers import STATISTICS, LayerMap, LayerRule, Place, layer_map
 from lata_lightning.live.adapters import LoraModel, look_at
 from lata_lightning.live.live_model import LiveModel
+from lata_lightning.live.matching import matched_to
 from lata_lightning.live.ranks import Ranks
 from lata_lightning.live.start_weights import SPILL_NAME, StartWeights
-from lata_lightning.moments import Start
 from lata_lightning.numerics.low_rank import LowRank
-from lata_lightning.numerics.measure import moments_table, tensor_sums
+from lata_lightning.numerics.measure import same_values
 from lata_lightning.store.hashing import value_sums
 from lata_lightning.store.opening import open_source
-from lata_lightning.store.pairing import pair
 from lata_lightning.store.sources import Source
-from lata_lightning.vectors.task_vector import TaskVector
 
 PROVIDERS = ("auto", "lora", "source", "spill", "memory")
+_BUFFER = Place(None, STATISTICS)
 _ADVICE = "Pass base_weights=<directory or checkpoint of the start weights>, or train with base_weights='spill' from the start."
 Fingerprint = Mapping[str, list[int]]
 
 
 class Tracker:
-    """Measures the difference between a module in training and the weights it started from.
+    """Follows a module in training: knows which weights it started from, which of its tensors can change, and what this process counts of them.
 
     Every process of a run has one. Tensors that all processes hold alike are shared out among them by name; of sharded tensors each process
-    sees to its own part. Only sums cross between processes, in one reduction per measurement.
+    counts its own part.
 
     Args:
         root: The LightningModule.
         model: Path of the model inside of it; None to look for it.
-        instruction: Instruct minus base, or None.
-        start: What the fine-tune starts from.
         base_weights: How the start weights are kept: one of ``PROVIDERS``, or where they lie.
         layers: Rule that names the blocks.
     """
@@ -49,21 +46,17 @@ class Tracker:
         root: nn.Module,
         *,
         model: str | None = None,
-        instruction: TaskVector | None = None,
-        start: Start = "instruct",
         base_weights: str = "auto",
         layers: LayerRule | str | None = None,
     ) -> None:
         self.root, self._model = root, model
-        self.instruction, self.start, self._base_weights, self._rule = instruction, start, base_weights, layers
+        self._base_weights, self._rule = base_weights, layers
         self.ranks = Ranks()
         self._live: LiveModel | None = None
         self._kept: StartWeights | None = None
         self._changing: set[str] = set()
         # What adapters add when training starts, where that is not zero: by their initialisation, or from earlier training.
         self._start_factors: dict[str, LowRank] = {}
-        self._squares: dict[str, float] = {}
-        self._local_squares: dict[str, float] = {}
         self._spill_to: Path | None = None
         self._frozen: dict[str, list[int]] = {}
         self.places = LayerMap({}, ())
@@ -99,7 +92,7 @@ class Tracker:
             if not live.adapted:
                 # What is frozen now may have been trained before the checkpoint that is resumed.
                 for name in live.names:
-                    if name not in self._changing and self._counts(name):
+                    if name not in self._changing and self.counts(name):
                         self._kept.find(name, live.shard(name))
 
     def settle(self, spill_to: Path | None) -> None:
@@ -119,7 +112,8 @@ class Tracker:
                 self._start_factors[name] = self._start_factors[name].stored_as(live.added(name).parts[0].left.dtype)
         self._capture(name for name in live.changing if name not in self._changing)
         self._check_provider(live)
-        self.places = layer_map(live.names, structure=live.module, rule=self._rule)
+        layers = layer_map([name for name in live.names if name not in live.buffers], structure=live.module, rule=self._rule)
+        self.places = LayerMap({name: layers.places.get(name, _BUFFER) for name in live.names}, layers.blocks)
 
     def take_up(self, recorded: Fingerprint | None) -> None:
         """On a resumed run: keep what the first run has kept, its spilled start weights before those that were kept since.
@@ -137,7 +131,7 @@ class Tracker:
                 del self._start_factors[name]
         for name in set(self.live.names) & set(recorded):
             # Trained before the checkpoint, also if it is frozen now.
-            if name not in self._changing and self._base_weights not in PROVIDERS and self._counts(name):
+            if name not in self._changing and self._base_weights not in PROVIDERS and self.counts(name):
                 self.kept.capture(name, self.live.shard(name))
             self._changing.add(name)
         asking = set(self.live.changing)
@@ -146,10 +140,10 @@ class Tracker:
                 # Never trained, and frozen by a callback that came after the weights were first kept.
                 self.kept.release(name)
                 self._changing.discard(name)
-            elif self._counts(name) and name not in self.live.adapted and self._base_weights in PROVIDERS:
+            elif self.counts(name) and name not in self.live.adapted and self._base_weights in PROVIDERS:
                 # Frozen until the checkpoint: what it restores is the start value.
                 self.kept.capture(name, self.live.shard(name))
-        lost = [name for name in self._changing if self._counts(name) and name not in self.live.adapted and not self.kept.has(name)]
+        lost = [name for name in self._changing if self.counts(name) and name not in self.live.adapted and not self.kept.has(name)]
         if lost:
             raise LataError(
                 f"the start values of {first_three(lost)} cannot be had any more: they are frozen now and were trained before. {_ADVICE}"
@@ -190,32 +184,10 @@ class Tracker:
                 "extract the task vector from the saved model instead: lata extract START TUNED --output VECTOR"
             )
 
-    def check_instruction(self, level: Level, *, weighted: bool) -> None:
-        """Refuse an instruction vector of another layout, or one that is zero in a layer that is to be weighted."""
-        if self.instruction is None:
-            return
-        matched, _ = pair(self.live, self.instruction.tensors)
-        missing = set(self.live.names) - set(matched.names)
-        if missing:
-            raise LayoutMismatchError(f"the instruction vector {self.instruction.label} lacks {first_three(missing)}")
-        sums = torch.zeros(len(self.live.names), 3, dtype=torch.float64)
-        for index, name in enumerate(self.live.names):
-            if index % self.ranks.world == self.ranks.rank:
-                sums[index] = tensor_sums(self.instruction.held(name))
-        table = moments_table(dict(zip(self.live.names, self.ranks.total(sums), strict=True)))
-        self._squares = {name: row.task for name, row in table.items()}
-        layers = self.places.layers(level)
-        empty = [layer for layer, names in layers.items() if not any(self._squares[name] for name in names)]
-        if empty and weighted:
-            raise WeightingError(
-                f"the instruction vector is zero in {first_three(empty)} of {len(layers)} layers, so they have no alignment to be weighted by. "
-                "Use a coarser level, or weighting='none'."
-            )
-
     def capture_late(self) -> None:
         """Before the first step of a fresh run: take weights that were loaded since as the start, and say so."""
         self.look()
-        changed = [name for name in sorted(self._changing) if (self._counts(name) or name in self.live.adapted) and self._moved(name)]
+        changed = [name for name in sorted(self._changing) if (self.counts(name) or name in self.live.adapted) and self._moved(name)]
         if changed and self._base_weights not in PROVIDERS:
             raise BaseMismatchError(
                 f"the model does not start from {self._base_weights}: it has other values in {first_three(changed)}. Pass the weights it starts from."
@@ -245,22 +217,6 @@ class Tracker:
             self._take_fingerprint(new)
             self._spill()
 
-    def sums(self) -> tuple[list[str], Tensor]:
-        """Names and their three sums over all processes, float64 of shape (tensors, 3), on the CPU."""
-        live = self.look()
-        return list(live.names), self.ranks.total(self.ranks.agree(lambda: self._own_sums(live)))
-
-    def _own_sums(self, live: LiveModel) -> Tensor:
-        """What this process adds to the sums of every tensor, of shape (tensors, 3)."""
-        self.kept.check_origin()
-        rows = torch.zeros(len(live.names), 3, dtype=torch.float64)
-        for index, name in enumerate(live.names):
-            if name not in self._changing:
-                rows[index] = self._frozen_sums(name) if self.ranks.rank == 0 else 0.0
-            elif self._counts(name):
-                rows[index] = self._sums_of(name)
-        return rows
-
     def look(self) -> LiveModel:
         """The model as it now stands."""
         self._live = look_at(self.root, self._model)
@@ -270,7 +226,8 @@ class Tracker:
         """The process that keeps the start value of a tensor that all processes hold alike."""
         return self.live.index[name] % self.ranks.world
 
-    def _counts(self, name: str) -> bool:
+    def counts(self, name: str) -> bool:
+        """Whether this process counts its part of a tensor, and keeps the start value of that part."""
         counted = self.live.shard(name).counted
         return self.owner(name) == self.ranks.rank if counted is None else counted
 
@@ -279,7 +236,7 @@ class Tracker:
             self._changing.add(name)
             if name in self.live.adapted:
                 self._capture_factors(name)
-            elif self._counts(name):
+            elif self.counts(name):
                 self.kept.capture(name, self.live.shard(name))
 
     def _capture_factors(self, name: str) -> None:
@@ -319,7 +276,7 @@ class Tracker:
             added = self.live.added(name)
             return added.any() if before is None else not added.equals(before)
         shard = self.live.shard(name)
-        return not torch.equal(shard.local.cpu(), self.kept.read(name, shard))
+        return not same_values(shard.local, self.kept.read(name, shard))
 
     def _take_fingerprint(self, names: Iterable[str]) -> None:
         self.fingerprint.update(self._sums_of_bits(names))
@@ -329,36 +286,13 @@ class Tracker:
         listed = sorted(names)
         sums = torch.zeros(len(listed), 2, dtype=torch.int64)
         for index, name in enumerate(listed):
-            if self._counts(name):
+            if self.counts(name):
                 is_live = name in self.live.adapted or name not in self._changing
                 sums[index] = value_sums(self.live.bits(name).cpu() if is_live else self.kept.read(name, self.live.shard(name)))
                 before = self._start_factors.get(name)
                 for part in () if before is None else before.parts:
                     sums[index] += value_sums(part.left) + value_sums(part.right)
         return dict(zip(listed, self.ranks.total(sums).tolist(), strict=True))
-
-    def _sums_of(self, name: str) -> Tensor:
-        # Without an instruction vector there is nothing to take off, whatever the start was.
-        start: Start = self.start if self.instruction is not None else "instruct"
-        shard = self.live.shard(name)
-        direction: Tensor | LowRank | None = None
-        if self.instruction is not None:
-            direction = self.instruction.held(name) if shard.slices is None else self.instruction.read_slice(name, shard.slices)
-        if name in self.live.adapted:
-            sums = tensor_sums(self.added(name), direction, start=start, instruction_squared=self._local_squares.get(name))
-        else:
-            origin = self.kept.read(name, shard)
-            sums = tensor_sums(shard.local, direction, subtract=origin, start=start, instruction_squared=self._local_squares.get(name))
-        if direction is not None:
-            # Of the part that this process holds, which stays the same while it trains.
-            self._local_squares[name] = sums[2].item()
-        return sums.cpu()
-
-    def _frozen_sums(self, name: str) -> Tensor:
-        square = self._squares.get(name, 0.0)
-        # Frozen, so the difference is zero; from base, that means the task vector takes the whole instruction vector back.
-        row = [0.0, 0.0, square] if self.start == "instruct" else [-square, square, square]
-        return torch.tensor(row, dtype=torch.float64)
 
     def _new_kept(self) -> StartWeights:
         origin, trusted = self._origin()
@@ -368,19 +302,14 @@ class Tracker:
         """Where the start weights may be read again from, and whether they are known to lie there."""
         live = self.live
         if self._base_weights not in PROVIDERS:
-            matched, origin = pair(live, open_source(self._base_weights))
-            missing = set(live.names) - set(matched.names)
-            if missing:
-                raise LayoutMismatchError(f"the start weights {self._base_weights} lack {first_three(missing)}")
-            return origin, True
+            return matched_to(live, open_source(self._base_weights), f"the start weights {self._base_weights}", self.root), True
         if self._base_weights not in ("auto", "source") or live.location is None or not Path(live.location).is_dir():
             return None, False
         try:
-            matched, origin = pair(live, open_source(live.location))
+            return matched_to(live, open_source(live.location), live.location, self.root), False
         except LataError:
             # What the model says it was loaded from need not be weights of its own shape; then they are copied.
             return None, False
-        return (origin, False) if set(matched.names) == set(live.names) else (None, False)
 
     def _check_provider(self, live: LiveModel) -> None:
         if self._base_weights == "lora" and not live.adapted:

@@ -121,6 +121,15 @@ def all_finite(values: Tensor) -> bool:
     return bits.size == 0 or int(np.bitwise_and(bits, np.iinfo(bits.dtype).max).max()) < infinite
 
 
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one dtype and shape hold the same numbers, infinite and NaN ones included."""
+    one, other = one.detach().cpu(), other.detach().cpu()
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    # NaN equals nothing, but the same bits of it are no change.
+    return torch.equal(one, other) or torch.equal(*(side.reshape(-1).view(torch.uint8) for side in (one, other)))
+
+
 def _array(values: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
     return (values if values.dtype in (torch.float32, torch.float64) else values.float()).numpy()
 

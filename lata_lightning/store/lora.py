@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lata_lightning.errors import LataError, first_three
+from lata_lightning.layers import unwrapped
 from lata_lightning.numerics.low_rank import Factors, LowRank
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
 
-_COMPILED = "_orig_mod."
 # Initialisations that take what the factors start with off the base weight, so that the sum is still the original weight.
 RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
@@ -44,14 +44,14 @@ class AdaptedModel:
                     f"the adapter {adapter!r} repeats layers (layer_replication): what it makes has other tensors than its start"
                 )
         base = self.module = model.get_base_model()
-        found = {name.replace(_COMPILED, ""): layer for name, layer in base.named_modules() if _is_tuner(layer)}
+        found = {unwrapped(name): layer for name, layer in base.named_modules() if _is_tuner(layer)}
         for name, layer in found.items():
             _check_layer(name, layer)
         active = set(model.active_adapters)
         _check_tied(base, active)
         self.plain: dict[str, Tensor] = {}
         packed: dict[str, Tensor] = {}
-        parameters = {name.replace(_COMPILED, ""): parameter for name, parameter in base.named_parameters()}
+        parameters = {unwrapped(name): parameter for name, parameter in base.named_parameters()}
         copied = {_plain_name(name, active) for name in parameters if ".modules_to_save." in name}
         owners = {id(parameter): part for part in base.modules() for parameter in part.parameters(recurse=False)}
         for name, parameter in parameters.items():
@@ -176,7 +176,7 @@ def _factors(layer: Any, adapter: str) -> Factors:
 def _check_tied(base: nn.Module, active: set[str]) -> None:
     """Refuse trained copies of a tied weight that leave its other places with the original: no checkpoint of the start's layout holds both."""
     places: dict[int, list[str]] = {}
-    parameters = {name.replace(_COMPILED, ""): parameter for name, parameter in base.named_parameters(remove_duplicate=False)}
+    parameters = {unwrapped(name): parameter for name, parameter in base.named_parameters(remove_duplicate=False)}
     for name, parameter in parameters.items():
         places.setdefault(id(parameter), []).append(name)
     copies = {_plain_name(name, active): id(parameter) for name, parameter in parameters.items() if ".modules_to_save." in name}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lata_lightning.errors import CorruptFileError, SourceError
+from lata_lightning.layers import unwrapped
 from lata_lightning.numerics.chunks import Load, in_parallel, pieces_of, products, worker_count
 from lata_lightning.numerics.chunks import slices as in_memory
 from lata_lightning.numerics.low_rank import LowRank
@@ -187,14 +188,14 @@ class StateDictSource(Source):
         if isinstance(tensors, nn.Module):
             config = getattr(tensors, "config", None)
             self.config = config.to_dict() if config is not None and hasattr(config, "to_dict") else None
-            tensors = tensors.state_dict()
+            # Not the module's own method, which may leave tensors out and need not take arguments.
+            tensors = nn.Module.state_dict(tensors)
         self.location = location
         self._tensors: dict[str, Tensor] = {}
         tied = {}
         first_at: dict[tuple[Any, ...], str] = {}
         for raw_name, tensor in tensors.items():
-            # Compiled submodules carry a marker in their names that no checkpoint on disk has.
-            name = raw_name.replace("_orig_mod.", "")
+            name = unwrapped(raw_name)
             if not isinstance(tensor, Tensor):
                 raise SourceError(f"{self.label} must map names to tensors; {name!r} is a {type(tensor).__name__}")
             storage = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())

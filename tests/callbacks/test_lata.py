@@ -448,7 +448,7 @@ def test_two_models_side_by_side_have_to_be_told_apart(tmp_path, instruct):
             super().__init__(instruct)
             self.teacher = tiny_llama(seed=2).requires_grad_(False)
 
-    with pytest.raises(LataError, match="say which one to watch with model="):
+    with pytest.raises(LataError, match="say which one is meant, such as model='model'"):
         trainer(tmp_path, LATACallback(output_dir=tmp_path / "lata")).fit(Two(), batches())
     trainer(tmp_path, LATACallback(model="model", output_dir=tmp_path / "lata")).fit(Two(), batches())
     assert "model.embed_tokens.weight" in TaskVector.open(tmp_path / "lata/task_vector")

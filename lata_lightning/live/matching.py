@@ -1,0 +1,66 @@
+"""Other weights under the names of the model in training: its start on disk, or an instruction vector."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import nn
+
+from lata_lightning.errors import LayoutMismatchError, first_three
+from lata_lightning.layers import unwrapped
+from lata_lightning.live.live_model import LiveModel
+from lata_lightning.store.pairing import pair
+from lata_lightning.store.sources import Source, View
+
+
+def matched_to(live: LiveModel, source: Source, what: str, root: nn.Module) -> Source:
+    """A source under the names of the live model.
+
+    Args:
+        live: The model in training.
+        source: Holds the same parameters. Buffers may be on one side only.
+        what: What the source is, for messages: ``"the start weights /path"``.
+        root: The LightningModule, in which an error may name the model that is meant.
+
+    Raises:
+        LayoutMismatchError: The source lacks a parameter, or holds it in another shape.
+    """
+    weights = {name: name for name in live.names if name not in live.buffers}
+    try:
+        matched, found = pair(live, source)
+    except LayoutMismatchError as error:
+        try:
+            matched, found = pair(View(live, weights), View(source, {name: name for name in source.names if name not in live.buffers}))
+        except LayoutMismatchError:
+            raise LayoutMismatchError(f"{what} must fit the model in training: {error}{_advice(live, source, root)}") from error
+    missing = set(weights) - set(matched.names)
+    if missing:
+        raise LayoutMismatchError(f"{what} must hold every parameter of the model in training; it lacks {first_three(missing)}")
+    return found
+
+
+def _advice(live: LiveModel, source: Source, root: nn.Module) -> str:
+    """What to do about a layout that does not fit, where that can be told; begins with a space."""
+    wanted = set(source.names)
+    below: Counter[str] = Counter()
+    for name in live.names:
+        parts = name.split(".")
+        below.update(".".join(parts[:cut]) for cut in range(1, len(parts)) if ".".join(parts[cut:]) in wanted)
+    path, count = max(below.items(), key=lambda item: item[1], default=("", 0))
+    if 2 * count > len(wanted):
+        above = next((unwrapped(place) for place, module in root.named_modules() if module is live.module), "")
+        return (
+            f" {count} of its {len(wanted)} tensors are those below {path!r}: name that model with model={f'{above}.{path}'.strip('.')!r}."
+        )
+    grown = [
+        name
+        for name in live.names
+        if name in wanted and len(live.shape(name)) == 2 and live.shape(name)[1:] == source.shape(name)[1:] != live.shape(name)
+    ]
+    grown = [name for name in grown if live.shape(name)[0] != source.shape(name)[0]]
+    if grown:
+        return (
+            f" Where training added tokens, resize the other side alike and save it, or leave {first_three(grown)} out of the measurement: "
+            f"leave_out={sorted(grown)[:1]!r}."
+        )
+    return ""

@@ -1,0 +1,110 @@
+import peft
+import pytest
+import torch
+from small_modules import Stack, exported, follow, train
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lata_lightning import LataError, TaskVector
+from lata_lightning.live.adapters import look_at
+from lata_lightning.live.live_model import LiveModel, find_model
+
+pytestmark = [
+    # torch warns of its own use of torch.jit when it imports its compiler.
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
+    # peft asks a model of transformers for an attribute by its older name.
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+]
+
+
+class Overridden(Stack):
+    """Overrides state_dict without arguments, as for a checkpoint that leaves a frozen part out."""
+
+    def state_dict(self):
+        return {}
+
+
+def test_a_module_that_overrides_state_dict_without_arguments_is_read_whole():
+    module = Overridden()
+    module.register_buffer("scratch", torch.zeros(2), persistent=False)
+    plain = Stack()
+    floating = {name for name, tensor in plain.state_dict().items() if tensor.is_floating_point()}
+    assert set(LiveModel(module).names) == floating
+    assert set(TaskVector.between(plain, module)) >= {name for name, _ in plain.named_parameters()}
+
+
+def compiled(module):
+    module.layers[0] = torch.compile(module.layers[0])
+    module.layers[1].attention = torch.compile(module.layers[1].attention)
+
+
+def rematerialised(module):
+    for index, layer in enumerate(module.layers):
+        module.layers[index] = checkpoint_wrapper(layer)
+
+
+def both(module):
+    for index, layer in enumerate(module.layers):
+        module.layers[index] = torch.compile(checkpoint_wrapper(layer))
+
+
+def everything(module):
+    module.layers = torch.compile(module.layers)
+
+
+WRAPPED = [compiled, rematerialised, both, everything]
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
+def test_wrappers_change_neither_names_nor_layers(wrap):
+    plain, wrapped = Stack(), Stack()
+    wrap(wrapped)
+    one, other = (follow(module)[0] for module in (plain, wrapped))
+    assert one.live.names == other.live.names
+    assert one.places == other.places
+    assert one.places.blocks == ("layers.0", "layers.1")
+
+
+def test_a_wrapped_model_in_training_gives_the_vector_of_the_plain_one():
+    vectors = []
+    for wrap in (lambda module: None, rematerialised):
+        module = Stack()
+        wrap(module)
+        tracker, _ = follow(module)
+        train(module)
+        vectors.append(exported(tracker)[0])
+    assert vectors[0].keys() == vectors[1].keys()
+    # Forward passes run twice under activation checkpointing, so running statistics see the data twice.
+    assert all(torch.equal(vectors[0][name], vectors[1][name]) for name in vectors[0] if ".running_" not in name)
+
+
+def tiny_llama():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=16, bos_token_id=1, eos_token_id=2))
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, checkpoint_wrapper])
+def test_adapters_in_wrapped_blocks_have_the_names_of_the_plain_model(wrap):
+    names = []
+    for wrapped in (False, True):
+        model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+        layers = model.base_model.model.model.layers
+        for index in range(2 if wrapped else 0):
+            layers[index] = wrap(layers[index])
+        live = look_at(torch.nn.ModuleDict({"model": model}))
+        names.append((live.names, live.adapted))
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, checkpoint_wrapper, lambda module: torch.compile(checkpoint_wrapper(module))])
+@pytest.mark.parametrize("path", [None, "model"])
+def test_a_wrapped_model_in_an_attribute_is_found_inside_its_wrapper(wrap, path):
+    model = tiny_llama()
+    assert find_model(torch.nn.ModuleDict({"model": wrap(model)}), path) is model
+
+
+def test_two_models_are_refused_with_the_argument_that_names_one():
+    root = torch.nn.ModuleDict({"actor": tiny_llama(), "reference": torch.compile(tiny_llama())})
+    with pytest.raises(LataError, match=r"2: \['actor', 'reference'\]; say which one is meant, such as model='actor'"):
+        find_model(root)
