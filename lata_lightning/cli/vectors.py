@@ -144,12 +144,12 @@ def _text(value: Any) -> str:
 
 
 def _verify(options: Namespace, command: str) -> None:
-    from lata_lightning.store.directories import holds_vector
-    from lata_lightning.store.model_directory import verify_merged
+    from lata_lightning.store.directories import find_weights, holds_vector
+    from lata_lightning.store.formats.table import find_format
     from lata_lightning.vectors.task_vector import verify
 
-    path = Path(options.path)
-    count = verify(path) if holds_vector(path) else verify_merged(path)
+    path, _ = find_weights(options.path)
+    count = verify(path) if holds_vector(path) else find_format(path).verify(path)
     sys.stdout.write(f"{options.path}: all {count} tensors are what was written\n")
 
 

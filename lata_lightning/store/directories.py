@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-
 from lata_lightning.errors import CorruptFileError, SourceError, first_three
+from lata_lightning.store.descriptors import unreadable
 
 MANIFEST_NAME = "task_vector.json"
 MERGE_RECORD = "merge.json"
 ADAPTER_CONFIG = "adapter_config.json"
+# Whole models that transformers does not load by itself: of Mistral, LitGPT and Meta.
+_FURTHER = ("consolidated.safetensors", "lit_model.pth", "consolidated.00.pth")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-
-
-class Entry(NamedTuple):
-    """One tensor of a safetensors file: shape, and dtype by its code in the file format."""
-
-    shape: tuple[int, ...]
-    code: str
+_HUB_PICKLES = ["*.bin", "*.pth"]
 
 
 def holds_vector(path: str | Path) -> bool:
@@ -36,83 +32,143 @@ def holds_adapter(path: str | Path) -> bool:
     return (Path(path) / ADAPTER_CONFIG).is_file()
 
 
-def find_directory(weights: str | Path) -> tuple[Path, str | None]:
-    """A local directory, or the snapshot of a hub repository with its commit.
+def find_weights(weights: str | Path) -> tuple[Path, str | None]:
+    """A local file or directory, or the snapshot of a hub repository with its commit.
 
     Raises:
         SourceError: There is neither.
     """
     path = Path(weights)
-    if path.is_dir():
-        return path, None
+    try:
+        if path.stat():
+            return path, None
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        pass
+    except OSError as error:
+        raise unreadable(path, error) from error
     if _HUB_ID.match(str(weights)):
         return _download(str(weights))
     raise SourceError(
-        f"{weights} does not exist: expected a Hugging Face directory, a .safetensors or .ckpt file, or a hub id such as 'org/name'"
+        f"{weights} does not exist: expected a model directory, a file with weights (safetensors, .ckpt, .bin, .pt, .pth), or a hub id such as 'org/name'"
     )
 
 
+def find_directory(weights: str | Path) -> tuple[Path, str | None]:
+    """As ``find_weights``, for what must be a directory.
+
+    Raises:
+        SourceError: There is none.
+    """
+    path, revision = find_weights(weights)
+    if not path.is_dir():
+        raise SourceError(f"{weights} is a file where a model directory is expected")
+    return path, revision
+
+
+class Files(NamedTuple):
+    """The files with the weights of a model.
+
+    Attributes:
+        paths: The files, in the order in which they are read.
+        safetensors: Whether they are safetensors files; otherwise ``torch.save`` wrote them.
+        index_file: The index that lists them; None for a single file.
+        listed: Names of the tensors that the index lists.
+    """
+
+    paths: tuple[Path, ...]
+    safetensors: bool
+    index_file: Path | None = None
+    listed: frozenset[str] = frozenset()
+
+
 def shard_files(directory: Path, stem: str) -> list[Path]:
-    """The files ``stem.safetensors``, or those its index lists; none if there is neither.
+    """The safetensors files of a stem: ``stem.safetensors``, or those its index lists; none if there is neither.
 
     Raises:
-        CorruptFileError: The index is no JSON, or names a file outside the directory.
+        CorruptFileError: The index is no JSON, names a file outside the directory, or lists other files than the single one that is there too.
     """
-    index, single = directory / f"{stem}.safetensors.index.json", directory / f"{stem}.safetensors"
+    files = _files_of(directory, f"{stem}.safetensors")
+    return [] if files is None else list(files.paths)
+
+
+def weight_files(path: Path, config: Mapping[str, Any] | None = None) -> Files:
+    """The files of a model directory that hold its weights: those that transformers would load.
+
+    Args:
+        path: The directory.
+        config: Content of its config.json, which may name the file.
+
+    Raises:
+        SourceError: It holds none.
+        CorruptFileError: The index cannot be read, or there are two sets of weights.
+    """
+    named = (config or {}).get("transformers_weights")
+    names = [str(named).removesuffix(".index.json")] if named else ["model.safetensors", "pytorch_model.bin", *_FURTHER]
+    for name in names:
+        files = _files_of(path, name)
+        if files is not None:
+            return files
+    others = [file.name for file in path.iterdir() if file.suffix in _WEIGHT_SUFFIXES and file.is_file()] if path.is_dir() else []
+    beside = f"Its other files are {first_three(others)}: give the one that is meant." if others else "Is it complete?"
+    raise SourceError(f"{path} holds no model.safetensors and no pytorch_model.bin, nor an index of either. {beside}")
+
+
+def _files_of(directory: Path, name: str) -> Files | None:
+    """The single file of that name, or the shards that its index lists; None if there is neither."""
+    single, index = directory / name, directory / f"{name}.index.json"
+    kind = name.endswith(".safetensors")
+    if single.is_file():
+        _check_alone(single, index)
+        return Files((single,), kind)
     if not index.is_file():
-        return [single] if single.is_file() else []
+        return None
+    listed = _weight_map(index)
+    missing = {file for file in listed.values() if not (directory / file).exists()}
+    if missing:
+        raise CorruptFileError(f"{directory} lacks files that {index.name} names, {first_three(missing)}. Copy or download it again.")
+    return Files(tuple(directory / file for file in sorted(set(listed.values()))), kind, index, frozenset(listed))
+
+
+def _check_alone(single: Path, index: Path) -> None:
+    """Refuse a whole set of shards beside a single file. What is left of an older set is passed over, as transformers does."""
     try:
-        listed = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        listed = set(_weight_map(index).values()) - {single.name} if index.is_file() else set()
+    except CorruptFileError:
+        # Nobody reads it: the single file comes first.
+        return
+    if listed and all((single.parent / file).is_file() for file in listed):
+        raise CorruptFileError(
+            f"{single.parent} must hold one set of weights; it holds {single.name} and the {len(listed)} shards of {index.name}, {first_three(listed)}. "
+            f"transformers loads {single.name}: remove that, or the index and its shards."
+        )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        listed: dict[str, str] = read_object(index)["weight_map"]
+        files = set(listed.values())
+    except (KeyError, AttributeError, TypeError) as error:
         raise CorruptFileError(f"{index} is no shard index ({error!r})") from error
-    foreign = [name for name in listed if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors")]
+    suffix = Path(index.name.removesuffix(".index.json")).suffix
+    foreign = [name for name in files if not isinstance(name, str) or Path(name).name != name or not name.endswith(suffix)]
     if foreign:
-        raise CorruptFileError(f"{index} may only name safetensors files beside it, it names {foreign[:3]}")
-    return [directory / name for name in listed]
+        raise CorruptFileError(f"{index} may only name {suffix.removeprefix('.')} files beside it, it names {foreign[:3]}")
+    return listed
 
 
-def weight_files(path: Path) -> list[Path]:
-    """The weight files of a model directory.
-
-    Raises:
-        SourceError: The directory is a task vector, or holds no safetensors files.
-        CorruptFileError: Its index cannot be read.
-    """
-    if holds_vector(path):
-        raise SourceError(f"{path} is a task vector, and a model is needed here")
-    files = shard_files(path, "model")
-    if not files:
-        if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
-            raise SourceError(
-                f"{path} holds pickled weights only, which can run code when they are loaded. Convert them to safetensors first."
-            )
-        raise SourceError(f"{path} holds no model.safetensors and no model.safetensors.index.json")
-    return files
-
-
-def check_index(directory: Path, names: set[str]) -> None:
-    """Refuse a directory whose shards lack tensors that its index lists, as when they come from two downloads."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        missing = set(json.loads(index.read_text("utf-8"))["weight_map"]) - names
-        if missing:
-            raise CorruptFileError(f"{index} lists tensors that its files do not hold, {first_three(missing)}. Copy the directory again.")
-
-
-def file_layout(path: Path) -> dict[str, Entry]:
-    """The tensors of a safetensors file, from its header, which the library checks.
+def read_json(path: Path) -> Any:
+    """The JSON in a file.
 
     Raises:
-        CorruptFileError: The file is missing, or is not whole.
+        CorruptFileError: It is missing, or is no JSON in UTF-8.
+        SourceError: It cannot be opened.
     """
     try:
-        with safe_open(path, framework="np") as handle:
-            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
-            return {name: Entry(tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-    except FileNotFoundError as error:
-        raise CorruptFileError(f"{path} is missing, though its index names it. Copy the directory again.") from error
-    except (SafetensorError, OSError) as error:
-        raise CorruptFileError(f"{path} is no readable safetensors file ({error}). Is it complete? Copy or download it again.") from error
+        return json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"{path} is no JSON ({error})") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -121,10 +177,7 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         CorruptFileError: It cannot be read, or is something else.
     """
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise CorruptFileError(f"{path} is no JSON ({error})") from error
+    data = read_json(path)
     if not isinstance(data, dict):
         raise CorruptFileError(f"{path} must hold a JSON object, it holds a {type(data).__name__}")
     return data
@@ -164,6 +217,9 @@ def _download(hub_id: str) -> tuple[Path, str]:
 
     try:
         directory = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        if not any(directory.glob("*.safetensors")):
+            # Only where there is nothing else: most repositories hold both, and each is the whole model.
+            directory = Path(snapshot_download(hub_id, allow_patterns=[*_HUB_FILES, *_HUB_PICKLES]))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise SourceError(
             f"{hub_id} is no local directory and could not be had from the hub ({type(error).__name__}). Check the spelling; offline, give a directory."

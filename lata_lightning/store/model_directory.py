@@ -11,7 +11,8 @@ from typing import Any
 
 from lata_lightning.errors import CorruptFileError, SourceError, first_three
 from lata_lightning.store.directories import MANIFEST_NAME, MERGE_RECORD, shard_files
-from lata_lightning.store.sources import SafetensorsSource, Source, hashes_of
+from lata_lightning.store.file_source import open_safetensors
+from lata_lightning.store.sources import Source, hashes_of
 from lata_lightning.store.writer import write_json
 
 _COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
@@ -74,7 +75,7 @@ def verify_merged(path: Path) -> int:
         raise SourceError(f"{path} holds neither {MANIFEST_NAME} nor {MERGE_RECORD}: there are no hashes to compare with") from error
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptFileError(f"{path / MERGE_RECORD} is no merge record ({error!r})") from error
-    stored = SafetensorsSource(shard_files(path, "model"))
+    stored = open_safetensors(shard_files(path, "model"), path)
     wrong = set(stored.names) ^ set(expected)
     found = hashes_of(stored, [name for name in stored.names if name in expected])
     wrong |= {name for name, digest in found.items() if digest != expected[name]}

@@ -74,12 +74,12 @@ def _shape_message(start: Source, tuned: Source, odd: list[str]) -> str:
 
 
 def named_like(source: Source, reference: Source) -> Source:
-    """A source in memory under the names of a reference.
+    """A source that lies in no model directory under the names of a reference.
 
     The module prefix of a Lightning checkpoint is taken off, each tied tensor gets the name the reference has for it, and where the reference
     says by its config which architecture it is, tensors are named as that architecture is saved.
     """
-    if not isinstance(source, StateDictSource):
+    if source.directory is not None:
         return source
     wanted = set(reference.names)
     prefix = "" if set(source.names) & wanted else _module_prefix(source, wanted)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -14,19 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lata_lightning.errors import CorruptFileError, SourceError
+from lata_lightning.errors import SourceError
 from lata_lightning.layers import unwrapped
 from lata_lightning.numerics.chunks import Load, in_parallel, pieces_of, products, worker_count
 from lata_lightning.numerics.chunks import slices as in_memory
 from lata_lightning.numerics.low_rank import LowRank
+from lata_lightning.store import layout
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
-from lata_lightning.store.directories import file_layout
 from lata_lightning.store.hashing import StoredHash, ValueHash, hash_values
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+DTYPES: dict[str, torch.dtype] = {code: getattr(torch, layout.DTYPES[code]) for code in layout.READABLE}
+"""Dtypes that tensors can be read in, by their codes in safetensors files."""
 
 
 class Source(ABC):
@@ -90,92 +85,6 @@ class Source(ABC):
     def label(self) -> str:
         """Short name for messages."""
         return self.location or "the weights in memory"
-
-
-class SafetensorsSource(Source):
-    """One or several safetensors files; a tensor, or the rows of one that are asked for, is read when it is asked for.
-
-    Reads go to the file and not through a memory map: pages of a map count as memory of the process until it ends, and a map of a file that is cut
-    short meanwhile kills it.
-    """
-
-    parallel = True
-
-    def __init__(self, files: list[Path]) -> None:
-        self._layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        self._place: dict[str, tuple[int, int]] = {}
-        self._file: dict[int, tuple[int, int]] = {}
-        for path in files:
-            entries = file_layout(path)
-            try:
-                layout = {name: (entry.shape, DTYPES[entry.code]) for name, entry in entries.items()}
-            except KeyError as error:
-                raise SourceError(f"{path} holds tensors of dtype {error}, which are not supported") from error
-            descriptor = os.open(path, os.O_RDONLY)
-            weakref.finalize(self, os.close, descriptor)
-            status = os.fstat(descriptor)
-            self._file[descriptor] = (status.st_dev, status.st_ino)
-            # Where the tensors begin the library does not tell.
-            length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
-            header = json.loads(os.pread(descriptor, length, 8))
-            self._layout |= layout
-            self._place |= {name: (descriptor, 8 + length + header[name]["data_offsets"][0]) for name in layout}
-
-    @property
-    def names(self) -> tuple[str, ...]:  # noqa: D102
-        return tuple(self._layout)
-
-    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
-        return self._layout[name][0]
-
-    def dtype(self, name: str) -> torch.dtype:  # noqa: D102
-        return self._layout[name][1]
-
-    def read(self, name: str) -> Tensor:  # noqa: D102
-        return self._rows(name, self.shape(name), 0)
-
-    def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:  # noqa: D102
-        shape = self.shape(name)
-        if not slices or any((part.start, part.stop) != (0, length) for part, length in zip(slices[1:], shape[1:], strict=False)):
-            return super().read_slice(name, slices)
-        first, last = slices[0].start, slices[0].stop
-        return self._rows(name, (last - first, *shape[1:]), first)
-
-    def _rows(self, name: str, shape: tuple[int, ...], first: int) -> Tensor:
-        """Whole rows of a tensor, from one of them on."""
-        tensor = torch.empty(shape, dtype=self.dtype(name))
-        if tensor.numel():
-            self._fill(tensor, name, first * (tensor.numel() // shape[0] if shape else 0))
-        return tensor
-
-    def load(self, name: str) -> Load:  # noqa: D102
-        dtype = self.dtype(name)
-        room = torch.empty(0, dtype=dtype)
-
-        def piece(begin: int, end: int) -> Tensor:
-            nonlocal room
-            if room.numel() < end - begin:
-                room = torch.empty(end - begin, dtype=dtype)
-            part = room[: end - begin]
-            self._fill(part, name, begin)
-            return part
-
-        return piece
-
-    def place(self, name: str) -> Hashable:  # noqa: D102
-        descriptor, begin = self._place[name]
-        return (*self._file[descriptor], begin, self._layout[name])
-
-    def _fill(self, tensor: Tensor, name: str, first: int) -> None:
-        """Read the entries from one of them on."""
-        descriptor, begin = self._place[name]
-        rest = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        begin += first * tensor.element_size()
-        while rest:
-            count = os.preadv(descriptor, [rest], begin)
-            if count == 0:
-                raise CorruptFileError(f"the file of {name} in {self.label} has become shorter. Copy it again.")
-            rest, begin = rest[count:], begin + count
 
 
 class StateDictSource(Source):

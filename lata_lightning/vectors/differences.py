@@ -12,7 +12,7 @@ from lata_lightning.numerics.kernels import loss
 from lata_lightning.numerics.low_rank import Factors, LowRank
 from lata_lightning.numerics.measure import difference
 from lata_lightning.store.hashing import content_hash
-from lata_lightning.store.sources import Fingerprinted, SafetensorsSource, Source
+from lata_lightning.store.sources import Fingerprinted, Source
 from lata_lightning.vectors.manifest import Manifest, PrecisionLoss, factor_names
 
 
@@ -78,7 +78,7 @@ class Difference(Source):
 class Stored(Source):
     """The tensors of an artefact, in float32; frozen ones are zeros that no file holds."""
 
-    def __init__(self, files: SafetensorsSource, manifest: Manifest) -> None:
+    def __init__(self, files: Source, manifest: Manifest) -> None:
         self._files, self._entries = files, manifest.tensors
         self.location, self.parallel = files.location, files.parallel
 

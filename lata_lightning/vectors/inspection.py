@@ -1,33 +1,15 @@
-"""What a path holds, from headers and manifests alone; of directories without torch, so that the answer is there at once."""
+"""What a path holds, from headers and manifests alone; without torch, so that the answer is there at once."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lata_lightning.layers import layer_map
-from lata_lightning.store.directories import (
-    ADAPTER_CONFIG,
-    Entry,
-    check_index,
-    file_layout,
-    find_directory,
-    holds_adapter,
-    holds_vector,
-    model_config,
-    read_object,
-    shard_files,
-    weight_files,
-)
+from lata_lightning.store.directories import ADAPTER_CONFIG, find_weights, holds_adapter, holds_vector, read_object, shard_files
+from lata_lightning.store.formats.table import find_format
+from lata_lightning.store.layout import joined, safetensors_spans, sizes
 from lata_lightning.vectors.manifest import Derivation, Identity, read_manifest
-
-# Names of dtypes by their codes in safetensors files.
-_DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -36,12 +18,10 @@ def describe(path: str | Path) -> dict[str, Any]:
     Raises:
         SourceError, CorruptFileError: The path holds neither, or cannot be read.
     """
-    if Path(path).is_file():
-        return _describe_file(Path(path))
-    directory, _ = find_directory(path)
-    if holds_vector(directory):
-        return _describe_vector(directory)
-    return _describe_adapter(directory) if holds_adapter(directory) else _describe_model(directory)
+    found, _ = find_weights(path)
+    if holds_vector(found):
+        return _describe_vector(found)
+    return _describe_adapter(found) if holds_adapter(found) else find_format(found).inspect(found)
 
 
 def _describe_vector(path: Path) -> dict[str, Any]:
@@ -89,49 +69,9 @@ def _derived(derivation: Derivation | None) -> dict[str, Any]:
 def _describe_adapter(path: Path) -> dict[str, Any]:
     config = read_object(path / ADAPTER_CONFIG)
     facts = {"type": "peft_type", "base": "base_model_name_or_path", "rank": "r", "initialisation": "init_lora_weights"}
-    entries = _entries(shard_files(path, "adapter_model"))
-    return {"holds": "peft adapter", **{fact: config.get(key) for fact, key in facts.items()}, **_sizes(entries)}
-
-
-def _describe_model(path: Path) -> dict[str, Any]:
-    entries, config = _entries(weight_files(path)), model_config(path)
-    check_index(path, set(entries))
-    return {"holds": "weights", "architecture": ", ".join((config or {}).get("architectures") or []) or None, **_weights(entries)}
-
-
-def _describe_file(path: Path) -> dict[str, Any]:
-    if path.suffix == ".safetensors":
-        entries = file_layout(path)
-    else:
-        from lata_lightning.store.opening import open_source
-        from lata_lightning.store.sources import DTYPES
-
-        source = open_source(path)
-        codes = {dtype: code for code, dtype in DTYPES.items()}
-        entries = {name: Entry(source.shape(name), codes.get(source.dtype(name), str(source.dtype(name)))) for name in source.names}
-    return {"holds": "weights", "architecture": None, **_weights(entries)}
-
-
-def _entries(files: list[Path]) -> dict[str, Entry]:
-    return {name: entry for file in files for name, entry in file_layout(file).items()}
-
-
-def _sizes(entries: Mapping[str, Entry]) -> dict[str, Any]:
-    return {
-        "tensors": len(entries),
-        "parameters": sum(math.prod(entry.shape) for entry in entries.values()),
-        "dtype": ", ".join(sorted({_DTYPES.get(entry.code, entry.code) for entry in entries.values()})),
-    }
-
-
-def _weights(entries: Mapping[str, Entry]) -> dict[str, Any]:
-    places = layer_map(entries)
-    return {
-        **_sizes(entries),
-        "blocks": len(places.blocks),
-        "first and last block": f"{places.blocks[0]} … {places.blocks[-1]}" if places.blocks else None,
-        "outside the blocks": places.outside(),
-    }
+    spans = joined(safetensors_spans(file) for file in shard_files(path, "adapter_model"))
+    stored = sizes({name: span.entry for name, span in spans.items()})
+    return {"holds": "peft adapter", **{fact: config.get(key) for fact, key in facts.items()}, **stored}
 
 
 def _where(identity: Identity) -> str:

@@ -22,9 +22,10 @@ from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.numerics.measure import all_finite
 from lata_lightning.store.adapters import AdapterDifference
 from lata_lightning.store.directories import MANIFEST_NAME, shard_files
+from lata_lightning.store.file_source import open_safetensors
 from lata_lightning.store.opening import open_difference, open_source
 from lata_lightning.store.pairing import check_same_tensors, pair
-from lata_lightning.store.sources import SafetensorsSource, Source, hashes_of
+from lata_lightning.store.sources import Source, hashes_of
 from lata_lightning.store.writer import (
     MAX_SHARD_BYTES,
     Progress,
@@ -122,8 +123,7 @@ class TaskVector(Mapping[str, Tensor]):
         """
         directory = Path(path)
         manifest = read_manifest(directory)
-        stored = SafetensorsSource(shard_files(directory, STEM))
-        stored.location = str(path)
+        stored = open_safetensors(shard_files(directory, STEM), path)
         expected = {held: shape for name, entry in manifest.tensors.items() for held, (shape, _) in entry.stored(name).items()}
         wrong = set(stored.names) ^ set(expected)
         wrong |= {name for name in expected if name in stored.names and stored.shape(name) != expected[name]}
@@ -427,7 +427,7 @@ def verify(path: str | Path) -> int:
         CorruptFileError: A tensor is not what was written.
     """
     vector = TaskVector.open(path)
-    stored = SafetensorsSource(shard_files(Path(path), STEM))
+    stored = open_safetensors(shard_files(Path(path), STEM), path)
     expected = {held: digest for name, entry in vector.manifest.tensors.items() for held, (_, digest) in entry.stored(name).items()}
     found = hashes_of(stored, list(expected))
     wrong = [name for name, digest in expected.items() if found[name] != digest]

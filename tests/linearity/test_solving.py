@@ -13,7 +13,7 @@ from lata_lightning import TaskVector, solve_coefficients
 from lata_lightning.errors import BaseMismatchError, CorruptFileError, LataError, LayoutMismatchError, SourceError, WeightingError
 from lata_lightning.linearity.shell import Shell
 from lata_lightning.linearity.solving import Products
-from lata_lightning.store.sources import SafetensorsSource
+from lata_lightning.store.file_source import FileSource
 
 
 def rows(count, width=4, seed=0, length=3):
@@ -172,8 +172,8 @@ def test_block_by_block_from_disk_equals_everything_in_memory(llamas, level):
 def test_every_block_is_read_once_and_after_the_one_before(llamas, monkeypatch):
     _, _, directory = llamas
     reads = []
-    read = SafetensorsSource.read
-    monkeypatch.setattr(SafetensorsSource, "read", lambda self, name: (reads.append((id(self), name)), read(self, name))[1])
+    read = FileSource.read
+    monkeypatch.setattr(FileSource, "read", lambda self, name: (reads.append((id(self), name)), read(self, name))[1])
     vectors = [TaskVector.open(directory / f"vector-{number}") for number in (0, 1)]
     reads.clear()
     seen = []

@@ -239,7 +239,7 @@ def test_dtypes_that_no_difference_can_be_taken_of_are_refused(dtype):
 
 
 def test_a_path_that_is_nothing_is_refused_with_what_was_expected(tmp_path):
-    with pytest.raises(SourceError, match="does not exist: expected a Hugging Face directory"):
+    with pytest.raises(SourceError, match="does not exist: expected a model directory, a file with weights"):
         open_source(tmp_path / "nothing" / "here" / "at all")
 
 
@@ -264,24 +264,16 @@ def test_a_task_vector_is_refused_where_a_model_is_needed(tmp_path):
         open_source(tmp_path / "vector")
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth"])
-def test_a_directory_of_pickled_weights_is_refused(tmp_path, name):
-    (tmp_path / name).write_bytes(b"")
-    with pytest.raises(SourceError, match="pickled weights only, which can run code.*Convert them"):
-        open_source(tmp_path)
-
-
 def test_a_directory_without_weights_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(SourceError, match=r"holds no model.safetensors and no model.safetensors.index.json"):
+    with pytest.raises(SourceError, match=r"holds no model.safetensors and no pytorch_model.bin, nor an index of either. Is it complete"):
         open_source(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["model.bin", "model.pt", "model.gguf", "model"])
-def test_a_file_of_another_format_is_refused(tmp_path, name):
-    (tmp_path / name).write_bytes(b"")
-    with pytest.raises(SourceError, match=r"cannot be read: expected .safetensors or a Lightning .ckpt"):
-        open_source(tmp_path / name)
+def test_a_directory_of_other_files_names_them(tmp_path):
+    (tmp_path / "weights.pt").write_bytes(b"")
+    with pytest.raises(SourceError, match=r"Its other files are 1: \['weights.pt'\]: give the one that is meant"):
+        open_source(tmp_path)
 
 
 class Malicious:
@@ -292,25 +284,27 @@ class Malicious:
         return (open, (self.path, "w"))
 
 
-def test_a_checkpoint_with_code_in_its_pickle_is_refused_and_the_code_is_not_run(tmp_path):
+def test_a_checkpoint_with_code_in_its_pickle_is_read_and_the_code_is_not_run(tmp_path):
     target = tmp_path / "run"
     torch.save({"state_dict": weights(), "hyper_parameters": Malicious(str(target))}, tmp_path / "bad.ckpt")
-    with pytest.raises(SourceError, match="would have to be unpickled, which can run code"):
-        open_source(tmp_path / "bad.ckpt")
+    assert same_bits(contents(open_source(tmp_path / "bad.ckpt")), weights())
     assert not target.exists()
     # The test itself can tell: unpickled, it would run.
     with pickle.loads(pickle.dumps(Malicious(str(target)))):  # noqa: S301
         assert target.exists()
 
 
-def test_a_checkpoint_without_a_state_dict_is_refused(tmp_path):
-    for content in ([1, 2], {"model": {}}, {"state_dict": 3}):
-        torch.save(content, tmp_path / "other.ckpt")
-        with pytest.raises(SourceError, match="is no Lightning checkpoint: it has no 'state_dict'"):
-            open_source(tmp_path / "other.ckpt")
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [([1, 2], "holds a list where a state dict is expected"), ({"model": {}}, "holds no weights"), ({"state_dict": 3}, "holds no weights")],
+)
+def test_a_checkpoint_without_weights_is_refused(tmp_path, content, words):
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(SourceError, match=words):
+        open_source(tmp_path / "other.ckpt")
 
 
-@pytest.mark.parametrize("keep", [0, 100, 0.5, -1])
+@pytest.mark.parametrize("keep", [100, 0.5, -1])
 def test_a_truncated_checkpoint_is_refused(tmp_path, keep):
     data = write_checkpoint(tmp_path / "whole.ckpt", weights()).read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(data[: int(keep * len(data)) if keep == 0.5 else keep])
@@ -326,9 +320,7 @@ def test_a_checkpoint_with_a_damaged_pickle_is_refused(tmp_path, damaged):
     with zipfile.ZipFile(tmp_path / "whole.ckpt") as whole, zipfile.ZipFile(tmp_path / "bad.ckpt", "w") as bad:
         for entry in whole.namelist():
             bad.writestr(entry, damaged if entry.endswith("data.pkl") else whole.read(entry))
-    with pytest.raises(
-        (CorruptFileError, SourceError), match="bad.ckpt (is no readable checkpoint|holds objects that would have to be unpickled)"
-    ):
+    with pytest.raises((CorruptFileError, SourceError), match="bad.ckpt (is no readable checkpoint|holds a)"):
         open_source(tmp_path / "bad.ckpt")
 
 
@@ -361,14 +353,16 @@ def test_a_truncated_safetensors_file_is_refused(tmp_path, keep):
 
 def test_a_dtype_that_is_not_supported_is_refused_by_name(tmp_path):
     save_file({"w": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
-    with pytest.raises(SourceError, match="holds tensors of dtype 'F8_E4M3', which are not supported"):
+    with pytest.raises(SourceError, match="must hold the weights in full; they are quantised by fp8"):
         open_source(tmp_path / "a.safetensors")
 
 
 def test_a_missing_shard_is_refused_by_name(tmp_path):
     model = write_model(tmp_path / "model", weights(), shards=3)
     (model / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(CorruptFileError, match="model-00002-of-00003.safetensors is missing, though its index names it"):
+    with pytest.raises(
+        CorruptFileError, match=r"lacks files that model.safetensors.index.json names, 1: \['model-00002-of-00003.safetensors'\]"
+    ):
         open_source(model)
 
 
@@ -394,7 +388,7 @@ def test_an_index_that_names_anything_but_files_beside_it_is_refused(tmp_path, n
 def test_an_index_that_is_none_is_refused(tmp_path, text):
     model = write_model(tmp_path / "model", weights(), shards=2)
     (model / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(CorruptFileError, match="is no shard index"):
+    with pytest.raises(CorruptFileError, match="is no shard index|is no JSON|must hold a JSON object|may only name"):
         shard_files(model, "model")
 
 

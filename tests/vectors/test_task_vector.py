@@ -507,7 +507,7 @@ def test_a_missing_shard_and_a_foreign_one_are_refused(tmp_path):
     vector(weights(1)).save(directory, max_shard_bytes=150)
     shard = sorted(directory.glob("*.safetensors"))[1]
     shard.rename(tmp_path / "elsewhere.safetensors")
-    with pytest.raises(CorruptFileError, match=f"{re.escape(shard.name)} is missing"):
+    with pytest.raises(CorruptFileError, match=f"lacks files that .* names, 1: .*{re.escape(shard.name)}"):
         TaskVector.open(directory)
     index = directory / "delta.safetensors.index.json"
     index.write_text(index.read_text().replace(shard.name, "../elsewhere.safetensors"))

@@ -1,0 +1,135 @@
+"""Tensors that lie in files, read piece by piece at their offsets."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Hashable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lata_lightning.numerics.chunks import Load
+from lata_lightning.store.descriptors import DESCRIPTORS, fill
+from lata_lightning.store.layout import DTYPES, Span, check_readable, item_size, joined, safetensors_spans
+from lata_lightning.store.sources import Source
+
+
+class FileSource(Source):
+    """Tensors in one or several files; a tensor, or the rows of one that are asked for, is read when it is asked for.
+
+    Reads go to the files and not through memory maps: pages of a map count as memory of the process until it ends, and a map of a file that is cut
+    short meanwhile kills it.
+
+    Args:
+        spans: Where each tensor lies.
+        location: Path or hub id, for messages and provenance.
+        directory: The model directory they belong to, if there is one.
+        config: Content of its config.json.
+        tied: Other names of tensors that are listed once.
+
+    Raises:
+        SourceError: A tensor is of a dtype that cannot be read.
+    """
+
+    parallel = True
+
+    def __init__(
+        self,
+        spans: Mapping[str, Span],
+        location: str | None,
+        *,
+        directory: Path | None = None,
+        config: Mapping[str, Any] | None = None,
+        tied: Mapping[str, str] | None = None,
+    ) -> None:
+        check_readable(location or "the file", {name: span.entry for name, span in spans.items()})
+        self._spans = dict(spans)
+        self.location, self.directory, self.config, self.tied = location, directory, config, dict(tied or {})
+        weakref.finalize(self, DESCRIPTORS.close, {span.file for span in spans.values()})
+
+    @property
+    def names(self) -> tuple[str, ...]:  # noqa: D102
+        return tuple(self._spans)
+
+    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
+        return self._spans[name].entry.shape
+
+    def dtype(self, name: str) -> torch.dtype:  # noqa: D102
+        return torch_dtype(self._spans[name].entry.code)
+
+    def read(self, name: str) -> Tensor:  # noqa: D102
+        return read_span(self._spans[name])
+
+    def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:  # noqa: D102
+        shape, span = self.shape(name), self._spans[name]
+        rows_only = slices and all((part.start, part.stop) == (0, length) for part, length in zip(slices[1:], shape[1:], strict=False))
+        if slices is None or not rows_only or span.strides is not None:
+            return super().read_slice(name, slices)
+        first, last = slices[0].start, slices[0].stop
+        tensor = torch.empty((last - first, *shape[1:]), dtype=self.dtype(name))
+        _fill(tensor, span, first * math.prod(shape[1:]))
+        return tensor
+
+    def load(self, name: str) -> Load:  # noqa: D102
+        span = self._spans[name]
+        return super().load(name) if span.strides is not None else load_span(span)
+
+    def place(self, name: str) -> Hashable:  # noqa: D102
+        file, begin, entry, strides = self._spans[name]
+        return (file.device, file.number, begin, entry, strides)
+
+
+def open_safetensors(files: Iterable[Path], location: str | Path | None = None) -> FileSource:
+    """The tensors of one or several safetensors files.
+
+    Raises:
+        CorruptFileError: A file is missing or not whole, or two hold other values of one tensor.
+        SourceError: A file cannot be read, or holds a dtype that cannot be read.
+    """
+    return FileSource(joined(safetensors_spans(file) for file in files), None if location is None else str(location))
+
+
+def torch_dtype(code: str) -> torch.dtype:
+    """The dtype of a code in safetensors files."""
+    found: torch.dtype = getattr(torch, DTYPES[code])
+    return found
+
+
+def read_span(span: Span) -> Tensor:
+    """All of a tensor, its entries row by row."""
+    (shape, code), strides = span.entry, span.strides
+    dtype = torch_dtype(code)
+    if strides is None:
+        tensor = torch.empty(shape, dtype=dtype)
+        _fill(tensor, span, 0)
+        return tensor
+    extent = 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
+    flat = torch.empty(extent, dtype=dtype)
+    _fill(flat, span, 0)
+    return flat.as_strided(shape, strides).contiguous()
+
+
+def load_span(span: Span) -> Load:
+    """A tensor whose entries follow row by row, piece by piece; what a call gives is overwritten by the next."""
+    dtype = torch_dtype(span.entry.code)
+    buffer = torch.empty(0, dtype=dtype)
+
+    def piece(begin: int, end: int) -> Tensor:
+        nonlocal buffer
+        if buffer.numel() < end - begin:
+            buffer = torch.empty(end - begin, dtype=dtype)
+        part = buffer[: end - begin]
+        _fill(part, span, begin)
+        return part
+
+    return piece
+
+
+def _fill(tensor: Tensor, span: Span, first: int) -> None:
+    """Read entries from one of them on."""
+    if tensor.numel():
+        target = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        fill(target, span.file, span.begin + first * item_size(span.entry.code))

@@ -1,0 +1,59 @@
+"""What every format can tell and do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from lata_lightning.errors import SourceError
+
+if TYPE_CHECKING:
+    from lata_lightning.store.sources import Source
+
+
+class Format(NamedTuple):
+    """One kind of file or directory that holds weights. Its module needs no torch before ``open`` is called.
+
+    Attributes:
+        name: What it is called in messages, such as ``"safetensors file"``.
+        recognise: Whether a path is of this kind, by its content.
+        open: Its tensors; the second argument is the path or hub id it was named by.
+        inspect: Facts about it as plain types, from headers alone.
+        verify: Compares its tensors with the hashes that were recorded, and gives their number.
+    """
+
+    name: str
+    recognise: Callable[[Path], bool]
+    open: Callable[[Path, str], Source]
+    inspect: Callable[[Path], dict[str, Any]]
+    verify: Callable[[Path], int]
+
+
+def without_hashes(name: str) -> Callable[[Path], int]:
+    """The ``verify`` of a format that records no hashes: it refuses."""
+
+    def verify(path: Path) -> int:
+        raise SourceError(
+            f"{path} is a {name}, with no hashes to compare with. Task vectors and merged models have some, in task_vector.json and merge.json."
+        )
+
+    return verify
+
+
+def not_read(name: str, recognise: Callable[[Path], bool], advice: str) -> Format:
+    """A format that is known and refused.
+
+    Args:
+        name: What it is called.
+        recognise: Whether a path is of this kind.
+        advice: What to do instead, a sentence; ``{path}`` in it becomes the path.
+    """
+
+    def refuse(path: Path, location: str | None = None) -> NoReturn:
+        raise SourceError(f"{location or path} is a {name}, which is not read here. {advice.format(path=path)}")
+
+    def inspect(path: Path) -> dict[str, Any]:
+        return {"holds": f"{name}, which is not read here", "what to do": advice.format(path=path)}
+
+    return Format(name, recognise, refuse, inspect, refuse)

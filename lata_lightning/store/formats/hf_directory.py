@@ -1,0 +1,76 @@
+"""A model directory as transformers saves it, in safetensors or pickled, in one file or in shards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lata_lightning.errors import CorruptFileError, SourceError, first_three
+from lata_lightning.store.directories import Files, holds_vector, model_config, weight_files
+from lata_lightning.store.formats.format import Format
+from lata_lightning.store.formats.quantised import check_not_quantised, quantisation
+from lata_lightning.store.formats.torch_file import read_weights
+from lata_lightning.store.layout import Span, joined, safetensors_spans, weights_facts
+
+if TYPE_CHECKING:
+    from lata_lightning.store.sources import Source
+
+_NAME = "model directory"
+
+
+def _recognise(path: Path) -> bool:
+    return path.is_dir()
+
+
+def _open(path: Path, location: str) -> Source:
+    from lata_lightning.store.file_source import FileSource
+
+    config = model_config(path)
+    _, spans, tied = _read(path, config)
+    check_not_quantised(location, {name: span.entry for name, span in spans.items()}, config)
+    return FileSource(spans, location, directory=path, config=config, tied=tied)
+
+
+def _inspect(path: Path) -> dict[str, Any]:
+    config = model_config(path)
+    files, spans, _ = _read(path, config)
+    entries = {name: span.entry for name, span in spans.items()}
+    kind = "safetensors" if files.safetensors else "pickled"
+    count = len(files.paths)
+    return {
+        "holds": "weights",
+        "format": f"{_NAME}, {kind}, {'one file' if count == 1 else f'{count} shards'}",
+        "architecture": ", ".join((config or {}).get("architectures") or []) or None,
+        "quantised by": quantisation(entries, config),
+        **weights_facts(entries),
+    }
+
+
+def _read(path: Path, config: Mapping[str, Any] | None) -> tuple[Files, dict[str, Span], dict[str, str]]:
+    """The files of a directory that hold its weights, where each tensor lies in them, and other names of tensors that are listed once."""
+    if holds_vector(path):
+        raise SourceError(f"{path} is a task vector, and a model is needed here")
+    files = weight_files(path, config)
+    tied: dict[str, str] = {}
+    if files.safetensors:
+        spans = joined(safetensors_spans(file) for file in files.paths)
+    else:
+        parts = [read_weights(file) for file in files.paths]
+        spans = joined(part.spans for part in parts)
+        tied = {alias: name for part in parts for alias, name in part.tied.items()}
+    missing = files.listed - set(spans) - set(tied)
+    if missing:
+        raise CorruptFileError(
+            f"{files.index_file} lists tensors that its files do not hold, {first_three(missing)}. Copy the directory again."
+        )
+    return files, spans, tied
+
+
+def _verify(path: Path) -> int:
+    from lata_lightning.store.model_directory import verify_merged
+
+    return verify_merged(path)
+
+
+MODEL_DIRECTORY = Format(_NAME, _recognise, _open, _inspect, _verify)

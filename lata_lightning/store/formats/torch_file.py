@@ -1,0 +1,86 @@
+"""A file of ``torch.save``: a state dict, or a checkpoint that holds one, of Lightning and of others."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lata_lightning.errors import SourceError, first_three
+from lata_lightning.store.checkpoint_content import Weights, weights_in
+from lata_lightning.store.descriptors import DESCRIPTORS, first_bytes
+from lata_lightning.store.formats.format import Format, without_hashes
+from lata_lightning.store.formats.quantised import check_not_quantised
+from lata_lightning.store.layout import weights_facts
+from lata_lightning.store.pickles import mapping
+from lata_lightning.store.torch_archive import LEGACY, ZIP, TorchArchive
+
+if TYPE_CHECKING:
+    from lata_lightning.store.sources import Source
+
+_NAME = "file of torch.save"
+_PART = re.compile(r"consolidated\.\d+\.pth")
+
+
+def read_weights(path: Path, model: str | None = None) -> Weights:
+    """The weights in a file of ``torch.save``.
+
+    Args:
+        path: The file.
+        model: Name of the dictionary in it that is meant, where it holds several models.
+
+    Raises:
+        SourceError, CorruptFileError: It holds no weights that can be read.
+    """
+    return _weights(_archive(path), path, model)
+
+
+def _archive(path: Path) -> TorchArchive:
+    parts = [file.name for file in path.parent.iterdir() if _PART.fullmatch(file.name)] if _PART.fullmatch(path.name) else []
+    if len(parts) > 1:
+        raise SourceError(
+            f"{path} is one of {first_three(parts)}: each holds a part of every matrix, split for tensor parallelism. Convert them to one Hugging Face "
+            "directory with the script of the model's family, such as transformers' convert_llama_weights_to_hf.py, and give that."
+        )
+    return TorchArchive(DESCRIPTORS.identify(path))
+
+
+def _weights(archive: TorchArchive, path: Path, model: str | None = None) -> Weights:
+    found = weights_in(archive.content, archive.tensor, str(path), model)
+    wrapped = [name for name in found.spans if ".lora_A." in name or ".lora_embedding_A." in name]
+    if wrapped:
+        raise SourceError(
+            f"{path} is the checkpoint of a model wrapped by peft, {first_three(wrapped)}, and does not hold the scaling of its adapters. Save the "
+            "adapter with save_pretrained and give that directory."
+        )
+    return found
+
+
+def _recognise(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    begin = first_bytes(path, len(LEGACY))
+    return begin == LEGACY or begin.startswith(ZIP)
+
+
+def _open(path: Path, location: str) -> Source:
+    from lata_lightning.store.file_source import FileSource
+
+    spans, tied = read_weights(path)
+    check_not_quantised(location, {name: span.entry for name, span in spans.items()}, None)
+    return FileSource(spans, location, tied=tied)
+
+
+def _inspect(path: Path) -> dict[str, Any]:
+    archive = _archive(path)
+    entries = {name: span.entry for name, span in _weights(archive, path).spans.items()}
+    lightning = "pytorch-lightning_version" in (mapping(archive.content) or {})
+    return {
+        "holds": "weights",
+        "format": f"Lightning checkpoint, a {_NAME}" if lightning else _NAME,
+        "architecture": None,
+        **weights_facts(entries),
+    }
+
+
+TORCH_FILE = Format(_NAME, _recognise, _open, _inspect, without_hashes(_NAME))

@@ -1,0 +1,153 @@
+"""Where tensors lie in files, told without torch, which takes a second to import."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from lata_lightning.errors import CorruptFileError, LataError, SourceError, first_three
+from lata_lightning.layers import layer_map
+from lata_lightning.store.descriptors import DESCRIPTORS, Identity, fill, unreadable
+
+DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+}  # fmt: skip
+"""Names of dtypes in torch by their codes in safetensors files."""
+READABLE = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+"""Codes of the dtypes that tensors can be read in."""
+_BYTES = {"64": 8, "32": 4, "16": 2, "8": 1}
+_PIECE = 1 << 20
+# Beyond this, sizes in bytes do not fit the integers of torch.
+_VAST = 1 << 59
+
+
+class Entry(NamedTuple):
+    """One tensor: shape, and dtype by its code in safetensors files."""
+
+    shape: tuple[int, ...]
+    code: str
+
+
+class Span(NamedTuple):
+    """One tensor in a file.
+
+    Attributes:
+        file: The file.
+        begin: Offset of its first entry, in bytes.
+        entry: Shape and dtype.
+        strides: Entries from one index to the next along each axis; None where they follow row by row.
+    """
+
+    file: Identity
+    begin: int
+    entry: Entry
+    strides: tuple[int, ...] | None = None
+
+
+def item_size(code: str) -> int:
+    """Bytes of one entry of a dtype."""
+    return 8 if code == "C64" else 1 if code == "BOOL" or code.startswith("F8") else _BYTES[code.lstrip("BFIU")]
+
+
+def safetensors_spans(path: Path) -> dict[str, Span]:
+    """The tensors of a safetensors file, from its header, which the library checks.
+
+    Raises:
+        CorruptFileError: The file is missing, or is not whole.
+        SourceError: It cannot be read.
+    """
+    file = DESCRIPTORS.identify(path)
+    try:
+        with safe_open(path, framework="np") as handle:
+            names = list(handle.keys())
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+    length = memoryview(bytearray(8))
+    fill(length, file, 0)
+    size = int.from_bytes(length, "little")
+    text = memoryview(bytearray(size))
+    fill(text, file, 8)
+    header = json.loads(bytes(text))
+    entries = {name: Entry(tuple(header[name]["shape"]), header[name]["dtype"]) for name in names}
+    return {name: Span(file, 8 + size + header[name]["data_offsets"][0], entry) for name, entry in entries.items()}
+
+
+def joined(parts: Iterable[Mapping[str, Span]]) -> dict[str, Span]:
+    """The tensors of several files together.
+
+    Raises:
+        CorruptFileError: Two files hold other values of one tensor.
+    """
+    found: dict[str, Span] = {}
+    for part in parts:
+        twice = {name for name, span in part.items() if name in found and not _same_bytes(span, found[name])}
+        if twice:
+            name = min(twice)
+            raise CorruptFileError(
+                f"{found[name].file.path} and {part[name].file.path} must not hold other values of one tensor; they do of {first_three(twice)}. "
+                "One of them is left over from another model: remove or download them again."
+            )
+        found = {**part, **found}
+    return found
+
+
+def check_readable(label: str, entries: Mapping[str, Entry]) -> None:
+    """Refuse tensors of dtypes that cannot be read, and of shapes that no tensor can have.
+
+    Raises:
+        SourceError, CorruptFileError: There are some.
+    """
+    vast = {name for name, entry in entries.items() if math.prod(max(1, length) for length in entry.shape) >= _VAST}
+    if vast:
+        raise CorruptFileError(f"{label} holds tensors of impossible shapes, {first_three(vast)}. Copy or download it again.")
+    odd = {name for name, entry in entries.items() if entry.code not in READABLE}
+    if odd:
+        codes = ", ".join(sorted({repr(entries[name].code) for name in odd}))
+        raise SourceError(f"{label} holds tensors of dtype {codes}, which are not supported: {first_three(odd)}. Convert them first.")
+
+
+def sizes(entries: Mapping[str, Entry]) -> dict[str, Any]:
+    """Facts about tensors for ``lata inspect``: how many, with how many entries, of which dtypes."""
+    return {
+        "tensors": len(entries),
+        "parameters": sum(math.prod(entry.shape) for entry in entries.values()),
+        "dtype": ", ".join(sorted({DTYPES.get(entry.code, entry.code) for entry in entries.values()})),
+    }
+
+
+def weights_facts(entries: Mapping[str, Entry]) -> dict[str, Any]:
+    """Facts about the weights of a model for ``lata inspect``: those of its tensors, and its layers."""
+    layers = layer_map(entries)
+    return {
+        **sizes(entries),
+        "blocks": len(layers.blocks),
+        "first and last block": f"{layers.blocks[0]} … {layers.blocks[-1]}" if layers.blocks else None,
+        "outside the blocks": layers.outside(),
+    }
+
+
+def _same_bytes(one: Span, other: Span) -> bool:
+    if one.entry != other.entry or one.strides != other.strides:
+        return False
+    size = math.prod(one.entry.shape) * item_size(one.entry.code)
+    first, second = bytearray(_PIECE), bytearray(_PIECE)
+    for begin in range(0, size, _PIECE):
+        count = min(_PIECE, size - begin)
+        for target, span in ((first, one), (second, other)):
+            fill(memoryview(target)[:count], span.file, span.begin + begin)
+        if first[:count] != second[:count]:
+            return False
+    return True
+
+
+def _damaged(path: Path, error: Exception) -> LataError:
+    if isinstance(error, OSError):
+        return unreadable(path, error)
+    return CorruptFileError(f"{path} is no readable safetensors file ({error}). Is it complete? Copy or download it again.")
