@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lata_lightning.errors import LataError
+from lata_lightning.errors import LataError, first_three
 from lata_lightning.live.live_model import LiveModel, find_model
 from lata_lightning.numerics.low_rank import LowRank
-from lata_lightning.store.lora import AdaptedModel, check_unwrapped, peft_kinds
+from lata_lightning.store.lora import AdaptedModel, check_unwrapped, packed_bytes, peft_kinds
 
 
 class LoraModel(LiveModel):
@@ -29,6 +29,11 @@ class LoraModel(LiveModel):
 
     def __init__(self, model: Any) -> None:
         self._adapters = AdaptedModel(model)
+        if self._adapters.merged:
+            raise LataError(
+                f"LATACallback measures LoRA in its factors, and {', '.join(self._adapters.kinds)} change {first_three(self._adapters.merged)} in "
+                "another way. Train without the callback, save the adapter, and take the vector from that: lata extract START ADAPTER --output VECTOR"
+            )
         if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
             raise LataError("LATACallback cannot measure adapters of a sharded model; use one device or strategy='ddp'")
         self._take(self._adapters.module, self._adapters.plain)
@@ -52,7 +57,7 @@ class LoraModel(LiveModel):
     def bits(self, name: str) -> Tensor:
         """The local values of a tensor as they are held, packed ones as they are packed."""
         packed = self._adapters.quantised.get(name)
-        return super().bits(name) if packed is None else packed.detach()
+        return super().bits(name) if packed is None else packed_bytes(packed)
 
     @property
     def changing(self) -> tuple[str, ...]:

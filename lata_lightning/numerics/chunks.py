@@ -35,6 +35,11 @@ def slices(tensor: Tensor) -> Load:
     return lambda begin, end: flat[begin:end]
 
 
+def zeros(dtype: torch.dtype) -> Load:
+    """The pieces of a tensor that is zero."""
+    return lambda begin, end: torch.zeros(end - begin, dtype=dtype)
+
+
 def products(factors: LowRank) -> Load:
     """The pieces of a tensor held as factors, float64."""
     left, right = factors.joined()

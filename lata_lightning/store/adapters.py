@@ -1,45 +1,26 @@
-"""Peft adapter directories: LoRA as a difference in factors, and as the whole weights that base and adapter make."""
+"""What a peft adapter changes, as a difference to its start, and as the whole weights that start and adapter make."""
 
 from __future__ import annotations
 
-import warnings
-from pathlib import Path
-
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from lata_lightning.errors import BaseMismatchError, CorruptFileError, LataError, LayoutMismatchError, SourceError, first_three
-from lata_lightning.layers import skeleton
+from lata_lightning.errors import BaseMismatchError, LataError, LayoutMismatchError, SourceError, first_three
+from lata_lightning.numerics.chunks import Load, zeros
 from lata_lightning.numerics.combine import combine
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.numerics.measure import difference
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
-from lata_lightning.store.directories import ADAPTER_CONFIG, read_object
 from lata_lightning.store.hashing import content_hash, hash_values
-from lata_lightning.store.lora import RESIDUAL, AdaptedModel
+from lata_lightning.store.lora import AdaptedModel
 from lata_lightning.store.sources import Source
-
-_WEIGHTS_NAME = "adapter_model.safetensors"
-
-
-def named_base(directory: Path) -> str | None:
-    """Where, by its config, the weights lie that an adapter was trained on; None if it does not say.
-
-    Raises:
-        CorruptFileError: The config cannot be read, or does not hold a text there.
-    """
-    named = read_object(directory / ADAPTER_CONFIG).get("base_model_name_or_path") or None
-    if named is not None and not isinstance(named, str):
-        raise CorruptFileError(f"{directory / ADAPTER_CONFIG} must name its base model by a text, it holds {named!r}")
-    return named
 
 
 class AdapterDifference(Source):
     """What a LoRA adapter adds to the weights it was trained on, tensor by tensor.
 
-    Tensors under LoRA layers are held as factors; trained copies (``modules_to_save``) and biases as differences to the start.
+    Tensors under LoRA layers are kept as factors. Trained copies (``modules_to_save``), biases, and what any other kind of adapter makes of a
+    weight are dense differences to the start, each computed when it is read.
 
     Args:
         start: The weights the adapter was trained on; with ``before``, the weights that those and the other adapter make.
@@ -53,6 +34,7 @@ class AdapterDifference(Source):
     Raises:
         LayoutMismatchError: It belongs to a model of another layout.
         BaseMismatchError: It was trained on other weights, as far as they are known.
+        SourceError: Peft cannot merge a layer of it.
     """
 
     def __init__(self, start: Source, adapted: AdaptedModel, location: str | None, before: AdapterDifference | None = None) -> None:
@@ -63,7 +45,8 @@ class AdapterDifference(Source):
         own = {name: tensor for name, tensor in self._adapted.plain.items() if not tensor.is_meta}
         self._whole = {name: tensor.detach() for name, tensor in under_checkpoint_names(self._adapted.module, own).items()}
         self._names = tuple(name for name in start.names if start.dtype(name).is_floating_point)
-        foreign = (set(self._whole) | self._adapted.adapted) - set(self._names)
+        changed = self._by_layer
+        foreign = (set(self._whole) | changed) - set(self._names)
         if foreign:
             raise LayoutMismatchError(
                 f"{self.label} adapts tensors that {start.label} does not hold, {first_three(foreign)}. Was it trained on a model of this architecture?"
@@ -73,7 +56,7 @@ class AdapterDifference(Source):
         if odd:
             raise LayoutMismatchError(f"{self.label} and {start.label} must have the same shapes; different are {first_three(odd)}")
         # A model in memory holds the weights under its adapters, and peft saves the embeddings it adapts: they are the start's, or the start is wrong.
-        copied = self._adapted.adapted & set(self._whole)
+        copied = changed & set(self._whole)
         equal = {name for name in self._whole if self._is_start(name)}
         other = copied - equal
         if other and adapted.residual:
@@ -87,9 +70,13 @@ class AdapterDifference(Source):
             )
         # A model in memory also holds everything that was frozen.
         self._whole = {name: tensor for name, tensor in self._whole.items() if name not in equal}
-        self.unchanged = frozenset(self._names) - self._adapted.adapted - frozenset(self._whole)
+        self.unchanged = frozenset(self._names) - changed - frozenset(self._whole)
         if before is not None:
             self.unchanged &= before.unchanged
+        try:
+            adapted.check_merged(start.read)
+        except LataError as error:
+            raise SourceError(f"{self.label}: {error}") from error
 
     def _is_start(self, name: str) -> bool:
         """Whether a tensor held whole is that of the start, as rounded to the precision it was loaded in."""
@@ -107,13 +94,19 @@ class AdapterDifference(Source):
         return torch.promote_types(self._start.dtype(name), torch.float32)
 
     def read(self, name: str) -> Tensor:  # noqa: D102
-        factors = self.low_rank(name)
+        if name in self.unchanged:
+            return torch.zeros(self.shape(name), dtype=self.dtype(name))
+        factors, before = self.low_rank(name), self._before
         if factors is not None:
             return factors.dense(self.dtype(name))
-        before = self._before
-        if before is not None and (self._factors(name) is not None or before._factors(name) is not None):
-            return self._dense(name) - before._dense(name)
-        return difference(self.whole(name), self._start.read(name) if before is None else before.whole(name)).to(self.dtype(name))
+        if before is None:
+            return difference(self.whole(name), self._start.read(name)).to(self.dtype(name))
+        if name in self._by_layer or name in before._by_layer:
+            return (self._dense(name) - before._dense(name)).to(self.dtype(name))
+        return difference(self.whole(name), before.whole(name)).to(self.dtype(name))
+
+    def load(self, name: str) -> Load:  # noqa: D102
+        return zeros(self.dtype(name)) if name in self.unchanged else super().load(name)
 
     def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
         if self._before is None:
@@ -125,14 +118,22 @@ class AdapterDifference(Source):
         return nothing if now.equals(before) else now.since(before)
 
     def whole(self, name: str) -> Tensor:
-        """The values of a tensor that no factors are added to: the trained copy, or those of the weights under the adapter."""
-        return self._whole[name].cpu() if name in self._whole else self._start.read(name)
+        """The values of a tensor that no factors are added to, in float64 if an adapter computes them from those of the start."""
+        if name in self._whole:
+            return self._whole[name].cpu()
+        return self._adapted.values(name, self._start.read) if name in self._adapted.merged else self._start.read(name)
+
+    @property
+    def _by_layer(self) -> frozenset[str]:
+        """Tensors that a layer of the adapter changes."""
+        return self._adapted.adapted | self._adapted.merged
 
     def _dense(self, name: str) -> Tensor:
+        """What is added to a tensor, in float64."""
         factors = self._factors(name)
         if factors is not None:
-            return factors.dense(self.dtype(name))
-        return difference(self.whole(name), self._start.read(name))
+            return factors.dense(torch.float64)
+        return difference(self.whole(name), self._start.read(name)).double()
 
     def _factors(self, name: str) -> LowRank | None:
         return self._adapted.added(name).copy() if name in self._adapted.adapted else None
@@ -170,7 +171,8 @@ class AdaptedWeights(Source):
     def read(self, name: str) -> Tensor:  # noqa: D102
         factors = self.added.low_rank(name)
         if factors is None:
-            return self.added.whole(name).to(self.dtype(name))
+            values = self.added.whole(name)
+            return values if values.dtype == self.dtype(name) else combine(values, [], self.dtype(name))
         return combine(self.base.read(name), [(factors, 1.0)], self.dtype(name))
 
 
@@ -189,88 +191,3 @@ def check_same_base(start: Source, base: Source, adapter: str) -> None:
             f"{adapter} was trained on {base.label}, and {start.label} holds other weights (first in {other!r}), so tuned − start is not what the adapter "
             f"adds. Give {base.label} as START."
         )
-
-
-def adapted_model(start: Source, directory: Path) -> AdaptedModel:
-    """The empty model that a start's config describes, with an adapter directory's own tensors in place.
-
-    Raises:
-        SourceError: The adapter is no plain LoRA, what its factors started with is not known, or the start is of no architecture that
-            transformers knows.
-        LayoutMismatchError: It belongs to a model of another layout.
-        CorruptFileError: Its files cannot be read, or lack tensors.
-    """
-    config = read_object(directory / ADAPTER_CONFIG)
-    if config.get("peft_type") != "LORA":
-        raise SourceError(
-            f"{directory} is a peft adapter of the type {config.get('peft_type')}, and LoRA is what can be read as factors. Where peft can merge it, save "
-            "what merge_and_unload() gives and extract from that."
-        )
-    if str(config.get("init_lora_weights")).startswith(RESIDUAL):
-        raise SourceError(
-            f"{directory} was initialised by {config['init_lora_weights']}, which changes the base weights, and does not hold what its factors started "
-            "with. Save it with save_pretrained(…, path_initial_model_for_weight_conversion=…), or merge_and_unload() it and extract from that."
-        )
-    module = None if start.config is None else skeleton(start.config)
-    if module is None:
-        raise SourceError(
-            f"{start.label} must be a Hugging Face directory of an architecture that transformers knows, to find the layers that {directory} adapts"
-        )
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-
-    held = _read_weights(directory)
-    with warnings.catch_warnings():
-        # What peft remarks on when it wraps an empty model concerns training it.
-        warnings.simplefilter("ignore")
-        try:
-            model = PeftModel(module, PeftConfig.from_pretrained(directory), low_cpu_mem_usage=True)
-        except Exception as error:
-            # Whatever peft makes of a config that another release, or nobody, wrote.
-            raise LayoutMismatchError(
-                f"{directory} cannot be put onto the model of {start.label}: {' '.join(str(error).split())}"
-            ) from error
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        # Each by an object of its own: tied parameters are one. Whether embeddings are stored is for the file to say (peft would ask the hub).
-        marks = {name: parameter.detach() for name, parameter in parameters.items()}
-        trained, stored = (get_peft_model_state_dict(model, state_dict=dict(marks), save_embedding_layers=along) for along in (False, True))
-    name_of = {id(mark): name for name, mark in marks.items()}
-    places = {key: name_of[id(mark)] for key, mark in stored.items()}
-    loaded_too = {id(parameters[places[key]]) for key in held if key in places}
-    missing = [key for key in trained if id(parameters[places[key]]) not in loaded_too]
-    if missing:
-        raise CorruptFileError(
-            f"{directory / _WEIGHTS_NAME} lacks tensors that its config asks for, {first_three(missing)}. Copy or save it again."
-        )
-    foreign = set(held) - set(places)
-    if foreign:
-        raise LayoutMismatchError(f"{directory / _WEIGHTS_NAME} holds tensors that have no place in the model, {first_three(foreign)}")
-    odd = [key for key, tensor in held.items() if tensor.shape != stored[key].shape]
-    if odd:
-        raise LayoutMismatchError(
-            f"{directory / _WEIGHTS_NAME} has other shapes than its config and {start.label} ask for in {first_three(odd)}. Is it another model's?"
-        )
-    given = {places[key]: nn.Parameter(tensor, requires_grad=False) for key, tensor in held.items()}
-    if config.get("ensure_weight_tying"):
-        # Of tied weights the file holds the one trained copy under each name.
-        copies = [name for name in given if ".modules_to_save." in name]
-        given |= {name: next(given[twin] for twin in copies if torch.equal(given[twin], given[name])) for name in copies}
-    # Loaded under one of its names, a tied parameter has to stay one tensor under all of them.
-    by_parameter = {id(parameters[name]): loaded for name, loaded in given.items()}
-    given |= {name: by_parameter[id(parameter)] for name, parameter in parameters.items() if id(parameter) in by_parameter}
-    model.load_state_dict(given, strict=False, assign=True)
-    try:
-        return AdaptedModel(model)
-    except LataError as error:
-        raise SourceError(f"{directory}: {error}") from error
-
-
-def _read_weights(directory: Path) -> dict[str, Tensor]:
-    path = directory / _WEIGHTS_NAME
-    if not path.is_file():
-        raise SourceError(
-            f"{directory} holds no {_WEIGHTS_NAME}; pickled adapters can run code when they are loaded: convert it to safetensors first"
-        )
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CorruptFileError(f"{path} is no readable safetensors file ({error}). Is it complete? Copy or download it again.") from error

@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lata_lightning.errors import SourceError
-from lata_lightning.store.adapters import AdaptedWeights, AdapterDifference, adapted_model, check_same_base, named_base
+from lata_lightning.store.adapter_files import adapted_model, named_base
+from lata_lightning.store.adapters import AdaptedWeights, AdapterDifference, check_same_base
 from lata_lightning.store.directories import ADAPTER_CONFIG, find_weights, holds_adapter
 from lata_lightning.store.formats.table import find_format
 from lata_lightning.store.lora import AdaptedModel, check_unwrapped, peft_kinds

@@ -530,19 +530,25 @@ def refused(directory, model, message, module=None):
 
 
 OTHER_KINDS = {
-    "DoRA": (lambda: peft.LoraConfig(target_modules=["q_proj"], use_dora=True), "is a variant of LoRA"),
-    "LoRA bias": (lambda: peft.LoraConfig(target_modules=["q_proj"], lora_bias=True), "is a variant of LoRA"),
+    "DoRA": (lambda: peft.LoraConfig(target_modules=["q_proj"], use_dora=True), "DoRA change 3: .*lata extract START ADAPTER"),
+    "LoRA bias": (lambda: peft.LoraConfig(target_modules=["q_proj"], lora_bias=True), "LoRA with a bias change"),
     "trained tokens": (
         lambda: peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2]),
-        "trainable_tokens adapter",
+        "trainable_tokens change 1: .*embed_tokens.weight",
     ),
     "repeated layers": (lambda: peft.LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 2), (1, 3)]), "layer_replication"),
-    "IA3": (lambda: peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "is of the type IA3"),
-    "LoHa": (lambda: peft.LoHaConfig(target_modules=["k_proj"]), "is of the type LOHA"),
-    "LoKr": (lambda: peft.LoKrConfig(target_modules=["k_proj"]), "is of the type LOKR"),
-    "AdaLoRA": (lambda: peft.AdaLoraConfig(target_modules=["k_proj"], total_step=10), "is of the type ADALORA"),
-    "prompt tuning": (lambda: peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "is of the type PROMPT_TUNING"),
-    "prefix tuning": (lambda: peft.PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "is of the type PREFIX_TUNING"),
+    "IA3": (lambda: peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "ia3 change"),
+    "LoHa": (lambda: peft.LoHaConfig(target_modules=["k_proj"]), "loha change"),
+    "LoKr": (lambda: peft.LoKrConfig(target_modules=["k_proj"]), "lokr change"),
+    "AdaLoRA": (lambda: peft.AdaLoraConfig(target_modules=["k_proj"], total_step=10), "adalora change"),
+    "prompt tuning": (
+        lambda: peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+        "of the type PROMPT_TUNING: it changes no weight",
+    ),
+    "prefix tuning": (
+        lambda: peft.PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+        "of the type PREFIX_TUNING: it changes no weight",
+    ),
 }
 
 

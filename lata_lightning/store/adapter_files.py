@@ -1,0 +1,178 @@
+"""Peft adapter directories: which files belong to one, and the model that they and the config of a start describe."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lata_lightning.errors import CorruptFileError, LataError, LayoutMismatchError, SourceError, first_three
+from lata_lightning.layers import skeleton
+from lata_lightning.store.directories import ADAPTER_CONFIG, read_object
+from lata_lightning.store.lora import RESIDUAL, AdaptedModel, check_kind
+from lata_lightning.store.sources import Source
+
+_WEIGHTS_NAME = "adapter_model.safetensors"
+# Kinds whose layers have tensors that no file holds: drawn from a seed, or following from the sizes.
+_WITH_BUFFERS = frozenset({"ADALORA", "OFT", "BOFT", "VERA", "TRAINABLE_TOKENS"})
+
+
+def named_base(directory: Path) -> str | None:
+    """Where, by its config, the weights lie that an adapter was trained on; None if it does not say.
+
+    Raises:
+        CorruptFileError: The config cannot be read, or does not hold a text there.
+    """
+    named = read_object(directory / ADAPTER_CONFIG).get("base_model_name_or_path") or None
+    if named is not None and not isinstance(named, str):
+        raise CorruptFileError(f"{directory / ADAPTER_CONFIG} must name its base model by a text, it holds {named!r}")
+    return named
+
+
+def adapted_model(start: Source, directory: Path) -> AdaptedModel:
+    """Build the empty model that a start's config describes, with an adapter directory's own tensors in it.
+
+    Tensors saved under names of an older release of transformers are renamed as peft renames them when it loads them.
+
+    Raises:
+        SourceError: The adapter is of a kind that is not read, what its factors started with is not known, or the start is of no architecture
+            that transformers knows.
+        LayoutMismatchError: It belongs to a model of another layout.
+        CorruptFileError: Its files cannot be read, or lack tensors.
+    """
+    config = read_object(directory / ADAPTER_CONFIG)
+    if str(config.get("init_lora_weights")).startswith(RESIDUAL):
+        raise SourceError(
+            f"{directory} was initialised by {config['init_lora_weights']}, which changes the base weights, and does not hold what its factors started "
+            "with. Save it with save_pretrained(…, path_initial_model_for_weight_conversion=…), or merge_and_unload() it and extract from that."
+        )
+    module = None if start.config is None else skeleton(start.config)
+    if module is None:
+        raise SourceError(
+            f"{start.label} must be a Hugging Face directory of an architecture that transformers knows, to find the layers that {directory} adapts"
+        )
+    model = _wrapped(module, directory, config, start.label)
+    _fill(model, _under_current_names(model, _read_weights(directory), directory), directory, config, start.label)
+    try:
+        return AdaptedModel(model)
+    except LataError as error:
+        raise SourceError(f"{directory}: {error}") from error
+
+
+def _wrapped(module: nn.Module, directory: Path, config: Mapping[str, Any], label: str) -> Any:
+    """The empty model with empty adapters on it."""
+    from peft import PeftConfig, PeftModel, PeftType
+
+    kind = config.get("peft_type")
+    if kind not in list(PeftType):
+        raise SourceError(f"{directory} is an adapter of the type {kind}, which this release of peft does not know")
+    with warnings.catch_warnings():
+        # What peft remarks on when it wraps an empty model concerns training it.
+        warnings.simplefilter("ignore")
+        try:
+            settings = PeftConfig.from_pretrained(directory)
+        except Exception as error:
+            # Whatever peft makes of a config that another release, or nobody, wrote.
+            raise LayoutMismatchError(f"{directory / ADAPTER_CONFIG} is no config that peft can use: {_on_one_line(error)}") from error
+        try:
+            check_kind(directory.name, settings)
+        except LataError as error:
+            raise SourceError(f"{directory}: {error}") from error
+        try:
+            if kind not in _WITH_BUFFERS:
+                return PeftModel(module, settings, low_cpu_mem_usage=True)
+            with torch.random.fork_rng([]), _on_cpu(module):
+                return PeftModel(module, settings)
+        except Exception as error:
+            raise LayoutMismatchError(f"{directory} cannot be put onto the model of {label}: {_on_one_line(error)}") from error
+
+
+@contextmanager
+def _on_cpu(module: nn.Module) -> Iterator[None]:
+    """For a while give an empty model parameters on the CPU that take no memory: peft puts the buffers of an adapter where they are."""
+    empty = {id(parameter): parameter for parameter in module.requires_grad_(False).parameters()}
+    on_cpu = {key: nn.Parameter(torch.zeros((), dtype=held.dtype).expand(held.shape), requires_grad=False) for key, held in empty.items()}
+    _exchange(module, on_cpu)
+    try:
+        yield
+    finally:
+        _exchange(module, {id(on_cpu[key]): held for key, held in empty.items()})
+
+
+def _exchange(module: nn.Module, others: Mapping[int, nn.Parameter]) -> None:
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False, remove_duplicate=False)):
+            if id(parameter) in others:
+                part.register_parameter(name, others[id(parameter)])
+
+
+def _under_current_names(model: Any, held: dict[str, Tensor], directory: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter file under the names that peft gives them when it loads them onto a model."""
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    try:
+        return dict(convert_peft_adapter_state_dict_for_transformers(model, model.active_peft_config, held, model.active_adapter))
+    except Exception as error:
+        raise LayoutMismatchError(f"peft cannot rename the tensors of {directory} for this model: {_on_one_line(error)}") from error
+
+
+def _fill(model: Any, held: Mapping[str, Tensor], directory: Path, config: Mapping[str, Any], label: str) -> None:
+    """Put the tensors of an adapter file into the empty model, each where peft would load it."""
+    from peft import get_peft_model_state_dict
+
+    parameters = model.state_dict(keep_vars=True)
+    # Each by an object of its own: tied parameters are one. Whether embeddings are stored is for the file to say (peft would ask the hub).
+    marks = {name: parameter.detach() for name, parameter in parameters.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trained, stored = (get_peft_model_state_dict(model, state_dict=dict(marks), save_embedding_layers=along) for along in (False, True))
+    name_of = {id(mark): name for name, mark in marks.items()}
+    path_of = {key: name_of[id(mark)] for key, mark in stored.items()}
+    loaded_too = {id(parameters[path_of[key]]) for key in held if key in path_of}
+    missing = [key for key in trained if id(parameters[path_of[key]]) not in loaded_too]
+    if missing:
+        raise CorruptFileError(f"{directory} lacks tensors that its config asks for, {first_three(missing)}. Copy or save it again.")
+    foreign = set(held) - set(path_of)
+    if foreign:
+        raise LayoutMismatchError(f"{directory} holds tensors that the model of {label} does not have, {first_three(foreign)}")
+    odd = [key for key, tensor in held.items() if tensor.shape != stored[key].shape]
+    if odd:
+        raise LayoutMismatchError(
+            f"{directory} has other shapes than its config and {label} ask for in {first_three(odd)}. Is it another model's?"
+        )
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    by_path = {path_of[key]: tensor for key, tensor in held.items()}
+    given: dict[str, Tensor] = {
+        path: tensor if path in buffers else nn.Parameter(tensor, requires_grad=False) for path, tensor in by_path.items()
+    }
+    if config.get("ensure_weight_tying"):
+        # Of tied weights the file holds the one trained copy under each name.
+        copies = [name for name in given if ".modules_to_save." in name]
+        given |= {name: next(given[twin] for twin in copies if torch.equal(given[twin], given[name])) for name in copies}
+    # Loaded under one of its names, a tied parameter has to stay one tensor under all of them.
+    by_parameter = {id(parameters[name]): loaded for name, loaded in given.items()}
+    given |= {name: by_parameter[id(parameter)] for name, parameter in parameters.items() if id(parameter) in by_parameter}
+    model.load_state_dict(given, strict=False, assign=True)
+
+
+def _on_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _read_weights(directory: Path) -> dict[str, Tensor]:
+    path = directory / _WEIGHTS_NAME
+    if not path.is_file():
+        raise SourceError(
+            f"{directory} holds no {_WEIGHTS_NAME}; pickled adapters can run code when they are loaded: convert it to safetensors first"
+        )
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CorruptFileError(f"{path} is no readable safetensors file ({error}). Is it complete? Copy or download it again.") from error
