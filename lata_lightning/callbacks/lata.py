@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,15 +15,15 @@ from lata_lightning.alignment import Alignment, alignment_of
 from lata_lightning.callbacks.figures import log_heat_map
 from lata_lightning.callbacks.handover import VECTOR_NAME, check_kinds, check_located, folder, write_exports
 from lata_lightning.callbacks.history import HISTORY_NAME, append_history, cut_history, log_figures, read_history, summary
+from lata_lightning.callbacks.run_directory import begin_output, check_output, end_output, remove_partial_output
 from lata_lightning.display.tables import alignment_table, flat_warning, show
 from lata_lightning.errors import LataError, OutputError, first_three
 from lata_lightning.layers import LayerRule, Level, check_level
 from lata_lightning.live.gathering import export, manifest_of
 from lata_lightning.live.measuring import Measurement
-from lata_lightning.live.start_weights import SPILL_NAME
 from lata_lightning.live.tracker import Fingerprint, Tracker
 from lata_lightning.moments import Start, check_start, total
-from lata_lightning.store.writer import PARTIAL_MARK, float_dtype
+from lata_lightning.store.writer import float_dtype
 from lata_lightning.vectors.task_vector import TaskVector
 from lata_lightning.weighting import DEFAULT_THRESHOLD, Weighting, check_weighting
 
@@ -48,7 +47,8 @@ class LATACallback(pl.Callback):
         base_weights: How the start weights are kept (see below): ``"auto"``, ``"lora"``, ``"source"``, ``"spill"`` or ``"memory"``; any other text is
             a directory or checkpoint that holds them.
         output_dir: Where history and vector go; by default a folder named after ``name`` in the trainer's log directory. It must not hold
-            the results of another run.
+            the results of another run. What an unfinished run from the same start weights has left there is replaced, as by a job that is
+            requeued before its first checkpoint.
         export: What to write at the end of training: ``"vector"``, and what other tools take (see ``lata_lightning.exports``): ``"pure"``, ``"hf"``,
             ``"peft"``, ``"mergekit"``, ``"coefficients"``. Each goes to a folder of its name in the output directory (the vector to
             ``task_vector``).
@@ -304,35 +304,28 @@ class LATACallback(pl.Callback):
         """Fresh or resumed? A fresh run must not meet the output of another, a resumed one must have its first start weights."""
         tracker = self._require_tracker()
         self._fresh = self._restored is None and (trainer.ckpt_path is None or self._searched)
-        if self._fresh:
-            tracker.ranks.agree(self._check_fresh)
-        else:
-            tracker.ranks.agree(lambda: tracker.take_up(self._restored))
-            if trainer.is_global_zero and self._directory is not None:
-                # What a killed run was about to write when it ended.
-                for partial in self._directory.glob(f".*{PARTIAL_MARK}*"):
-                    shutil.rmtree(partial, ignore_errors=True)
+        tracker.ranks.agree(tracker.forget_frozen if self._fresh else lambda: tracker.take_up(self._restored))
         tracker.note_fingerprint()
         if not self._fresh:
             tracker.verify(self._restored)
+        if self._directory is not None:
+            self._enter(self._directory, writes=trainer.is_global_zero)
         self._load_written(trainer)
         self._decided, self._begun = True, False
 
-    def _check_fresh(self) -> None:
+    def _enter(self, directory: Path, *, writes: bool) -> None:
+        """Make the output directory ready: empty for a fresh run, without half-written output for a resumed one."""
         tracker = self._require_tracker()
-        tracker.forget_frozen()
-        if self._directory is None:
-            return
-        check_located(self.export, tracker.location)
-        held = [name for name in (HISTORY_NAME, VECTOR_NAME, SPILL_NAME, *map(folder, self.export)) if (self._directory / name).exists()]
-        if held:
-            raise OutputError(
-                f"{self._directory} holds the {held[0]} of another run. Give this run an output_dir of its own, or remove it."
-            )
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"the output_dir {self._directory} cannot be made: {error.strerror}") from error
+        if self._fresh:
+            results = dict.fromkeys((VECTOR_NAME, *map(folder, self.export)))
+            tracker.ranks.agree(lambda: check_located(self.export, tracker.location))
+            note = tracker.ranks.agree(lambda: check_output(directory, tracker.fingerprint, results))
+            if note is not None:
+                rank_zero_info(f"LATACallback: {note}")
+        if writes and self._fresh:
+            begin_output(directory, tracker.fingerprint)
+        elif writes:
+            remove_partial_output(directory)
 
     def _load_written(self, trainer: pl.Trainer) -> None:
         """Note the step of the last line in the history."""
@@ -369,6 +362,8 @@ class LATACallback(pl.Callback):
         self._finished = True
         if trainer.is_global_zero:
             tracker.kept.close()
+            if self._directory is not None:
+                end_output(self._directory)
             log_heat_map(trainer.loggers, self.name, self._directory, trainer.global_step)
 
     def _exported(self) -> bool:

@@ -165,7 +165,7 @@ def test_an_error_in_the_input_is_one_line_and_status_1(folder, capsys, more, me
 def test_the_output_of_another_run_is_refused(folder, capsys):
     assert fit() == 0
     assert fit() == 1
-    assert "holds the history.jsonl of another run" in capsys.readouterr().err
+    assert "holds the task_vector of another run" in capsys.readouterr().err
 
 
 def test_wrong_usage_exits_with_2(folder, capsys):
