@@ -216,7 +216,7 @@ def together(case: Case, level: Level, rule: Callable[[Sequence[TaskVector], Lev
 def regressed(case: Case, in_order: bool) -> Weights:
     """Every linear layer fitted to the outputs of all experts on their own calibration inputs, by the package."""
     _load(case, case.instruct)
-    return summed([regress(case.model, case.anchored, case.calibration, in_order=in_order)])
+    return summed([regress(case.anchored, case.model, case.calibration, in_order=in_order)])
 
 
 def few_shot(case: Case, first: Weighting) -> Weights:

@@ -154,8 +154,8 @@ def _regress(options: Namespace, command: str) -> None:
     vectors, samples = _vectors(options), _samples(options, options.data)
     with progress_bar("regress") as progress:
         found = regress(
-            options.start_model,
             vectors,
+            options.start_model,
             samples,
             in_order=options.in_order,
             off_diagonal=options.off_diagonal,

@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lata_lightning.errors import LataError
+from lata_lightning.numerics.matrix_regression import Settings
 
 Role = Literal["rows", "columns", "table"]
 """What a matrix does with its inputs: its rows are multiplied with them (a linear layer), its columns are (a Conv1D of transformers), or they are numbers
@@ -77,28 +78,28 @@ class Fit:
         else:
             self._products.addmm_(matrix.double(), gram)
 
-    def solve(self, ridge: float) -> Tensor:
-        """The matrix W of least Σ_t tr((W − τ_t) C_t (W − τ_t)ᵀ), in float32, with τ_t the vectors and C_t the means; uses up the sums.
+    def solve(self, settings: Settings) -> Tensor:
+        """The matrix W of least Σ_t tr((W − τ_t) C_t (W − τ_t)ᵀ) + λ ‖W − P‖², in float32, with C_t the means and P the prior; uses up the sums.
 
         Args:
-            ridge: Added to the diagonal of all C_t alike, in sum so much of the mean of the diagonal of Σ C_t: directions that no input has get the
-                mean of the vectors. Rows of a table need none of it.
+            settings: λ as a ridge in units of the mean of the diagonal of Σ C_t, and the prior, which directions get that no input has, and rows of a
+                table that no input uses. Rows that are used need no ridge.
 
         Raises:
             LataError: The ridge is too small for some direction that no input has.
         """
-        found = self._vectors.div_(self._tasks)
+        found = self._vectors.mul_(settings.share(self._tasks))
         if self._role == "table":
             used = self._grams.nonzero().flatten()
             found[used] = self._products[used] / self._grams[used, None]
         elif (trace := self._grams.trace()) > 0:
-            # What the inputs add to the mean, so that equal vectors, and a single one, come out as they are.
+            # What the inputs add to the prior: of a single vector nothing, so it comes out as it is.
             added = self._products.addmm_(found, self._grams, alpha=-1)
-            self._grams.diagonal().add_(ridge * trace / len(self._grams))
+            self._grams.diagonal().add_(settings.penalty(float(trace), len(self._grams)))
             factor, failed = torch.linalg.cholesky_ex(self._grams)
             if failed:
                 raise LataError(
-                    f"the ridge {ridge:g} is lost in rounding beside the inputs, which do not go in all directions. Give a larger one."
+                    f"the ridge {settings.ridge:g} is lost in rounding beside the inputs, which do not go in all directions. Give a larger one."
                 )
             found += torch.cholesky_solve(added.T, factor).T
         solved: Tensor = (found.T if self._role == "columns" else found).float().contiguous()

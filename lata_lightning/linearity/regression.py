@@ -1,72 +1,99 @@
-"""One task vector out of several: each weight matrix does on every task's own inputs what that task's vector does there, as nearly as one matrix can."""
+"""One task vector out of several by regression: each matrix does on every task's own inputs what that task's vector does, as nearly as one matrix can."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from lata_lightning.errors import LataError
+from lata_lightning.linearity.from_vectors import merge_matrices, solving_device
 from lata_lightning.linearity.stages import Merged, Stages
 from lata_lightning.linearity.units import Blocks
 from lata_lightning.linearity.walk import Batch, StartModel, check_samples, opened, row_count
+from lata_lightning.numerics.matrix_regression import Prior, Settings
 from lata_lightning.store.writer import Progress
 from lata_lightning.vectors.manifest import Derivation, Identity, Input, Manifest, TensorEntry
 from lata_lightning.vectors.task_vector import TaskVector
 
 DEFAULT_OFF_DIAGONAL = 0.9
 DEFAULT_RIDGE = 1e-6
+"""With samples; without them it is that of ``Settings``."""
 
 
 def regress(
-    start: StartModel,
     vectors: Sequence[TaskVector],
-    samples: Sequence[Sequence[Batch]],
+    start: StartModel | None = None,
+    samples: Sequence[Sequence[Batch]] | None = None,
     *,
-    in_order: bool = True,
-    off_diagonal: float = DEFAULT_OFF_DIAGONAL,
-    ridge: float = DEFAULT_RIDGE,
+    ridge: float | None = None,
+    prior: Prior | None = None,
+    in_order: bool | None = None,
+    off_diagonal: float | None = None,
     data: Sequence[str] | None = None,
+    device: str = "cpu",
     check_base: bool = True,
     progress: Progress | None = None,
 ) -> TaskVector:
-    """One task vector whose linear layers give out, on the inputs of every task, what is closest to what that task's own vector makes of them.
+    """Make one task vector out of several by regression, matrix by matrix, from samples of each task or from the vectors alone.
 
-    For each weight matrix of a linear layer, with τ_t those of the vectors and x the inputs of the layer, it is the W of least
-    Σ_t E_{x∼task t} ‖(W − τ_t) x‖², with the entries of E x xᵀ off the diagonal shrunk. Rows of an embedding are the mean of the vectors' rows weighted by
-    how often each task uses them. Everything else (biases, norms, convolutions, fused experts) is the plain mean of the vectors, and so is each
-    matrix, and each row of an embedding, that the samples never reach. Every task weighs the same, however many samples it has; padding does not count.
+    With C_t the mean of x xᵀ over what a linear layer takes in on task t, the one matrix is W = (Σ τ_t C_t + λ P)(Σ C_t + λ I)⁻¹. On the inputs of
+    every task it does, as nearly as one matrix can, what that task's own vector does.
+
+    Without samples C_t is τ_tᵀτ_t, because training writes the rows of a vector as combinations of its inputs. Every matrix is solved so, those of
+    embeddings and heads too, and everything else is the mean of the vectors that change it. A tensor of the result is computed when it is read.
+
+    With samples the matrices of linear layers are solved, rows of an embedding are the mean of the vectors' rows weighted by how often each task uses
+    them, and everything else (biases, norms, convolutions, fused experts, and what the samples never reach) is the plain mean. Every task weighs the
+    same, however many samples it has. Padding does not count.
 
     Args:
-        start: Directory or hub id of a transformers model, or a module. Dropout is off, and it does not change.
-        vectors: Task vectors from this start. Coefficients they may have do not count.
-        samples: For each vector batches of inputs of the model, by argument name: about 30 rows of its task, with an ``attention_mask`` where rows are
-            padded. How rows are split into batches makes no difference but memory.
-        in_order: Whether a block takes in what the merged blocks before it give out, and every task's own block runs on that (RegMean++); otherwise
-            all blocks of a task are its own (RegMean).
-        off_diagonal: Factor of the entries off the diagonal, in [0, 1].
-        ridge: Added to the diagonal of what is solved, in units of its mean; it pulls directions that no input has to the mean of the vectors.
-        data: Recorded in the manifest as where each task's samples come from.
+        vectors: Task vectors of one start. Coefficients they may have do not count.
+        start: With samples: directory or hub id of a transformers model, or a module. Dropout is off, and it does not change.
+        samples: For each vector batches of inputs of the model, by argument name, with an ``attention_mask`` where rows are padded. How rows are split
+            into batches makes no difference but memory.
+        ridge: λ in units of the mean of the diagonal of Σ C_t; positive. By default 1 without samples, 1e-6 with them.
+        prior: P, which directions get that no input has: ``"sum"`` (task arithmetic) or ``"mean"`` of the vectors. By default the sum without samples, the
+            mean with them.
+        in_order: With samples: whether a block takes in what the merged blocks before it give out, and every task's own block runs on that (RegMean++, the
+            default); otherwise all blocks of a task are its own (RegMean).
+        off_diagonal: With samples: factor of the entries of C_t off the diagonal, in [0, 1]; 0.9 by default.
+        data: With samples: recorded in the manifest as where each task's samples come from.
+        device: Without samples: where matrices are solved, such as ``"cuda"``.
         check_base: Refuse vectors that are known to start from different weights.
-        progress: Called after each stage (a block, an embedding, a head) is read, with the bytes read so far and the bytes in all.
+        progress: With samples: called after each stage (a block, an embedding, a head) is read, with the bytes read so far and the bytes in all.
 
     Returns:
-        A vector in memory, float32. Merged at scale 1 it is the merge of all; tensors that are known to be unchanged in all vectors are so in it. Its
-        manifest says from what it was made, and which matrices are plain means. A tensor that is used at several places (a tied head, a block
-        that is run again) is fitted at the first of them.
+        A float32 vector, which merged at scale 1 is the merge of all. Tensors that are known to be unchanged in all vectors are so in it. Its manifest
+        says from what it was made, and which matrices are plain means; without samples also, once it is saved, how far the vectors interfere.
+        Without samples, a matrix that all vectors hold as factors comes out as factors, of the sum of their ranks. With samples, a tensor that is
+        used at several places (a tied head, a block that is run again) is fitted at the first of them.
 
     Raises:
-        LataError: Samples and vectors are not equally many, a task has no samples, a number is out of range, there is no vector, one started from base, or
-            there is padding that cannot be found in the inputs of a layer.
+        LataError: There is no vector; some count from instruct and some from base; a number is out of range; an option for samples is given without them.
+            With samples: they and the vectors are not equally many, a task has none, a vector started from base, there is no start, or there is
+            padding that cannot be found in the inputs of a layer.
         SourceError, LayoutMismatchError, BaseMismatchError, WeightingError: As ``solve_coefficients``.
         CorruptFileError: A vector, or what goes into a layer, is not finite.
 
-    Source: RegMean, arXiv:2212.09849, on task vectors; in order as RegMean++, arXiv:2508.03121. The ridge, embeddings by use and equal weight of tasks are
-    this package's choices.
+    Source: RegMean, arXiv:2212.09849, on task vectors; in order as RegMean++, arXiv:2508.03121. C_t from the vectors: WUDI, arXiv:2503.08099; ACTMat,
+    arXiv:2604.01329. This package's choices: the prior and the ridge, embeddings by use, and equal weight of tasks.
     """
+    if samples is None:
+        given = {"start": start, "in_order": in_order, "off_diagonal": off_diagonal, "data": data, "progress": progress}
+        unused = [name for name, value in given.items() if value is not None]
+        if unused:
+            raise LataError(
+                f"without samples there is nothing to run, so there can be no {', '.join(unused)}. Give samples as well, or leave it out."
+            )
+        settings = Settings(1.0 if ridge is None else ridge, prior or "sum", solving_device(device))
+        return merge_matrices(vectors, "regression", settings=settings, check_base=check_base)
+    if start is None:
+        raise LataError("samples are run through the start model: give it as well (start=…)")
+    in_order = in_order is None or in_order
+    off_diagonal = DEFAULT_OFF_DIAGONAL if off_diagonal is None else off_diagonal
+    settings = Settings(DEFAULT_RIDGE if ridge is None else ridge, prior or "mean")
     check_samples(vectors, samples)
     if not 0 <= off_diagonal <= 1:
         raise LataError(f"the factor of entries off the diagonal must lie in [0, 1], got {off_diagonal}")
-    if not ridge > 0:
-        raise LataError(f"the ridge must be positive, got {ridge}")
     if data is not None and len(data) != len(vectors):
         raise LataError(f"there must be one name of data for each vector: got {len(data)} for {len(vectors)} vectors")
     shell, source, readers = opened(start, vectors, check_base=check_base)
@@ -75,7 +102,7 @@ def regress(
     named = [(vector.label, reader) for vector, reader in zip(vectors, readers, strict=True)]
     blocks = Blocks(shell, vectors[0].layers).tensors
     stages = Stages(shell, source, named, merged, blocks, unchanged, samples, in_order=in_order)
-    stages.fit(off_diagonal=off_diagonal, ridge=ridge, progress=progress)
+    stages.fit(off_diagonal=off_diagonal, settings=settings, progress=progress)
     averaged = (name for name in merged.names if len(merged.shape(name)) > 1 and name not in merged.fitted and name not in unchanged)
     first = vectors[0].manifest
     manifest = Manifest(
@@ -87,7 +114,7 @@ def regress(
         tensors={name: TensorEntry(merged.shape(name), "float32", unchanged=True) for name in merged.names if name in unchanged},
         derivation=Derivation(
             "regression",
-            {"in_order": in_order, "off_diagonal": off_diagonal, "ridge": ridge},
+            {"in_order": in_order, "off_diagonal": off_diagonal, "ridge": settings.ridge, "prior": settings.prior},
             tuple(
                 Input(
                     vector.label,

@@ -21,6 +21,7 @@ from lata_lightning.linearity.lockstep import Stand, in_lockstep
 from lata_lightning.linearity.matrices import Fit, Role, Seen, flattened
 from lata_lightning.linearity.shell import Shell, empty_copy
 from lata_lightning.linearity.walk import Batch, call, relative
+from lata_lightning.numerics.matrix_regression import Settings
 from lata_lightning.numerics.measure import all_finite
 from lata_lightning.store.sources import Source
 from lata_lightning.store.writer import Progress
@@ -113,7 +114,7 @@ class Stages:
                 module = shell.model.get_submodule(path)
                 module.forward = self._waiting(path, module.forward)
 
-    def fit(self, *, off_diagonal: float, ridge: float, progress: Progress | None) -> None:
+    def fit(self, *, off_diagonal: float, settings: Settings, progress: Progress | None) -> None:
         """Run the samples until every matrix they reach is fitted."""
 
         def arrive(path: str) -> None:
@@ -121,7 +122,7 @@ class Stages:
             if progress is not None and self._unread.pop(path, 0):
                 progress(self._size - sum(self._unread.values()), self._size)
             if path in self._pending:
-                self._fit(path, off_diagonal, ridge)
+                self._fit(path, off_diagonal, settings)
             if not self._pending:
                 raise _FinishedError
 
@@ -162,7 +163,7 @@ class Stages:
             self._held = (key, self._weights(self._names[path], task))
         return self._evaluate(path, task, self._held[1], args, kwargs)
 
-    def _fit(self, path: str, off_diagonal: float, ridge: float) -> None:
+    def _fit(self, path: str, off_diagonal: float, settings: Settings) -> None:
         """Fit the matrices of a stage to what every task's own weights take in there."""
         held = self._fill(self._names[path], self._source)
         fits: dict[str, Fit] = {}
@@ -172,7 +173,7 @@ class Stages:
             for name in fits.keys() - reached[task]:
                 fits[name].add(self._fill([name], vector)[name], None)
         # Each is solved and let go before the next.
-        solved = {name: fits.pop(name).solve(ridge) for name in list(fits)}
+        solved = {name: fits.pop(name).solve(settings) for name in list(fits)}
         known = set(self._merged.names)
         self._merged.fitted |= {name: tensor for name, tensor in self._start.stored(solved).items() if name in known}
         done = {other for name in solved for other in self._start.tied(name)}

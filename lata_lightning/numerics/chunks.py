@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -43,17 +46,28 @@ def zeros(dtype: torch.dtype) -> Load:
 def products(factors: LowRank) -> Load:
     """The pieces of a tensor held as factors, float64."""
     left, right = factors.joined()
-    blocks = iter(factors.blocks())
+    # Whole blocks of rows are computed, on their own grid, so that no value depends on the pieces that are asked for.
+    return streamed((left[first:last] @ right for first, last in factors.blocks()), math.prod(factors.shape))
+
+
+def streamed(blocks: Iterable[Tensor], size: int) -> Load:
+    """The pieces of a tensor that comes as blocks of any size, in order.
+
+    Args:
+        blocks: Each is asked for when it is needed. When the last entry has been given out, they are run to their end.
+        size: Number of entries in all.
+    """
+    coming = iter(blocks)
     waiting: list[Tensor] = []
 
     def load(begin: int, end: int) -> Tensor:
-        # Whole blocks of rows are computed, on their own grid, so that no value depends on the pieces that are asked for.
         count = end - begin
         while sum(part.numel() for part in waiting) < count:
-            first, last = next(blocks)
-            waiting.append((left[first:last] @ right).reshape(-1))
+            waiting.append(next(coming).reshape(-1))
         joined = torch.cat(waiting) if len(waiting) > 1 else waiting[0]
         waiting[:] = [joined[count:]] if joined.numel() > count else []
+        if end == size:
+            deque(coming, maxlen=0)
         return joined[:count]
 
     return load
@@ -91,6 +105,31 @@ def worker_count(workers: int | None) -> int:
     if workers < 1:
         raise LataError(f"the number of workers must be at least 1, got {workers}")
     return workers
+
+
+class MemoryLimit:
+    """Lets threads work at the same time as long as what they need fits together into some memory.
+
+    Args:
+        limit: Bytes. Whoever needs more waits until nobody else works.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._used, self._free = limit, 0, threading.Condition()
+
+    @contextmanager
+    def taken(self, count: int) -> Iterator[None]:
+        """Wait until so many bytes are free, and take them."""
+        count = min(count, self._limit)
+        with self._free:
+            self._free.wait_for(lambda: self._used + count <= self._limit)
+            self._used += count
+        try:
+            yield
+        finally:
+            with self._free:
+                self._used -= count
+                self._free.notify_all()
 
 
 @contextmanager

@@ -131,7 +131,7 @@ class _Job:
         rows = [Row("instruct, nothing merged", self._test(model), 0.0)]
         samples = [training_samples(name, self._tokenizer, SAMPLES, self._experts) for name in MERGED_SKILLS]
         merges = {name: [method(vector) for vector in vectors] for name, method in METHODS.items()}
-        merges[REGRESSION] = [regress(str(self._model("instruct")), vectors, samples)]
+        merges[REGRESSION] = [regress(vectors, str(self._model("instruct")), samples)]
         bar = self._progress.add_task("merge at each scale", total=len(merges) * len(MERGE_SCALES))
         for name, weighted in merges.items():
             curve = {0.0: nothing}

@@ -81,6 +81,10 @@ class Source(ABC):
         """Of a tensor that is computed as a difference: tuned and start source, and its name there. None for any other."""
         return None
 
+    def measured(self) -> Mapping[tuple[str, str | None], Mapping[str, float | None]]:
+        """What reading the tensors has told of the layers, for the record beside them: by name, and label of the vector it is about, a number by layer."""
+        return {}
+
     @property
     def label(self) -> str:
         """Short name for messages."""

@@ -38,7 +38,17 @@ from lata_lightning.store.writer import (
 )
 from lata_lightning.vectors.cards import vector_card
 from lata_lightning.vectors.differences import Difference, LossMeter, Scaled, Stored
-from lata_lightning.vectors.manifest import FactorEntry, Identity, Kind, Manifest, TensorEntry, factor_names, read_manifest
+from lata_lightning.vectors.manifest import (
+    Derivation,
+    FactorEntry,
+    Identity,
+    Kind,
+    Manifest,
+    Measured,
+    TensorEntry,
+    factor_names,
+    read_manifest,
+)
 from lata_lightning.weighting import CLOSED_FORM, DEFAULT_THRESHOLD, ORIGINS, Origin, Weighting, coefficients
 
 STEM = "delta"
@@ -272,6 +282,12 @@ class TaskVector(Mapping[str, Tensor]):
         )
         return TaskVector(self.tensors, manifest)
 
+    def derivation(self) -> Derivation | None:
+        """How the vector was made of others, with what was measured while its tensors were read; None if it was not."""
+        found = self.manifest.derivation
+        measured = tuple(Measured(name, layers, vector) for (name, vector), layers in self.tensors.measured().items())
+        return replace(found, measured=measured) if found is not None and measured else found
+
     def unweighted(self) -> TaskVector:
         """The same vector without coefficients, as plain task arithmetic takes it."""
         return TaskVector(self.tensors, replace(self.manifest, coefficients=None, weighting="none"))
@@ -370,7 +386,9 @@ class TaskVector(Mapping[str, Tensor]):
                 )
                 for name in self
             }
-            manifest = replace(self.manifest, tensors=entries, precision_loss=loss.result(), **self._identities())
+            manifest = replace(
+                self.manifest, tensors=entries, precision_loss=loss.result(), derivation=self.derivation(), **self._identities()
+            )
             write_json(directory / MANIFEST_NAME, manifest.to_json())
             (directory / "README.md").write_text(vector_card(manifest, target.name), "utf-8")
         return TaskVector.open(path)

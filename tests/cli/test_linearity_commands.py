@@ -190,7 +190,7 @@ def test_a_regressed_vector_is_that_of_the_function_and_is_merged_like_any_other
     tokenizer = AutoTokenizer.from_pretrained("instruct")
     samples = [model_inputs(tokenised(read_samples(f"{name}.jsonl", 5), tokenizer, max_tokens=64)[0], 2) for name in WORDS]
     vectors = [TaskVector.between("instruct", name) for name in WORDS]
-    expected = regress("instruct", vectors, samples, in_order=in_order == "true", off_diagonal=0.8, ridge=1e-5)
+    expected = regress(vectors, "instruct", samples, in_order=in_order == "true", off_diagonal=0.8, ridge=1e-5)
     found = TaskVector.open("one")
     assert list(found) == list(expected)
     for name in found:

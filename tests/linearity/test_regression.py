@@ -145,7 +145,7 @@ def test_real_architectures_equal_least_squares_on_whole_models(name, in_order, 
     samples = samples_of(name)
     start.save_pretrained(tmp_path / "start")
     vectors = [TaskVector.between(start, model) for model in models]
-    found = regress(tmp_path / "start", vectors, samples, in_order=in_order, ridge=1e-12)
+    found = regress(vectors, tmp_path / "start", samples, in_order=in_order, ridge=1e-12)
     merge(tmp_path / "start", [Term(found)], tmp_path / "merged")
     merged = dict(type(start).from_pretrained(tmp_path / "merged").named_parameters())
     expected, fitted = reference(start, models, samples, stages, in_order=in_order, off_diagonal=0.9)
@@ -181,7 +181,7 @@ def toy():
 @pytest.mark.parametrize("off_diagonal", [0.0, 0.5, 1.0])
 def test_the_factor_of_entries_off_the_diagonal_is_that_of_the_least_squares_problem(toy, off_diagonal):
     start, vectors, samples = toy
-    found = regress(start, vectors, samples, off_diagonal=off_diagonal, ridge=1e-12)
+    found = regress(vectors, start, samples, off_diagonal=off_diagonal, ridge=1e-12)
     inputs = [batches[0]["hidden"].reshape(-1, 4) for batches in samples]
     expected = least_squares(inputs, [vector["blocks.0.weight"] for vector in vectors], off_diagonal)
     torch.testing.assert_close(found["blocks.0.weight"].double(), expected, rtol=0, atol=1e-6)
@@ -193,7 +193,7 @@ def test_inputs_in_orthogonal_directions_give_each_vector_back_on_its_own():
     vectors = vectors_of(start, [tuned(start, seed=seed) for seed in (1, 2)])
     axes = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(5))).Q
     inputs = [rows(4, width=2, seed=seed) @ directions.T for seed, directions in enumerate(axes.split(2, dim=1))]
-    found = regress(start, vectors, of_chain(inputs), off_diagonal=1.0, ridge=1e-9)["blocks.0.weight"]
+    found = regress(vectors, start, of_chain(inputs), off_diagonal=1.0, ridge=1e-9)["blocks.0.weight"]
     for vector, x in zip(vectors, inputs, strict=True):
         own = vector["blocks.0.weight"]
         torch.testing.assert_close(x @ found.T, x @ own.T, rtol=0, atol=1e-5)
@@ -205,7 +205,7 @@ def test_a_number_worked_by_hand():
     start = Chain(width=1, depth=1)
     weight = start.blocks[0].weight.detach()
     vectors = vectors_of(start, [changed(start, blocks__0__weight=weight + step) for step in (1.0, -1.0)])
-    found = regress(start, vectors, of_chain([torch.full((3, 1, 1), 1.0), torch.full((2, 2, 1), 2.0)]), ridge=1e-9)
+    found = regress(vectors, start, of_chain([torch.full((3, 1, 1), 1.0), torch.full((2, 2, 1), 2.0)]), ridge=1e-9)
     assert found["blocks.0.weight"].item() == pytest.approx(-0.6, abs=1e-6)
 
 
@@ -215,7 +215,7 @@ def test_a_single_vector_and_equal_vectors_come_out_as_they_are(in_order):
     model = tuned(start, size=0.05)
     for count in (1, 3):
         vectors = vectors_of(start, [model] * count)
-        found = regress(start, vectors, [[{"input_ids": tokens(2, 5, seed=task)}] for task in range(count)], in_order=in_order)
+        found = regress(vectors, start, [[{"input_ids": tokens(2, 5, seed=task)}] for task in range(count)], in_order=in_order)
         for name, tensor in vectors[0].items():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9, msg=name)
 
@@ -226,7 +226,7 @@ def test_a_vector_that_is_longer_by_a_factor_is_merged_into_one_that_is(toy):
     doubled = [
         TaskVector.between(origin, {name: 2 * tensor for name, tensor in vector.items()}, layers=r"^blocks\.\d+") for vector in vectors
     ]
-    one, other = (regress(start, found, samples) for found in (vectors, doubled))
+    one, other = (regress(found, start, samples) for found in (vectors, doubled))
     for name in one:
         torch.testing.assert_close(other[name], 2 * one[name], rtol=1e-6, atol=1e-7)
 
@@ -235,11 +235,11 @@ def test_directions_that_no_input_has_get_the_mean_of_the_vectors():
     start = Chain(width=2, depth=1)
     vectors = vectors_of(start, [tuned(start, seed=seed) for seed in (1, 2)])
     inputs = [rows(3, width=2, seed=seed) * torch.tensor([1.0, 0.0]) for seed in (1, 2)]
-    found = regress(start, vectors, of_chain(inputs))["blocks.0.weight"]
+    found = regress(vectors, start, of_chain(inputs))["blocks.0.weight"]
     mean = sum(vector["blocks.0.weight"] for vector in vectors) / 2
     torch.testing.assert_close(found[:, 1], mean[:, 1])
     assert not torch.allclose(found[:, 0], mean[:, 0], atol=1e-3)
-    nothing = regress(start, vectors, of_chain([torch.zeros(1, 1, 2)] * 2))
+    nothing = regress(vectors, start, of_chain([torch.zeros(1, 1, 2)] * 2))
     torch.testing.assert_close(nothing["blocks.0.weight"], mean)
 
 
@@ -271,7 +271,7 @@ def test_matrices_that_no_sample_reaches_are_plain_means_and_named():
     start = Branching()
     vectors = vectors_of(start, [tuned(start, seed=seed) for seed in (1, 2)])
     narrow = rows(4, seed=2) * torch.tensor([1.0, 1.0, 1.0, 0.0])
-    found = regress(start, vectors, [[{"hidden": rows(4, seed=1)}], [{"hidden": narrow, "extra": True}]])
+    found = regress(vectors, start, [[{"hidden": rows(4, seed=1)}], [{"hidden": narrow, "extra": True}]])
     # Reached by the samples of one task, the branch is all that task's; where these do not go either, it is the mean of both.
     own, mean = vectors[1]["blocks.0.more.weight"], sum(vector["blocks.0.more.weight"] for vector in vectors) / 2
     torch.testing.assert_close(found["blocks.0.more.weight"], torch.cat([own[:, :3], mean[:, 3:]], dim=1), rtol=0, atol=1e-5)
@@ -290,7 +290,7 @@ def test_padding_and_the_size_of_batches_change_nothing():
     mask = torch.cat([torch.ones(4, 6), torch.zeros(4, 3)], dim=1).long()
     padded = [[{"input_ids": torch.cat([task, torch.full((4, 3), 7)], dim=1), "attention_mask": mask}] for task in ids]
     one, other, wrong = (
-        regress(start, vectors, samples)
+        regress(vectors, start, samples)
         for samples in (plain, padded, [[{"input_ids": batch["input_ids"]} for batch in task] for task in padded])
     )
     for name in one:
@@ -322,7 +322,7 @@ def test_a_layer_that_takes_one_position_of_each_row_is_fitted_with_padding_too(
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     samples = [[{"hidden": rows(2, seed=seed), "attention_mask": mask}] for seed in (1, 2)]
     vectors = vectors_of(start, models)
-    found = regress(start, vectors, samples, in_order=False, ridge=1e-12)
+    found = regress(vectors, start, samples, in_order=False, ridge=1e-12)
     inputs = []
     for model, ((batch,),) in zip(models, zip(samples, strict=True), strict=True):
         inputs.append(inputs_of(model, {"head": model.head}, [{"hidden": batch["hidden"]}])["head"])
@@ -338,7 +338,7 @@ def test_a_block_that_runs_again_is_fitted_to_its_first_run():
     samples = samples_of("bert")
     path = "encoder.albert_layer_groups.0.albert_layers.0.attention.query"
     for in_order in (True, False):
-        found = regress(start, vectors, samples, in_order=in_order, ridge=1e-12)
+        found = regress(vectors, start, samples, in_order=in_order, ridge=1e-12)
         assert all(tensor.isfinite().all() for tensor in found.values())
     inputs = []
     for model, batches in zip(models, samples, strict=True):
@@ -357,7 +357,7 @@ def test_a_tied_head_is_fitted_as_the_embedding():
     start = llama(tied=True)
     vectors = vectors_of(start, [tuned(start, size=0.05, seed=seed) for seed in (1, 2)])
     ids = [tokens(2, 5, seed=seed) for seed in (1, 2)]
-    found = regress(start, vectors, [[{"input_ids": task}] for task in ids])
+    found = regress(vectors, start, [[{"input_ids": task}] for task in ids])
     name = "model.embed_tokens.weight"
     expected = by_use([task.reshape(-1) for task in ids], [vector[name] for vector in vectors])
     torch.testing.assert_close(found[name].double(), expected, rtol=0, atol=1e-7)
@@ -374,7 +374,7 @@ def test_an_embedding_is_fitted_to_what_the_encoder_looks_up_without_its_own_pad
         [{"input_ids": task, "attention_mask": mask, "decoder_input_ids": tokens(2, 4, seed=3), "decoder_attention_mask": other}]
         for task in ids
     ]
-    found = regress(start, vectors, samples)
+    found = regress(vectors, start, samples)
     expected = by_use([task[mask.bool()] for task in ids], [vector["shared.weight"] for vector in vectors])
     torch.testing.assert_close(found["shared.weight"].double(), expected, rtol=0, atol=1e-7)
 
@@ -395,7 +395,7 @@ def test_adapters_are_merged_as_what_they_add(tmp_path):
     zeros = {name: torch.zeros(vector.shape(name)) for vector in held for name in vector}
     dense = [TaskVector.between(zeros, {name: vector[name] for name in vector}) for vector in held]
     samples = [[{"input_ids": tokens(2, 5, seed=task)}] for task in (1, 2)]
-    one, other = (regress(tmp_path / "start", vectors, samples) for vectors in (held, dense))
+    one, other = (regress(vectors, tmp_path / "start", samples) for vectors in (held, dense))
     moved = {f"model.layers.{index}.self_attn.{part}_proj.weight" for index in (0, 1) for part in "qv"}
     assert one.unchanged == set(one) - moved
     assert one.manifest.derivation.averaged == ()
@@ -405,7 +405,7 @@ def test_adapters_are_merged_as_what_they_add(tmp_path):
     # What is frozen needs no fit, and behind the last that is fitted nothing runs.
     runs = []
     start.lm_head.register_forward_hook(lambda *_: runs.append(1))
-    regress(start, held, samples)
+    regress(held, start, samples)
     assert runs == []
     # Frozen tensors take no room in the file.
     assert one.save(tmp_path / "merged").unchanged == one.unchanged
@@ -414,7 +414,7 @@ def test_adapters_are_merged_as_what_they_add(tmp_path):
 def test_a_bfloat16_start_is_run_in_float32():
     models = [tuned(llama(), size=0.05, seed=seed) for seed in (1, 2)]
     samples = [[{"input_ids": tokens(2, 5, seed=task)}] for task in (1, 2)]
-    found = [regress(start, vectors_of(start, models), samples) for start in (llama(dtype=torch.bfloat16), llama().bfloat16().float())]
+    found = [regress(vectors_of(start, models), start, samples) for start in (llama(dtype=torch.bfloat16), llama().bfloat16().float())]
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
@@ -422,7 +422,7 @@ def test_the_start_stays_as_it_is_and_dropout_is_off():
     start = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)) for _ in range(2))).train()
     before = {name: tensor.clone() for name, tensor in start.state_dict().items()}
     vectors = vectors_of(start, [tuned(start, seed=seed) for seed in (1, 2)])
-    found = [regress(start, vectors, [[{"input": rows(3, seed=seed)}] for seed in (1, 2)]) for _ in range(2)]
+    found = [regress(vectors, start, [[{"input": rows(3, seed=seed)}] for seed in (1, 2)]) for _ in range(2)]
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     assert start.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in start.state_dict().items())
@@ -436,7 +436,7 @@ def test_experts_that_are_stored_one_by_one_are_plain_means(tmp_path):
     for number in (1, 2):
         tuned(start, size=0.05, seed=number).save_pretrained(tmp_path / f"tuned-{number}")
     vectors = [TaskVector.between(tmp_path / "start", tmp_path / f"tuned-{number}") for number in (1, 2)]
-    found = regress(tmp_path / "start", vectors, samples_of("llama"))
+    found = regress(vectors, tmp_path / "start", samples_of("llama"))
     averaged = set(found.manifest.derivation.averaged)
     assert averaged == {name for name in found if ".experts." in name}
     name = "model.layers.1.block_sparse_moe.gate.weight"
@@ -449,7 +449,7 @@ def test_a_block_runs_once_for_each_sample_and_in_order_once_more(in_order, coun
     vectors = vectors_of(start, [tuned(start, size=0.05, seed=seed) for seed in (1, 2)])
     runs = []
     start.model.layers[0].mlp.register_forward_hook(lambda *_: runs.append(1))
-    regress(start, vectors, [[{"input_ids": tokens(2, 5, seed=task)}] for task in (1, 2)], in_order=in_order)
+    regress(vectors, start, [[{"input_ids": tokens(2, 5, seed=task)}] for task in (1, 2)], in_order=in_order)
     assert len(runs) == count
 
 
@@ -459,7 +459,7 @@ def test_every_stage_is_told_once_and_nothing_runs_behind_the_last():
     seen, logits = [], []
     start.lm_head.register_forward_hook(lambda *_: logits.append(1))
     samples = [[{"input_ids": tokens(2, 5, seed=task)}] for task in (1, 2)]
-    regress(start, vectors, samples, progress=lambda done, size: seen.append((done, size)))
+    regress(vectors, start, samples, progress=lambda done, size: seen.append((done, size)))
     sizes = [24 * 8, *[8 * 8 * 2 + 4 * 8 * 2 + 3 * 8 * 16 + 2 * 8] * 2, 24 * 8]
     assert [done for done, _ in seen] == [4 * number for number in itertools.accumulate(sizes)]
     assert {size for _, size in seen} == {4 * sum(sizes)}
@@ -474,11 +474,11 @@ def test_what_was_done_stands_beside_the_vector(tmp_path):
         TaskVector.between(tmp_path / "start", tuned(start, size=0.05, seed=seed)).save(tmp_path / f"vector-{seed}") for seed in (1, 2)
     ]
     samples = [[{"input_ids": tokens(2, 5, seed=task)}] * task for task in (1, 2)]
-    found = regress(tmp_path / "start", vectors, samples, off_diagonal=0.8, in_order=False, ridge=1e-5, data=["a.jsonl", "b.jsonl"])
+    found = regress(vectors, tmp_path / "start", samples, off_diagonal=0.8, in_order=False, ridge=1e-5, data=["a.jsonl", "b.jsonl"])
     made = found.save(tmp_path / "merged").manifest.derivation
     assert made == found.manifest.derivation
     assert (made.name, made.averaged) == ("regression", ())
-    assert made.settings == {"in_order": False, "off_diagonal": 0.8, "ridge": 1e-5}
+    assert made.settings == {"in_order": False, "off_diagonal": 0.8, "ridge": 1e-5, "prior": "mean"}
     assert [(entry.label, entry.facts) for entry in made.inputs] == [
         (str(tmp_path / "vector-1"), {"samples": 2, "data": "a.jsonl"}),
         (str(tmp_path / "vector-2"), {"samples": 4, "data": "b.jsonl"}),
@@ -487,7 +487,7 @@ def test_what_was_done_stands_beside_the_vector(tmp_path):
     assert TaskVector.open(tmp_path / "merged").manifest.start_identity == vectors[0].manifest.start_identity
     card = (tmp_path / "merged/README.md").read_text()
     assert f"| {tmp_path / 'vector-2'} | 4 | b.jsonl |" in card
-    assert "in_order no, off_diagonal 0.8, ridge 1e-05" in card
+    assert "in_order no, off_diagonal 0.8, ridge 1e-05, prior mean" in card
     # One that is merged like any other.
     plan = merge(tmp_path / "start", [Term(found, scale=0.5)], tmp_path / "model")
     model = transformers.LlamaForCausalLM.from_pretrained(plan)
@@ -505,22 +505,22 @@ class Turned(Chain):
 def refused(start, error, match, *, models=None, samples=None, **options):
     vectors = vectors_of(start, [tuned(start)] if models is None else models)
     with pytest.raises(error, match=match):
-        regress(start, vectors, of_chain([rows(2)] * len(vectors)) if samples is None else samples, **options)
+        regress(vectors, start, of_chain([rows(2)] * len(vectors)) if samples is None else samples, **options)
 
 
 def test_requests_that_make_no_sense_are_refused():
     start = Chain()
     refused(start, LataError, "got 2 sets for 1 vectors", samples=of_chain([rows(1)] * 2))
     refused(start, LataError, "there are none for", samples=[[]])
-    refused(start, LataError, "the ridge must be positive, got 0", ridge=0)
-    refused(start, LataError, "the ridge must be positive, got nan", ridge=float("nan"))
+    refused(start, LataError, "the ridge must be positive and finite, got 0", ridge=0)
+    refused(start, LataError, "the ridge must be positive and finite, got nan", ridge=float("nan"))
     refused(start, LataError, "1e-30 is lost in rounding", ridge=1e-30, off_diagonal=1.0, samples=of_chain([rows(1, length=1)]))
     refused(start, LataError, r"must lie in \[0, 1\], got 1.5", off_diagonal=1.5)
     refused(start, LataError, "one name of data for each vector: got 2 for 1", data=["a", "b"])
     refused(start, LataError, "give at least one vector", models=[])
     refused(nn.Linear(4, 4), WeightingError, "there is no layer to run")
     with pytest.raises(LataError, match="from base started 1"):
-        regress(start, [TaskVector.between(start, tuned(start), start_kind="base")], of_chain([rows(1)]))
+        regress([TaskVector.between(start, tuned(start), start_kind="base")], start, of_chain([rows(1)]))
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     refused(
         Turned(),
@@ -535,10 +535,10 @@ def test_vectors_of_other_starts_and_layouts_are_refused(tmp_path):
     vectors = [TaskVector.between(start, tuned(start)).save(tmp_path / f"vector-{number}") for number, start in enumerate(starts)]
     samples = [[{"input_ids": tokens(2, 5, seed=task)}] for task in (1, 2)]
     with pytest.raises(BaseMismatchError):
-        regress(starts[0], vectors, samples)
-    assert len(regress(starts[0], vectors, samples, check_base=False)) == len(vectors[0])
+        regress(vectors, starts[0], samples)
+    assert len(regress(vectors, starts[0], samples, check_base=False)) == len(vectors[0])
     with pytest.raises(LayoutMismatchError, match="must hold the same tensors"):
-        regress(Chain(), vectors[:1], samples[:1])
+        regress(vectors[:1], Chain(), samples[:1])
 
 
 def test_numbers_that_are_not_finite_are_refused():

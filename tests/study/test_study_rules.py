@@ -440,7 +440,7 @@ def test_regression_is_that_of_the_package_onto_instruct():
     for name, in_order in (("lata regress", True), ("lata regress --in-order false", False)):
         model = llama(3).eval()
         model.load_state_dict(dict(case.instruct))
-        expected = regress(model, case.vectors, case.calibration, in_order=in_order)
+        expected = regress(case.vectors, model, case.calibration, in_order=in_order)
         delta = built(name, case)
         assert delta.keys() == expected.keys()
         assert all(torch.equal(delta[tensor], expected[tensor]) for tensor in delta)

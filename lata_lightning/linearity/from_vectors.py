@@ -1,0 +1,114 @@
+"""One task vector out of several, from the vectors alone: without samples, and without a scale to choose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lata_lightning.errors import LataError
+from lata_lightning.linearity.matrix_merges import MATRIX_METHODS, NAMES, MatrixMerge, MatrixMethod
+from lata_lightning.numerics.matrix_regression import Settings
+from lata_lightning.store.pairing import pair
+from lata_lightning.store.sources import Source
+from lata_lightning.vectors.aligning import check_same_start
+from lata_lightning.vectors.manifest import Derivation, Identity, Input, Manifest, TensorEntry
+from lata_lightning.vectors.task_vector import TaskVector
+
+
+def merge_matrices(
+    vectors: Sequence[TaskVector],
+    method: MatrixMethod = "regression",
+    *,
+    settings: Settings | None = None,
+    check_base: bool = True,
+) -> TaskVector:
+    """One task vector out of several, of which each tensor is computed when it is read.
+
+    Args:
+        vectors: Task vectors of one start. Coefficients they may have do not count.
+        method: As for ``MatrixMerge``.
+        settings: How matrices are solved, for the regression.
+        check_base: Refuse vectors that are known to start from different weights.
+
+    Returns:
+        A vector that counts from what the vectors count from, to be added at scale 1. When it is saved, its manifest gets what was measured.
+
+    Raises:
+        LataError: There is no vector, one is an instruction vector, or some count from instruct and some from base; the method is unknown.
+        LayoutMismatchError: The vectors do not hold the same tensors.
+        BaseMismatchError: Two vectors start from different weights.
+    """
+    if method not in MATRIX_METHODS:
+        raise LataError(f"unknown method {method!r}; choose one of {', '.join(MATRIX_METHODS)}")
+    check_mergeable(vectors)
+    if check_base:
+        check_same_start(vectors)
+    settings = settings or Settings()
+    readers: list[Source] = [vectors[0].tensors]
+    for vector in vectors[1:]:
+        common, reader = pair(readers[-1], vector.tensors)
+        readers[-1] = common
+        readers.append(reader)
+    first = vectors[0].manifest
+    merged = MatrixMerge(
+        readers, [vector.label for vector in vectors], [vector.unchanged for vector in vectors], first.layers, method, settings
+    )
+    unchanged = frozenset.intersection(*(vector.unchanged for vector in vectors))
+    known = [vector.manifest.start_identity for vector in vectors if vector.manifest.start_identity != Identity()]
+    manifest = Manifest(
+        kind="task",
+        start=first.start,
+        layers=first.layers,
+        start_identity=known[0] if known else Identity(),
+        tied=first.tied,
+        tensors={name: TensorEntry(merged.shape(name), "float32", unchanged=True) for name in merged.names if name in unchanged},
+        derivation=derivation_of(merged, vectors, method, settings),
+    )
+    return TaskVector(merged, manifest)
+
+
+def check_mergeable(vectors: Sequence[TaskVector]) -> None:
+    """Refuse what cannot be made into one vector: none at all, instruction vectors, and vectors that count from different kinds of start.
+
+    Raises:
+        LataError: It is one of these.
+    """
+    if not vectors:
+        raise LataError("there is nothing to merge: give at least one vector")
+    wrong = [vector.label for vector in vectors if vector.manifest.kind != "task"]
+    if wrong:
+        raise LataError(f"only task vectors are made into one; {wrong[0]} is an instruction vector. Leave it out.")
+    starts = {vector.start: vector.label for vector in vectors}
+    if len(starts) > 1:
+        raise LataError(
+            f"vectors that are made into one must count from one start: {starts['instruct']} started from instruct, {starts['base']} from base. Take the "
+            "instruction vector off those from base (without(instruction_vector)), or extract all of them from one model."
+        )
+
+
+def derivation_of(merged: MatrixMerge, vectors: Sequence[TaskVector], method: MatrixMethod, settings: Settings) -> Derivation:
+    """The record of a merge, without what is measured while it is read."""
+    averaged = tuple(name for name in merged.names if len(merged.shape(name)) > 1 and name not in merged.forms)
+    return Derivation(
+        NAMES[method],
+        {"ridge": settings.ridge, "prior": settings.prior} if method == "regression" else {},
+        tuple(Input(vector.label, vector.manifest.tuned_identity) for vector in vectors),
+        averaged,
+    )
+
+
+def solving_device(name: str) -> torch.device:
+    """The device of a name, as torch calls it.
+
+    Raises:
+        LataError: There is none of that name here.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, dtype=torch.float64, device=device).sum().item()
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        raise LataError(
+            f"matrices cannot be solved on {name!r} here ({str(error).partition(chr(10))[0]}). Leave the device out, or name another."
+        ) from error
+    return device
