@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -27,3 +30,106 @@ def under_checkpoint_names(module: nn.Module, tensors: Mapping[str, Tensor]) -> 
 
     converted: dict[str, Tensor] = revert_weight_conversion(module, dict(tensors))
     return converted
+
+
+class Piece(NamedTuple):
+    """A tensor of a checkpoint, as what it is of the tensors of the module.
+
+    Attributes:
+        origins: Names, in the module, of the tensors it is made of.
+        shape: Its shape.
+        stride, offset: Where its entries lie in the only origin, counted in entries; None where it is no view of one.
+        whole: Whether it is its only origin as it is.
+    """
+
+    origins: tuple[str, ...]
+    shape: tuple[int, ...]
+    stride: tuple[int, ...] | None
+    offset: int | None
+    whole: bool
+
+
+def pieces_of(module: nn.Module, names: Collection[str]) -> dict[str, Piece]:
+    """How a checkpoint stores tensors of a transformers model, by the checkpoint's names; nothing is read or computed.
+
+    Args:
+        module: The model; its tensors may be empty.
+        names: Names, in the module, of the tensors that there are.
+    """
+    state = {name: tensor for name, tensor in module.state_dict().items() if name in names}
+    traced: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta").as_subclass(_Traced)
+        empty.origins, empty.whole = frozenset({name}), empty.untyped_storage()._cdata
+        traced[name] = empty
+    found = {}
+    for name, tensor in under_checkpoint_names(module, traced).items():
+        origins = tuple(sorted(getattr(tensor, "origins", ())))
+        first = traced[origins[0]] if origins else None
+        view = isinstance(first, _Traced) and len(origins) == 1 and tensor.untyped_storage()._cdata == first.whole
+        shape, stride = tuple(tensor.shape), tuple(tensor.stride())
+        whole = view and first is not None and shape == tuple(first.shape) and stride == row_major(shape)
+        found[name] = Piece(origins, shape, stride if view else None, int(tensor.storage_offset()) if view else None, whole)
+    return found
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a tensor of this shape whose entries lie one after the other."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+class _Traced(Tensor):
+    """An empty tensor that knows of which tensors it was made; copies stay views, so that they tell where their entries come from."""
+
+    origins: frozenset[str]
+    whole: int
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.contiguous, Tensor.clone):
+            return args[0]
+        result: Any = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        origins: frozenset[str] = frozenset()
+        for tensor in _tensors_in(args):
+            origins |= getattr(tensor, "origins", frozenset())
+        for tensor in _tensors_in(result):
+            tensor.origins = origins
+        return result
+
+
+def _tensors_in(values: Any) -> list[_Traced]:
+    if isinstance(values, _Traced):
+        return [values]
+    return [tensor for value in values for tensor in _tensors_in(value)] if isinstance(values, list | tuple) else []
+
+
+def loading_names(module: nn.Module) -> Callable[[str], str]:
+    """The function from a name in a checkpoint to that in a transformers model which loads it, where that is a matter of names alone."""
+    import transformers
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    if not isinstance(module, transformers.PreTrainedModel):
+        return lambda name: name
+    model: Any = module
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    state, prefix = model.state_dict(), model.base_model_prefix
+
+    def loaded(name: str) -> str:
+        key = str(rename_source_key(name, renamings, [], prefix, state)[0])
+        return key if key in state else str(rename_source_key(name, [], [], prefix, state)[0])
+
+    return loaded
+
+
+def tied_groups(module: nn.Module) -> list[frozenset[str]]:
+    """Names of a module that are one tensor, group by group."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        groups.setdefault(id(tensor), []).append(name)
+    return [frozenset(names) for names in groups.values() if len(names) > 1]
+
+
+def checkpoint_name_of(module: nn.Module) -> dict[str, str]:
+    """Name in a checkpoint by name in the module, for the tensors that a checkpoint stores as they are."""
+    return {piece.origins[0]: name for name, piece in pieces_of(module, module.state_dict()).items() if piece.whole}

@@ -3,133 +3,254 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container
-
-import torch
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from lata_lightning.errors import LayoutMismatchError, SourceError, first_three
-from lata_lightning.layers import skeleton
-from lata_lightning.store.checkpoint_names import under_checkpoint_names
-from lata_lightning.store.sources import DTYPES, Source, StateDictSource, View
+from lata_lightning.layers import unwrapped
+from lata_lightning.store.converted import Named, by_checkpoint_names
+from lata_lightning.store.names import (
+    NOTHING,
+    LeaveOut,
+    current_spelling,
+    differing_prefixes,
+    keyed,
+    leave_out_pattern,
+    restored,
+)
+from lata_lightning.store.roles import is_counter, named_role
+from lata_lightning.store.sources import DTYPES, Source, View
+from lata_lightning.store.ties import Ties, same_values
 
 
-def pair(start: Source, tuned: Source) -> tuple[Source, Source]:
-    """Two sources under one set of names: those of the start.
+@dataclass(frozen=True)
+class Pairing:
+    """Two sources under one set of names.
 
-    The module prefix of a Lightning checkpoint is taken off, further modules of the LightningModule are left out, a tied tensor that one side
-    stores once and the other twice counts once, and buffers that only old releases of transformers saved are left out.
+    Attributes:
+        start, tuned: The tensors that both hold.
+        left_out: Names, as each side has them, of tensors outside the model that both hold, which one side has alone.
+        copies: Names in the start of tensors that are stored a second time, as tied weights may be, and count once.
+    """
+
+    start: Source
+    tuned: Source
+    left_out: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()
+
+
+def pair(start: Source, tuned: Source, leave_out: LeaveOut = NOTHING) -> tuple[Source, Source]:
+    """Two sources under one set of names, as ``match``, with tensors of one shape each.
 
     Raises:
         LayoutMismatchError: Names or shapes differ otherwise.
     """
-    start, tuned = pair_names(start, tuned)
+    found = match(start, tuned, leave_out)
+    check_same_shapes(found)
+    return found.start, found.tuned
+
+
+def pair_names(start: Source, tuned: Source, leave_out: LeaveOut = NOTHING) -> tuple[Source, Source]:
+    """As ``pair``, but the tensors may differ in shape."""
+    found = match(start, tuned, leave_out)
+    return found.start, found.tuned
+
+
+def check_same_shapes(found: Pairing) -> None:
+    """Refuse a pairing in which a tensor has two shapes.
+
+    Raises:
+        LayoutMismatchError: At least one has.
+    """
+    start, tuned = found.start, found.tuned
     odd = [name for name in start.names if start.shape(name) != tuned.shape(name)]
     if odd:
         raise LayoutMismatchError(_shape_message(start, tuned, odd))
-    return start, tuned
 
 
-def pair_names(start: Source, tuned: Source) -> tuple[Source, Source]:
-    """As ``pair``, but the tensors may differ in shape.
+def match(start: Source, tuned: Source, leave_out: LeaveOut = NOTHING) -> Pairing:
+    """Bring two sources under one set of names: those of the start, or those of the tuned side where only that is a whole model's.
+
+    Names that wrappers, older releases and Lightning changed are understood; so are a prefix that one side has alone, and names and pieces of a
+    checkpoint on one side against those of the modules on the other. A tied tensor that is stored twice counts once. Tables that the model computes by
+    itself are left out.
+
+    Args:
+        start: The one side; nothing is read but tensors that may be stored twice.
+        tuned: The other.
+        leave_out: What to leave out of both sides.
+
+    Returns:
+        The tensors that both hold; their shapes may differ.
 
     Raises:
         LayoutMismatchError: Names differ otherwise.
         SourceError: A tensor is of a dtype that cannot be read.
     """
-    tuned = named_like(tuned, start)
-    start = named_like(start, tuned)
-    start_only, tuned_only = set(start.names) - set(tuned.names), set(tuned.names) - set(start.names)
-    lone = {name for name in start_only if not _is_derived(start, name) and not _stored_twice(start, name, tuned)}
-    lone |= {name for name in tuned_only if not _is_derived(tuned, name) and not _stored_twice(tuned, name, start)}
-    if lone:
-        raise LayoutMismatchError(
-            f"{start.label} and {tuned.label} must hold the same tensors; on one side only are {first_three(lone)}. Are both of one architecture?"
-        )
-    common = [name for name in start.names if name not in start_only]
-    kinds = [(name, side.dtype(name)) for name in common for side in (start, tuned)]
-    unusable = {name for name, dtype in kinds if dtype not in DTYPES.values()}
+    sides = Named(start, keyed(start.names, start.label)), Named(tuned, keyed(tuned.names, tuned.label))
+    attempt = _Attempt(*sides, leave_out)
+    if attempt.lone:
+        known = by_checkpoint_names(start, tuned), by_checkpoint_names(tuned, start)
+        second = _Attempt(known[0] or sides[0], known[1] or sides[1], leave_out)
+        attempt = second if len(second.lone) < len(attempt.lone) else attempt
+    if attempt.lone:
+        raise LayoutMismatchError(_lone_message(start, tuned, attempt.lone, attempt.paired))
+    found = attempt.pairing()
+    _check_kinds(found.start, found.tuned)
+    return found
+
+
+class _Attempt:
+    """One way of naming both sides, and what it leaves without a partner.
+
+    Args:
+        one: The start.
+        other: The tuned side.
+        leave_out: What to leave out.
+
+    Attributes:
+        common: Keys, without prefixes, that both sides have.
+        paired: Names of the tensors that have a partner, as each side has them.
+        lone: Names of tensors that have no partner and need one.
+    """
+
+    def __init__(self, one: Named, other: Named, leave_out: LeaveOut) -> None:
+        self.start, self.tuned, self._leave_out = one.source, other.source, leave_out
+        keys = [self._kept(_candidates(side.source, side.names)) for side in (one, other)]
+        inside = [
+            {key: name for key, name in names.items() if name not in side.outside} for names, side in zip(keys, (one, other), strict=True)
+        ]
+        self._tuned_prefix, self._start_prefix = differing_prefixes(inside[1], inside[0], other.source.label)
+        self._start_names = self._kept(restored(inside[0], self._start_prefix))
+        self._tuned_names = self._kept(restored(inside[1], self._tuned_prefix))
+        self.common = [key for key in self._start_names if key in self._tuned_names]
+        self.paired = [names[key] for names in (self._start_names, self._tuned_names) for key in self.common]
+        self._copies: list[str] = []
+        outside = []
+        for side, names, prefix in ((one, keys[0], self._start_prefix), (other, keys[1], self._tuned_prefix)):
+            beside = [name for key, name in names.items() if name in side.outside or not key.startswith(prefix)]
+            outside.append([name for name in beside if _counts(side.source, name)])
+        self.lone = {*self._alone(self.start, self._start_names), *self._alone(self.tuned, self._tuned_names)}
+        if all(outside):
+            # Each side has something of its own: nothing says that these are not the same under two names.
+            self.lone |= {*outside[0], *outside[1]}
+        self._outside = (*outside[0], *outside[1])
+
+    def pairing(self) -> Pairing:
+        """Both sides under one set of names."""
+        # A directory is named as its config says; a state dict or a Lightning checkpoint may have the model under a prefix of its own.
+        by_tuned = self.start.config is None and self.tuned.config is not None
+        names = self._tuned_names if by_tuned else self._start_names
+        shown = {key: unwrapped(names[key]) for key in self.common}
+        if self.start.config is None and not by_tuned:
+            shown = {key: name.removeprefix(self._start_prefix) for key, name in shown.items()}
+        start = {shown[key]: self._start_names[key] for key in self.common}
+        tuned = {shown[key]: self._tuned_names[key] for key in self.common}
+        return Pairing(View(self.start, start), View(self.tuned, tuned), self._outside, tuple(self._copies))
+
+    def _kept(self, names: Mapping[str, str]) -> dict[str, str]:
+        return {key: name for key, name in names.items() if not self._leave_out(key) and not self._leave_out(name)}
+
+    def _alone(self, side: Source, names: Mapping[str, str]) -> list[str]:
+        """Names of the tensors of a side that have no partner and need one."""
+        paired = {names[key] for key in self.common}
+        lone = {key: name for key, name in names.items() if name not in paired and _counts(side, name)}
+        if not lone:
+            return []
+        tied = Ties((self.start, self.tuned))
+        for key, name in list(lone.items()):
+            if any(tied(key, other) and same_values(side, name, names[other]) for other in self.common):
+                del lone[key]
+                self._copies.extend([name] if side is self.start else [])
+        return sorted(lone.values())
+
+
+def _counts(side: Source, name: str) -> bool:
+    """Whether a tensor is a part of the model that needs a partner: no table, no counter."""
+    return named_role(name, side.shape(name), side.dtype(name)) != "table" and not is_counter(name)
+
+
+def _check_kinds(start: Source, tuned: Source) -> None:
+    """Refuse tensors that are no plain numbers, or are floating on one side only."""
+    unusable = {name for name in start.names for side in (start, tuned) if side.dtype(name) not in DTYPES.values()}
     if unusable:
         raise SourceError(
             f"{start.label} and {tuned.label} must hold plain floating or integer tensors; other dtypes have {first_three(unusable)}. Convert them first."
         )
-    mixed = [name for name in common if start.dtype(name).is_floating_point != tuned.dtype(name).is_floating_point]
+    mixed = [name for name in start.names if start.dtype(name).is_floating_point != tuned.dtype(name).is_floating_point]
     if mixed:
         raise LayoutMismatchError(
             f"{start.label} and {tuned.label} must both hold weights as floating numbers; integers on one side only are {first_three(mixed)}. "
             "Is one of them quantised?"
         )
-    names = {name: name for name in common}
-    return View(start, names), View(tuned, names)
+
+
+def _lone_message(start: Source, tuned: Source, lone: Iterable[str], paired: Sequence[str]) -> str:
+    lone = sorted(lone)
+    pattern = leave_out_pattern(lone, paired)
+    advice = (
+        "Are both of one architecture?"
+        if pattern is None
+        else f"If these are heads of different tasks, leave them out: --leave-out {shlex.quote(pattern)} (leave_out=… in Python)."
+    )
+    return f"{start.label} and {tuned.label} must hold the same tensors; on one side only are {first_three(lone)}. {advice}"
 
 
 def _shape_message(start: Source, tuned: Source, odd: list[str]) -> str:
     name = odd[0]
     one, other = start.shape(name), tuned.shape(name)
-    if len(one) == len(other) == 2 and one[1:] == other[1:] and re.search("embed|wte|shared|head", name):
-        return (
-            f"{start.label} and {tuned.label} must have the same vocabulary; {name} has {one[0]} rows in one and {other[0]} in the other. "
-            "Resize the token embeddings of one of them first, or say whose rows to keep (--vocabulary of lata extract, merge and forget)."
-        )
-    return f"{start.label} and {tuned.label} must have the same shapes; different are {first_three(odd)}, {name} with {one} and {other}"
+    vocabulary = [entry for entry in odd if _VOCABULARY.search(entry)]
+    if vocabulary:
+        name = vocabulary[0]
+        one, other = start.shape(name), tuned.shape(name)
+        if len(one) == len(other) == 2 and one[1:] == other[1:]:
+            return (
+                f"{start.label} and {tuned.label} must have the same vocabulary; {name} has {one[0]} rows in one and {other[0]} in the other. "
+                "Resize the token embeddings of one of them first, or say whose rows to keep (--vocabulary of lata extract, merge and forget)."
+            )
+    pattern = leave_out_pattern(odd, [entry for entry in start.names if entry not in odd])
+    advice = (
+        ""
+        if pattern is None
+        else f". If these are heads of different tasks, leave them out: --leave-out {shlex.quote(pattern)} (leave_out=… in Python)."
+    )
+    return f"{start.label} and {tuned.label} must have the same shapes; different are {first_three(odd)}, {name} with {one} and {other}{advice}"
+
+
+_VOCABULARY = re.compile(r"embed|wte|shared|lm_head|predictions")
 
 
 def named_like(source: Source, reference: Source) -> Source:
-    """A source that lies in no model directory under the names of a reference.
+    """A source under the names that a reference has for its tensors, without the names that wrappers add.
 
-    The module prefix of a Lightning checkpoint is taken off, each tied tensor gets the name the reference has for it, and where the reference
-    says by its config which architecture it is, tensors are named as that architecture is saved.
+    Of a state dict or checkpoint the prefix of the model is taken off, and what lies outside of it is left out; each tied tensor gets the name that
+    the reference has for it. A directory keeps its names.
     """
-    if source.directory is not None:
-        return source
-    wanted = set(reference.names)
-    prefix = "" if set(source.names) & wanted else _module_prefix(source, wanted)
-    names = {name[len(prefix) :]: name for name in source.names if name.startswith(prefix)}
-    for alias, held in source.tied.items():
-        if alias.startswith(prefix) and alias[len(prefix) :] in wanted and held[len(prefix) :] not in wanted:
-            names.pop(held[len(prefix) :], None)
-            names[alias[len(prefix) :]] = held
-    if wanted - set(names) and reference.config is not None and source.config is None:
-        module = skeleton(reference.config)
-        if module is not None:
-            saved = under_checkpoint_names(module, {name: source.read(held) for name, held in names.items()})
-            if len(wanted & set(saved)) > len(wanted & set(names)):
-                renamed = StateDictSource(saved, source.location)
-                return View(renamed, {name: name for name in renamed.names})
-    return View(source, names)
+    names, prefix = _candidates(source, keyed(source.names, source.label)), ""
+    wanted = keyed(reference.names, reference.label)
+    if source.directory is None:
+        found, missing = differing_prefixes(names, wanted, source.label)
+        # Where the reference has a prefix too, nothing says that what lies outside of the prefix is no part of the model.
+        prefix = "" if missing else found
+    chosen: dict[str, str] = {}
+    for key, stored in restored(names, prefix).items():
+        if stored not in chosen or (key in wanted and chosen[stored] not in wanted):
+            chosen[stored] = key
+    own = {stored: unwrapped(stored) for stored in chosen}
+    shown = {
+        stored: own[stored].removeprefix(prefix) if current_spelling(own[stored]) == prefix + key else key for stored, key in chosen.items()
+    }
+    return View(source, {name: stored for stored, name in shown.items()})
 
 
-def _module_prefix(source: Source, wanted: Container[str]) -> str:
-    """The path under which most of the wanted names are found, with its dot; empty if there is none."""
-    found: dict[str, int] = {}
-    for name in source.names:
-        parts = name.split(".")
-        for cut in range(1, len(parts)):
-            if ".".join(parts[cut:]) in wanted:
-                prefix = ".".join(parts[:cut]) + "."
-                found[prefix] = found.get(prefix, 0) + 1
-    most = [prefix for prefix in found if found[prefix] == max(found.values())]
-    if len(most) > 1:
-        raise LayoutMismatchError(
-            f"{source.label} must hold the model once; as many of its tensors are found under each of {first_three(most)}. "
-            "Give the state dict of the one that is meant."
-        )
-    return most[0] if most else ""
-
-
-def _is_derived(source: Source, name: str) -> bool:
-    """Whether a tensor is no weight but a table that transformers computes by itself, and saved with the weights in old releases."""
-    if name.endswith(("rotary_emb.inv_freq", "position_ids", "attn.masked_bias", "attention.masked_bias")):
-        return True
-    # The causal mask of GPT-2 and GPT-NeoX.
-    return name.endswith(("attn.bias", "attention.bias")) and len(source.shape(name)) == 4
-
-
-def _stored_twice(source: Source, name: str, other: Source) -> bool:
-    """Whether a tensor that only this source lists is a copy of one that both have: tied weights, stored under two names."""
-    if not any((side.config or {}).get("tie_word_embeddings", False) for side in (source, other)):
-        return False
-    twins = (twin for twin in other.names if twin in source.names and source.shape(twin) == source.shape(name))
-    return any(torch.equal(source.read(twin), source.read(name)) for twin in twins)
+def _candidates(side: Source, names: Mapping[str, str]) -> dict[str, str]:
+    """Stored names by key; a tied tensor in memory stands under each of its names."""
+    found, stored = dict(names), set(side.names)
+    for key, alias in keyed(side.tied, side.label).items():
+        if side.tied[alias] in stored:
+            found.setdefault(key, side.tied[alias])
+    return found
 
 
 def check_same_tensors(one: Source, other: Source) -> None:

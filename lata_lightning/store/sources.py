@@ -85,6 +85,10 @@ class Source(ABC):
         """What reading the tensors has told of the layers, for the record beside them: by name, and label of the vector it is about, a number by layer."""
         return {}
 
+    def origin_name(self, name: str) -> str:
+        """Name of a tensor where it comes from, beneath all views of it."""
+        return name
+
     @property
     def label(self) -> str:
         """Short name for messages."""
@@ -191,6 +195,9 @@ class View(Source):
     def sides(self, name: str) -> tuple[Source, Source, str] | None:  # noqa: D102
         return self.source.sides(self._name_of[name])
 
+    def origin_name(self, name: str) -> str:  # noqa: D102
+        return self.source.origin_name(self._name_of[name])
+
 
 class Fingerprinted(View):
     """A source that notes the hash of every tensor as it is read, so that its identity costs no pass of its own."""
@@ -217,11 +224,17 @@ class Fingerprinted(View):
         if name in self.hashes:
             return load
 
+        done = 0
+
         def piece(begin: int, end: int) -> Tensor:
+            nonlocal done
             part = load(begin, end)
-            meter.update(part)
-            if end == count:
-                self.hashes[name] = meter.digest()
+            if begin == done:
+                # A part that is read by itself says nothing about the identity of the whole.
+                meter.update(part)
+                done = end
+                if end == count:
+                    self.hashes[name] = meter.digest()
             return part
 
         return piece

@@ -1,12 +1,18 @@
 """One set of names for saved directories, modules and Lightning checkpoints, whatever transformers calls the tensors on disk."""
 
+import json
+
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
 from lata_lightning import TaskVector
+from lata_lightning.errors import LayoutMismatchError
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
+from lata_lightning.store.names import LeaveOut
+from lata_lightning.store.opening import open_source
+from lata_lightning.store.pairing import match, pair
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 TOKENS = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2}
@@ -83,3 +89,134 @@ def test_tables_that_old_releases_saved_with_the_weights_are_left_out(tmp_path):
     state = load_file(file)
     save_file({**state, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, file, metadata={"format": "pt"})
     assert set(TaskVector.between(tmp_path / "start", tmp_path / "tuned")) == set(state)
+
+
+BARE = {
+    "gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config(n_layer=2, n_embd=16, n_head=2, n_positions=32, **TOKENS)),
+    "llama": (transformers.LlamaForCausalLM, MODELS["LlamaForCausalLM"]),
+    "bert": (transformers.BertForSequenceClassification, transformers.BertConfig(**SIZES, vocab_size=40)),
+    "vit": (transformers.ViTForImageClassification, MODELS["ViTForImageClassification"]),
+    "resnet": (
+        transformers.ResNetForImageClassification,
+        transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3),
+    ),
+}
+
+
+def changed(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+@pytest.fixture(params=BARE, ids=str)
+def with_and_without_head(request, tmp_path):
+    """Directories of a start and a tuned model with a head, and the same of the model beneath; and the prefix that one has."""
+    kind, config = BARE[request.param]
+    torch.manual_seed(0)
+    model = kind(config)
+    for seed, label in enumerate(("start", "tuned")):
+        changed(model, seed).save_pretrained(tmp_path / label)
+        model.base_model.save_pretrained(tmp_path / f"{label}-bare")
+        torch.save({"state_dict": {f"net.{name}": tensor for name, tensor in model.state_dict().items()}}, tmp_path / f"{label}.ckpt")
+    return tmp_path, model.base_model_prefix + "."
+
+
+def differences(directory, prefix):
+    """Differences of the tensors beneath the head, by the names of the model with it; parameters only."""
+    return {name: value for name, value in from_files(directory).items() if name.startswith(prefix) and "running_" not in name}
+
+
+@pytest.mark.parametrize("tuned", ["tuned", "tuned.ckpt"])
+def test_the_model_beneath_a_head_meets_the_one_with_it(with_and_without_head, tuned):
+    directory, prefix = with_and_without_head
+    vector = TaskVector.between(directory / "start-bare", directory / tuned)
+    expected = {name.removeprefix(prefix): value for name, value in differences(directory, prefix).items()}
+    assert all(torch.equal(vector[name], value) for name, value in expected.items())
+    assert not any(name.startswith(("classifier", "lm_head")) for name in vector)
+
+
+def test_a_tuned_model_without_the_head_leaves_it_out(with_and_without_head):
+    directory, prefix = with_and_without_head
+    vector = TaskVector.between(directory / "start", directory / "tuned-bare")
+    expected = differences(directory, prefix)
+    assert all(torch.equal(vector[name], value) for name, value in expected.items())
+
+
+def test_tensors_outside_the_prefix_are_named():
+    inner = {f"layers.{number}.weight": torch.ones(2) for number in range(3)}
+    whole = {f"model.{name}": tensor for name, tensor in inner.items()}
+    found = match(open_source(inner), open_source(whole | {"head.weight": torch.ones(3)}))
+    assert set(found.start.names) == set(found.tuned.names) == set(inner)
+    assert found.left_out == ("head.weight",)
+
+
+def test_tensors_outside_the_prefix_on_both_sides_are_refused():
+    inner = {f"layers.{number}.weight": torch.ones(2) for number in range(3)}
+    one = {f"model.{name}": tensor for name, tensor in inner.items()} | {"loss.weight": torch.ones(2)}
+    other = {f"transformer.{name}": tensor for name, tensor in inner.items()} | {"head.weight": torch.ones(3)}
+    with pytest.raises(LayoutMismatchError, match=r"on one side only are 2: \['head.weight', 'loss.weight'\].*--leave-out '\^\(head"):
+        match(open_source(one), open_source(other))
+    found = match(open_source(one), open_source(other), LeaveOut(["^(head|loss)"]))
+    assert len(found.start.names) == 3
+
+
+@pytest.mark.parametrize("marker", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"])
+def test_markers_of_wrappers_are_no_part_of_names_in_files(tmp_path, marker):
+    model = changed(transformers.LlamaForCausalLM(MODELS["LlamaForCausalLM"]), 0)
+    model.save_pretrained(tmp_path / "start")
+    changed(model, 1).save_pretrained(tmp_path / "tuned")
+    expected = from_files(tmp_path)
+    file = tmp_path / "tuned/model.safetensors"
+    renamed = {name.replace("layers.1.", f"layers.1.{marker}."): tensor for name, tensor in load_file(file).items()}
+    save_file({f"module.{name}": tensor for name, tensor in renamed.items()}, file, metadata={"format": "pt"})
+    equal(TaskVector.between(tmp_path / "start", tmp_path / "tuned"), expected)
+    assert set(TaskVector.between(tmp_path / "tuned", tmp_path / "start").layers.blocks) >= {"module.model.layers.1"}
+
+
+def test_layer_norms_of_old_releases_meet_those_of_today(tmp_path):
+    model = changed(transformers.BertModel(transformers.BertConfig(**SIZES, vocab_size=40)), 0)
+    model.save_pretrained(tmp_path / "start")
+    changed(model, 1).save_pretrained(tmp_path / "tuned")
+    expected = from_files(tmp_path)
+    file = tmp_path / "start/model.safetensors"
+    old = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+           for name, tensor in load_file(file).items()}  # fmt: skip
+    save_file(old, file, metadata={"format": "pt"})
+    equal(TaskVector.between(tmp_path / "tuned", tmp_path / "start"), {name: -value for name, value in expected.items()})
+    assert any(name.endswith("LayerNorm.gamma") for name in TaskVector.between(tmp_path / "start", tmp_path / "tuned"))
+
+
+def test_heads_of_other_sizes_come_with_the_pattern_that_leaves_them_out(tmp_path):
+    for count, label in ((3, "start"), (5, "tuned")):
+        config = transformers.ViTConfig(**SIZES, image_size=8, patch_size=4, num_labels=count)
+        transformers.ViTForImageClassification(config).save_pretrained(tmp_path / label)
+    sides = open_source(tmp_path / "start"), open_source(tmp_path / "tuned")
+    with pytest.raises(LayoutMismatchError, match=r"leave them out: --leave-out '\^classifier\\\.' \(leave_out"):
+        pair(*sides)
+    start, _ = pair(*sides, LeaveOut([r"^classifier\."]))
+    assert not any(name.startswith("classifier") for name in start.names)
+
+
+@pytest.mark.parametrize("stored", [("shared.weight",), ("shared.weight", "lm_head.weight", "decoder.embed_tokens.weight")])
+def test_ties_follow_the_class_where_the_config_says_nothing(tmp_path, stored):
+    settings = {"vocab_size": 24, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+    model = changed(transformers.T5ForConditionalGeneration(transformers.T5Config(**settings)), 0)
+    model.save_pretrained(tmp_path / "start")
+    changed(model, 1).save_pretrained(tmp_path / "tuned")
+    expected = from_files(tmp_path)
+    for label in ("start", "tuned"):
+        config = json.loads((tmp_path / label / "config.json").read_text())
+        config.pop("tie_word_embeddings", None)
+        (tmp_path / label / "config.json").write_text(json.dumps(config))
+    file = tmp_path / "tuned/model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {name: tensors["shared.weight"].clone() for name in stored}, file, metadata={"format": "pt"})
+    equal(TaskVector.between(tmp_path / "start", tmp_path / "tuned"), expected)
+    equal(TaskVector.between(tmp_path / "tuned", tmp_path / "start"), {name: -value for name, value in expected.items()})
+    # A head that was trained apart is no copy.
+    save_file(tensors | {"lm_head.weight": tensors["shared.weight"] + 1}, file, metadata={"format": "pt"})
+    with pytest.raises(LayoutMismatchError, match=r"on one side only are 1: \['lm_head.weight'\]"):
+        TaskVector.between(tmp_path / "start", tmp_path / "tuned")

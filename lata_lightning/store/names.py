@@ -1,0 +1,183 @@
+"""Names of tensors: markers that wrappers add, older spellings, prefixes that differ between two models, and patterns of what to leave out."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+
+from lata_lightning.errors import LataError, LayoutMismatchError, first_three
+from lata_lightning.layers import unwrapped
+
+# Spellings of older releases: TensorFlow's words for layer norms, and weight norm before it was a parametrization. Transformers loads them so.
+_OLD_ENDINGS = (
+    ("LayerNorm.gamma", "LayerNorm.weight"),
+    ("LayerNorm.beta", "LayerNorm.bias"),
+    (".weight_g", ".parametrizations.weight.original0"),
+    (".weight_v", ".parametrizations.weight.original1"),
+)
+
+
+def current_spelling(name: str) -> str:
+    """A name as the installed transformers spells it, where only its ending has changed over the releases."""
+    for old, new in _OLD_ENDINGS:
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
+
+
+class LeaveOut:
+    """Which tensors to leave out, by regular expressions that are searched in their names.
+
+    Args:
+        patterns: The regular expressions.
+        names: Further names that are left out, each in full.
+
+    Raises:
+        LataError: A pattern is no regular expression, or is empty.
+    """
+
+    def __init__(self, patterns: Iterable[str] = (), names: Collection[str] = ()) -> None:
+        self.patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+        self.names = frozenset(names)
+        self._compiled = []
+        for pattern in self.patterns:
+            try:
+                self._compiled.append(re.compile(pattern))
+            except re.error as error:
+                raise LataError(f"a pattern of what to leave out must be a regular expression; {pattern!r} is none: {error}") from error
+            if not pattern:
+                raise LataError("a pattern of what to leave out must not be empty: it would leave out every tensor")
+
+    def __call__(self, name: str) -> bool:
+        """Whether a tensor of this name is left out."""
+        return name in self.names or any(pattern.search(name) for pattern in self._compiled)
+
+    def check_used(self, names: Iterable[str], label: str) -> None:
+        """Refuse patterns that match none of some names, as they are misspelled.
+
+        Raises:
+            LataError: At least one pattern matches nothing.
+        """
+        listed = list(names)
+        unused = [text for text, pattern in zip(self.patterns, self._compiled, strict=True) if not any(map(pattern.search, listed))]
+        if unused:
+            raise LataError(
+                f"each pattern of what to leave out must match a tensor name of {label}; without a match are {first_three(unused)}. "
+                f"The names are {first_three(listed)}"
+            )
+
+
+NOTHING = LeaveOut()
+
+
+def differing_prefixes(one: Collection[str], other: Collection[str], label: str) -> tuple[str, str]:
+    """Prefixes to take off the names of two models so that as many as possible agree.
+
+    Args:
+        one: Names of the one.
+        other: Names of the other.
+        label: Of ``one``, for messages.
+
+    Returns:
+        The prefix to take off names of ``one`` and that of ``other``, each with its dot; empty where none is to be taken off.
+
+    Raises:
+        LayoutMismatchError: Several prefixes of ``one`` would do equally well: it holds the model more than once.
+    """
+    first, second = set(one), set(other)
+    smaller = min(len(first), len(second))
+    same = len(first & second)
+    if same == smaller:
+        return "", ""
+    counts: Counter[tuple[str, str]] = Counter()
+    for name in first:
+        counts.update((prefix, "") for prefix, rest in _cuts(name) if rest in second)
+    for name in second:
+        counts.update(("", prefix) for prefix, rest in _cuts(name) if rest in first)
+    if same == 0 and max(counts.values(), default=0) < smaller:
+        counts.update(_two_sided(first, second))
+    best = max(counts.values(), default=0)
+    # Names that agree as they are need no prefix, and a handful of common endings says nothing.
+    if best <= same or 2 * best < smaller:
+        return "", ""
+    found = [pair for pair, count in counts.items() if count == best]
+    found = [pair for pair in found if not any(_extends(pair, shorter) for shorter in found)]
+    if len(found) > 1:
+        listed = [prefix or other_prefix for prefix, other_prefix in found]
+        raise LayoutMismatchError(
+            f"{label} must hold the model once; as many of its tensors are found under each of {first_three(listed)}. "
+            "Give the state dict of the one that is meant."
+        )
+    return found[0]
+
+
+def _two_sided(first: set[str], second: set[str]) -> dict[tuple[str, str], int]:
+    """How many names agree under each pair of prefixes that both cover at least half of their names."""
+    trunks = []
+    for names in (first, second):
+        covered = Counter(prefix for name in names for prefix, _ in _cuts(name))
+        trunks.append([prefix for prefix, count in covered.items() if 2 * count >= len(names)])
+    counts = {}
+    for one in trunks[0]:
+        rests = {name[len(one) :] for name in first if name.startswith(one)}
+        for other in trunks[1]:
+            if one.split(".")[-2] != other.split(".")[-2]:
+                counts[one, other] = sum(name.startswith(other) and name[len(other) :] in rests for name in second)
+    return counts
+
+
+def _cuts(name: str) -> Iterator[tuple[str, str]]:
+    """Every way to cut a name at a dot: prefix with its dot, and rest."""
+    dot = name.find(".")
+    while dot >= 0:
+        yield name[: dot + 1], name[dot + 1 :]
+        dot = name.find(".", dot + 1)
+
+
+def _extends(pair: tuple[str, str], shorter: tuple[str, str]) -> bool:
+    """Whether a pair of prefixes is another pair, each with the same components added."""
+    added = [long.removeprefix(short) if long.startswith(short) else None for long, short in zip(pair, shorter, strict=True)]
+    return pair != shorter and added[0] is not None and added[0] == added[1]
+
+
+def leave_out_pattern(lone: Iterable[str], common: Sequence[str]) -> str | None:
+    """The pattern that leaves out some tensors and nothing else; None where they are no few modules outside the numbered layers.
+
+    Args:
+        lone: Names to leave out.
+        common: Names to keep.
+    """
+    kept = {prefix for name in common for prefix, _ in _cuts(name)}
+    modules = set()
+    for name in lone:
+        if any(part.isdigit() for part in name.split(".")):
+            return None
+        prefix = next((prefix for prefix, _ in _cuts(name) if prefix not in kept), None)
+        modules.add(re.escape(name) + "$" if prefix is None else re.escape(prefix))
+    if not modules or not common or len(modules) > 4:
+        return None
+    return "^" + next(iter(modules)) if len(modules) == 1 else f"^({'|'.join(sorted(modules))})"
+
+
+def keyed(names: Iterable[str], label: str) -> dict[str, str]:
+    """Names as they are stored, by the key under which two models are compared: without wrappers, in today's spelling.
+
+    Raises:
+        LayoutMismatchError: Two names have one key.
+    """
+    found: dict[str, str] = {}
+    twice = []
+    for name in names:
+        key = current_spelling(unwrapped(name))
+        if key in found:
+            twice.append(name)
+        found[key] = name
+    if twice:
+        raise LayoutMismatchError(f"{label} must hold each tensor once; under a second name are {first_three(twice)}")
+    return found
+
+
+def restored(names: Mapping[str, str], prefix: str) -> dict[str, str]:
+    """Of names by key those whose key begins with a prefix, by the rest of their keys."""
+    return {key[len(prefix) :]: name for key, name in names.items() if key.startswith(prefix)}

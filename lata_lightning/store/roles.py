@@ -1,0 +1,81 @@
+"""What a tensor of a model is: a weight, a statistic that training keeps, or a table that follows from the config."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import torch
+from torch import nn
+
+from lata_lightning.layers import skeleton
+from lata_lightning.store.checkpoint_names import under_checkpoint_names
+
+Role = Literal["weight", "state", "table", "integers"]
+"""``weight``: trained by gradients. ``state``: kept up to date while a model trains, as the statistics of batch norms. ``table``: computed by the
+model itself, as rotary frequencies, position numbers and causal masks. ``integers``: of which nothing else is known."""
+
+_STATISTIC = re.compile(r"(^|\.)running_(mean|var)$")
+_COUNTER = re.compile(r"(^|\.)num_batches_tracked$")
+_TABLE = re.compile(r"(^|\.|_)(original_)?inv_freq$|(^|\.)(cos|sin)_cached$|(^|\.)position_ids$|(^|\.)(attn|attention)\.masked_bias$")
+# The causal mask of GPT-2 and GPT-NeoX.
+_CAUSAL_MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")
+_PARAMETER = re.compile(r"(^|\.)(weight|bias)$")
+
+
+def named_role(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Role | None:
+    """The role that a name alone tells; None where it does not tell one."""
+    if _TABLE.search(name) or (_CAUSAL_MASK.search(name) and len(shape) == 4):
+        return "table"
+    if _STATISTIC.search(name) or _COUNTER.search(name):
+        return "state"
+    return "weight" if _PARAMETER.search(name) and dtype.is_floating_point else None
+
+
+def is_counter(name: str) -> bool:
+    """Whether a tensor counts batches, which changes nothing that a model computes."""
+    return _COUNTER.search(name) is not None
+
+
+def is_statistic(name: str) -> bool:
+    """Whether a tensor is a running mean or variance."""
+    return _STATISTIC.search(name) is not None
+
+
+def buffer_names(module: nn.Module) -> frozenset[str]:
+    """Names, in a checkpoint, of the tensors of a module that are no parameters but saved buffers."""
+    saved = nn.Module.state_dict(module, keep_vars=True)
+    held = {name: tensor for name, tensor in saved.items() if isinstance(tensor, torch.Tensor) and not isinstance(tensor, nn.Parameter)}
+    return frozenset(held) | frozenset(under_checkpoint_names(module, held))
+
+
+def roles_of(
+    tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]],
+    modules: Iterable[nn.Module] = (),
+    config: Mapping[str, object] | None = None,
+) -> dict[str, Role]:
+    """The role of each tensor.
+
+    Args:
+        tensors: Name, shape and dtype of each.
+        modules: Modules that hold them, where they are at hand: their buffers are no weights.
+        config: Config of the model; the empty model it describes is built only if a name leaves the role open.
+
+    Returns:
+        Role by name. Floating tensors of which nothing is known are weights.
+    """
+    listed = list(tensors)
+    found = {name: named_role(name, shape, dtype) for name, shape, dtype in listed}
+    known = [buffer_names(module) for module in modules]
+    if not known and config is not None and None in found.values():
+        module = skeleton(config)
+        known = [] if module is None else [buffer_names(module)]
+    buffers = frozenset().union(*known)
+    roles: dict[str, Role] = {}
+    for name, _, dtype in listed:
+        role = found[name]
+        if role in (None, "weight") and name in buffers:
+            role = "state"
+        roles[name] = role or ("weight" if dtype.is_floating_point else "integers")
+    return roles
