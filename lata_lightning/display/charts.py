@@ -26,6 +26,7 @@ class HeatMap:
         form: Format of a value, such as ``.4f``.
         bounds: Ends of the colour scale; by default those of the values.
         diverging: Whether the values lie on both sides of zero, which then is the middle of the scale.
+        muted: Whether the differences say nothing; then they are drawn in grey.
     """
 
     key: str
@@ -42,6 +43,7 @@ class HeatMap:
     form: str = ".4f"
     bounds: tuple[float, float] | None = None
     diverging: bool = False
+    muted: bool = False
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -60,11 +62,19 @@ class HeatMap:
 
 
 class Series(NamedTuple):
-    """One line: its name, its place in the order of colours, and its points."""
+    """One line.
+
+    Attributes:
+        name: In the legend.
+        colour: Number of its colour.
+        points: Its values, by number or by name on the horizontal axis.
+        muted: Whether the differences along it say nothing; then it is drawn in grey.
+    """
 
     name: str
     colour: int
     points: Mapping[float | str, float | None]
+    muted: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,7 +165,7 @@ def alignment_over_training(
     values = tuple(tuple(alignment.layers[layer].alignment for _, _, alignment in shown) for layer in layers)
     words = [f"{len(layers)} {last.level}s, {_measurements(steps)}.", f"At the last one: {extremes(last.values, '.4f')}."]
     if last.flat:
-        words.append(f"Spread {last.spread:.4f}: too flat to rank.")
+        words.append(f"Spread {last.spread:.4f}: too flat to rank, so it is drawn in grey.")
     if last.undefined:
         words.append(f"Undefined in {len(last.undefined)} of them, where the instruction vector is zero.")
     if len(shown) < len(measured):
@@ -173,6 +183,7 @@ def alignment_over_training(
         row_ticks=ticks,
         column_ticks=tuple(str(step) for step in steps),
         bounds=bounds,
+        muted=last.flat,
     )
 
 

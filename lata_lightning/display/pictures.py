@@ -16,6 +16,7 @@ from lata_lightning.display.charts import Chart, HeatMap, Lines, ink_on
 from lata_lightning.errors import OutputError
 
 COLOURS = ("#1f6fb4", "#c2410c", "#0f766e", "#9333a8", "#8a6d00", "#be185d", "#4d7c0f", "#475569")
+MUTED = "#6b7480"
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 _MOST_TICKS = 40
 _MOST_NUMBERS = 12
@@ -59,7 +60,14 @@ def _draw_heat_map(chart: HeatMap) -> Figure:
     axes = figure.add_subplot()
     low, high = chart.limits
     values = np.array([[np.nan if value is None else value for value in row] for row in chart.values])
-    image = axes.imshow(values, aspect="auto", cmap="PuOr" if chart.diverging else "viridis", vmin=low, vmax=high, interpolation="nearest")
+    image = axes.imshow(
+        values,
+        aspect="auto",
+        cmap="binary" if chart.muted else "PuOr" if chart.diverging else "viridis",
+        vmin=low,
+        vmax=high,
+        interpolation="nearest",
+    )
     _names(axes, "y", chart.row_ticks)
     _names(axes, "x", chart.column_ticks)
     if len(chart.columns) <= _MOST_NUMBERS and len(chart.rows) <= _MOST_TICKS:
@@ -82,7 +90,7 @@ def _draw_lines(chart: Lines) -> Figure:
         axes.plot(
             [at for at, _ in points],
             [value for _, value in points],
-            color=COLOURS[style],
+            color=MUTED if line.muted else COLOURS[style],
             marker=MARKERS[style],
             markersize=4,
             linewidth=1.6,

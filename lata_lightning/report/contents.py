@@ -115,6 +115,7 @@ def build(
                 _layers(shown),
                 _parts([(number, subject.label, vector) for number, subject, vector in holding], tables, direction is not None),
                 _pairs([subject.label for _, subject, _ in holding], measured, vectors),
+                _models(subjects),
                 _scales(subjects),
                 _provenance([(subject.label, subject.vector_path) for _, subject, _ in holding]),
             )
@@ -170,6 +171,10 @@ def _kind(subject: Subject) -> str:
         words += [f"{manifest.kind} vector", *([] if manifest.step is None else [f"step {manifest.step}"])]
     if manifest is not None and manifest.kind == "task":
         words.append(f"started from {manifest.start}")
+    if subject.terms:
+        words.append(f"merged model, {len(subject.terms)} vector{'' if len(subject.terms) == 1 else 's'}")
+    elif subject.scores and not words:
+        words.append("scores")
     if subject.scales is not None:
         words.append(f"chosen: {subject.scales.chosen}" if subject.scales.chosen else "scales tried")
     return " · ".join(words)
@@ -216,9 +221,10 @@ def _layers(shown: Sequence[tuple[int, str, Alignment]]) -> Section | None:
         [
             label,
             name,
-            as_text(stats.alignment, ".4f"),
-            as_text(stats.relative_norm, ".4f"),
-            as_text(stats.task_norm, ".4g"),
+            # A tensor that did not move says nothing: its alignment of 1 would look like a finding.
+            as_text(stats.alignment if stats.task_norm else None, ".4f"),
+            as_text(stats.relative_norm if stats.task_norm else None, ".4f"),
+            as_text(stats.task_norm or None, ".4g"),
             as_text(stats.coefficient, ".4f"),
         ]
         for _, label, alignment in shown
@@ -261,6 +267,38 @@ def _scales(subjects: Sequence[Subject]) -> Section | None:
         figures.scale_curve(number, subject.label, subject.scales) for number, subject in enumerate(subjects) if subject.scales is not None
     ]
     return Section("scales", "Scales", "What every scale scored.", charts) if charts else None
+
+
+def _models(subjects: Sequence[Subject]) -> Section | None:
+    """What merged models are made of, and every score of every model."""
+    terms = [
+        [
+            subject.label if number == 0 else "",
+            (subject.onto or "–") if number == 0 else "",
+            term["vector"],
+            f"{term['scale']:g}",
+            str(term.get("weighting") or "none"),
+        ]
+        for subject in subjects
+        for number, term in enumerate(subject.terms)
+    ]
+    columns = list(dict.fromkeys((name, measure) for subject in subjects for name, row in subject.scores.items() for measure in row))
+    scores = [
+        [subject.label, *(as_text(subject.scores.get(name, {}).get(measure), ".4g") for name, measure in columns)]
+        for subject in subjects
+        if subject.scores
+    ]
+    tables = [
+        Facts("Scores", ["model", *(f"{name}, {measure.replace('_', ' ')}" for name, measure in columns)], scores),
+        Facts("What was added", ["model", "onto", "vector", "scale", "weighting"], terms),
+    ]
+    tables = [table for table in tables if table.rows]
+    if not tables:
+        return None
+    empty = (
+        "" if scores else "lata evaluate MODEL --data FILE --output MODEL puts the scores of a model beside it; they are shown here then."
+    )
+    return Section("models", "Models", "Models side by side: what they are made of, and what they score.", [], tables, empty)
 
 
 def _provenance(vectors: Sequence[tuple[str, Path | None]]) -> Section | None:

@@ -65,8 +65,8 @@ def by_layer(alignments: Sequence[tuple[int, str, Alignment]]) -> list[Lines]:
     for place, (layers, members) in enumerate(groups.items(), start=1):
         where = "" if len(groups) == 1 else ": " + ", ".join(label for _, label, _ in members)
         ending = "" if len(groups) == 1 else f"-{place}"
-        for key, title, y_title, form, of in _LAYER_FIGURES:
-            chart = _over_layers(layers, members, f"{key}{ending}", f"{title} by layer{where}", y_title, form, of)
+        for key, title, y_title, form, of, ranked in _LAYER_FIGURES:
+            chart = _over_layers(layers, members, f"{key}{ending}", f"{title} by layer{where}", y_title, form, of, ranked)
             if chart is not None:
                 charts.append(chart)
     return charts
@@ -214,18 +214,22 @@ def _over_layers(
     y_title: str,
     form: str,
     of: Callable[[LayerStats], float | None],
+    ranked: bool,
 ) -> Lines | None:
     found: dict[str, dict[float | str, float | None]] = {
         label: {layer: of(alignment.layers[layer]) for layer in layers} for _, label, alignment in members
     }
     series = [
-        Series(label, number, found[label]) for number, label, _ in members if any(value is not None for value in found[label].values())
+        Series(label, number, found[label], muted=ranked and alignment.flat)
+        for number, label, alignment in members
+        if any(value is not None for value in found[label].values())
     ]
     if not series:
         return None
     ticks, prefix = short_names(layers)
     words = [
         f"{line.name}: {extremes({str(layer): value for layer, value in line.points.items() if value is not None}, form)}"
+        + (" (too flat to rank, in grey)" if line.muted else "")
         for line in series
     ]
     return Lines(
@@ -240,11 +244,12 @@ def _over_layers(
     )
 
 
-_LAYER_FIGURES: tuple[tuple[str, str, str, str, Callable[[LayerStats], float | None]], ...] = (
-    ("coefficients", "Coefficient", "coefficient", ".4f", lambda stats: stats.coefficient),
-    ("alignments", "Alignment", "alignment", ".4f", lambda stats: stats.alignment),
-    ("relative-norms", "Relative norm", "‖task‖ / ‖instruction‖", ".4f", lambda stats: stats.relative_norm),
-    ("norms", "Norm", "‖task vector‖", ".4g", lambda stats: stats.task_norm),
+# Key, title, title of the axis, format, value, and whether layers are ranked by it.
+_LAYER_FIGURES: tuple[tuple[str, str, str, str, Callable[[LayerStats], float | None], bool], ...] = (
+    ("coefficients", "Coefficient", "coefficient", ".4f", lambda stats: stats.coefficient, True),
+    ("alignments", "Alignment", "alignment", ".4f", lambda stats: stats.alignment, True),
+    ("relative-norms", "Relative norm", "‖task‖ / ‖instruction‖", ".4f", lambda stats: stats.relative_norm, False),
+    ("norms", "Norm", "‖task vector‖", ".4g", lambda stats: stats.task_norm, False),
 )
 _PART_FIGURES: tuple[tuple[str, str, str, Callable[[Moments], float | None]], ...] = (
     ("part-norms", "Norm", ".4g", lambda sums: sums.task_norm),

@@ -12,16 +12,18 @@ from plotly.colors import sample_colorscale, unlabel_rgb
 
 from lata_lightning.display.charts import Chart, HeatMap, Lines, ink_on
 
+# Name of a colour scale and the part of it that is used: the ends of the diverging one are nearly black, and greys stay pale.
+_COLOURS = {"rising": ("Viridis", (0.0, 1.0)), "diverging": ("PuOr", (0.1, 0.9)), "muted": ("Greys", (0.1, 0.5))}
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
-_MOST_ROWS, _MOST_COLUMNS = 24, 12
-"""Labels on the vertical and on the horizontal axis."""
-_MOST_NUMBERS = 8
+_MOST_ROWS, _MOST_NUMBERS = 24, 8
+"""Rows and columns up to which cells have gaps between them, and numbers in them."""
 
 
 def plotly_figure(chart: Chart) -> go.Figure:
     """The chart for plotly, every value in it as it is; ``meta`` says which colours of the page each trace takes."""
     figure = _heat_map(chart) if isinstance(chart, HeatMap) else _lines(chart)
-    figure.update_layout(template="none", margin={"l": 8, "r": 8, "t": 8, "b": 8}, hovermode="closest", dragmode=False, autosize=True)
+    figure.update_layout(template="none", margin={"l": 8, "r": 8, "t": 8, "b": 8}, dragmode=False, autosize=True)
+    figure.update_layout(hovermode="closest" if isinstance(chart, HeatMap) else "x unified")
     figure.update_xaxes(automargin=True, fixedrange=True)
     figure.update_yaxes(automargin=True, fixedrange=True)
     return figure
@@ -36,9 +38,8 @@ def plotly_json(chart: Chart) -> str:
 
 def _heat_map(chart: HeatMap) -> go.Figure:
     low, high = chart.limits
-    name = "PuOr" if chart.diverging else "Viridis"
-    # The ends of the diverging scale are nearly black.
-    scale = sample_colorscale(name, 9, *((0.1, 0.9) if chart.diverging else (0.0, 1.0)))
+    name, ends = _COLOURS["muted" if chart.muted else "diverging" if chart.diverging else "rising"]
+    scale = sample_colorscale(name, 9, *ends)
     columns, rows = _shown(chart.columns), _shown(chart.rows)
     gap = 1 if len(columns) <= _MOST_ROWS and len(rows) <= _MOST_ROWS else 0
     trace = go.Heatmap(
@@ -76,8 +77,8 @@ def _heat_map(chart: HeatMap) -> go.Figure:
             showlegend=False,
             meta={"cells": len(columns)},
         )
-    figure.update_xaxes(_names(chart.columns, chart.column_ticks, chart.column_title, _MOST_COLUMNS), showgrid=False, ticks="")
-    figure.update_yaxes(_names(chart.rows, chart.row_ticks, chart.row_title, _MOST_ROWS), showgrid=False, ticks="", autorange="reversed")
+    figure.update_xaxes(_names(chart.columns, chart.column_ticks, chart.column_title), showgrid=False, ticks="")
+    figure.update_yaxes(_names(chart.rows, chart.row_ticks, chart.row_title), showgrid=False, ticks="", autorange="reversed")
     return figure
 
 
@@ -85,7 +86,6 @@ def _lines(chart: Lines) -> go.Figure:
     figure = go.Figure(layout={"height": 320})
     for line in chart.series:
         places = list(line.points)
-        at = "%{x}" if chart.ticks else f"{_literal(chart.x_title)} %{{x:~g}}"
         figure.add_scatter(
             x=_shown([str(place) for place in places]) if chart.ticks else places,
             y=list(line.points.values()),
@@ -93,26 +93,26 @@ def _lines(chart: Lines) -> go.Figure:
             mode="lines+markers",
             line={"width": 2},
             marker={"size": 7, "symbol": SYMBOLS[line.colour % len(SYMBOLS)]},
-            meta={"series": line.colour},
-            hovertemplate=f"{_literal(line.name)}<br>{at}<br>{_literal(chart.y_title)} %{{y:{chart.form}}}<extra></extra>",
+            meta={"series": line.colour, "muted": line.muted},
+            hovertemplate=f"{_literal(line.name)} %{{y:{chart.form}}}<extra></extra>",
         )
     figure.update_layout(showlegend=len(chart.series) > 1, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
     if chart.ticks:
-        figure.update_xaxes(_names(tuple(chart.ticks), tuple(chart.ticks.values()), chart.x_title, _MOST_COLUMNS))
+        figure.update_xaxes(_names(tuple(chart.ticks), tuple(chart.ticks.values()), chart.x_title))
     else:
-        figure.update_xaxes(title=_literal(chart.x_title))
+        figure.update_xaxes(title=_literal(chart.x_title), hoverformat="~g")
     figure.update_xaxes(showgrid=False, zeroline=False, ticks="")
     figure.update_yaxes(title=_literal(chart.y_title), zeroline=False, ticks="", nticks=8)
     return figure
 
 
-def _names(names: tuple[str, ...], ticks: tuple[str, ...], title: str, most: int) -> dict[str, Any]:
-    every = -(-len(names) // most)
+def _names(names: tuple[str, ...], ticks: tuple[str, ...], title: str) -> dict[str, Any]:
+    """An axis of names. The page leaves out labels that do not fit."""
     return {
         "type": "category",
         "tickmode": "array",
-        "tickvals": _shown(names)[::every],
-        "ticktext": _shown(ticks)[::every],
+        "tickvals": _shown(names),
+        "ticktext": _shown(ticks),
         "title": _literal(title),
     }
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lata_lightning.alignment import Alignment
 from lata_lightning.callbacks.history import HISTORY_NAME, read_history
 from lata_lightning.errors import CorruptFileError, LataError, SourceError, first_three
-from lata_lightning.store.directories import holds_vector
+from lata_lightning.store.directories import MERGE_RECORD, holds_vector, read_object
 from lata_lightning.vectors.task_vector import TaskVector
 
 # As in callbacks/lata.py, which imports Lightning; a test holds both together.
 VECTOR_NAME = "task_vector"
 TUNE_NAME = "tune.json"
+SCORES_NAME = "scores.json"
+CALLBACK_FOLDER = "lata"
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,9 @@ class Subject:
         vector: The task vector, opened.
         vector_path: Where it lies.
         scales: What was tried on it.
+        terms: Of a merged model, what its merge record says of each vector.
+        onto: Of a merged model, what the vectors were added to.
+        scores: What ``lata evaluate`` measured, by data set and measure.
     """
 
     label: str
@@ -66,13 +71,16 @@ class Subject:
     vector: TaskVector | None = None
     vector_path: Path | None = None
     scales: ScaleCurves | None = None
+    terms: tuple[Mapping[str, Any], ...] = ()
+    onto: str | None = None
+    scores: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
 
 def open_subjects(paths: Sequence[str | Path]) -> list[Subject]:
     """What lies at each path, tensors unread.
 
-    A path is the output directory of a run (``history.jsonl``, ``task_vector``, ``tune.json``, whichever of them are there), or a saved
-    vector, or a ``tune.json``.
+    A path is the output directory of a run (``history.jsonl``, ``task_vector``, ``tune.json``, whichever of them are there), a saved vector, a
+    ``tune.json``, a merged model, or a directory that ``lata evaluate --output`` wrote to.
 
     Raises:
         SourceError: A path holds none of them, or no measurement yet.
@@ -122,8 +130,11 @@ def _open(path: Path, given: str, label: str) -> Subject:
     if holds_vector(path):
         return Subject(label, given, vector=TaskVector.open(path), vector_path=path)
     history, vector, tuned = path / HISTORY_NAME, path / VECTOR_NAME, path / TUNE_NAME
-    if not (history.is_file() or holds_vector(vector) or tuned.is_file()):
-        raise SourceError(f"{given} is no run and no vector: it holds no {HISTORY_NAME}, {VECTOR_NAME} or {TUNE_NAME}. {_hint(path)}")
+    known = (history, tuned, path / MERGE_RECORD, path / SCORES_NAME)
+    if not (holds_vector(vector) or any(file.is_file() for file in known)):
+        names = ", ".join([VECTOR_NAME, *(file.name for file in known[:-1])])
+        raise SourceError(f"{given} is no run, vector or merged model: it holds no {names} or {SCORES_NAME}. {_hint(path)}")
+    onto, terms = _merge(path / MERGE_RECORD)
     subject = Subject(
         label,
         given,
@@ -131,15 +142,19 @@ def _open(path: Path, given: str, label: str) -> Subject:
         vector=TaskVector.open(vector) if holds_vector(vector) else None,
         vector_path=vector if holds_vector(vector) else None,
         scales=read_scales(tuned) if tuned.is_file() else None,
+        terms=terms,
+        onto=onto,
+        scores=_scores(path / SCORES_NAME),
     )
-    if not subject.history and subject.vector is None and subject.scales is None:
+    if not (subject.history or subject.vector or subject.scales or subject.terms or subject.scores):
         raise SourceError(f"the history of {given} is empty: nothing has been measured yet. Wait for the first epoch to end.")
     return subject
 
 
 def _name(path: Path) -> str:
     whole = path.resolve()
-    return whole.parent.name if whole.name in (VECTOR_NAME, TUNE_NAME) else whole.name or str(whole)
+    # A run is known by the folder that the callback's own lies in.
+    return whole.parent.name if whole.name in (VECTOR_NAME, TUNE_NAME, CALLBACK_FOLDER) else whole.name or str(whole)
 
 
 def _hint(path: Path) -> str:
@@ -147,6 +162,31 @@ def _hint(path: Path) -> str:
         return "There is nothing at this path; check the spelling."
     below = [child.name for child in path.iterdir() if (child / HISTORY_NAME).is_file() or holds_vector(child)]
     return f"Name what lies in it, {first_three(below)}." if below else "Give the output_dir of a LATACallback, or what lata extract wrote."
+
+
+def _merge(path: Path) -> tuple[str | None, tuple[Mapping[str, Any], ...]]:
+    """What vectors were added to, and the vectors, by the record of a merge."""
+    if not path.is_file():
+        return None, ()
+    record = read_object(path)
+    try:
+        terms = tuple({"vector": str(term["vector"]), "scale": float(term["scale"]), **term} for term in record["terms"])
+        return str(record["onto"]["location"] or "weights in memory"), terms
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptFileError(f"{path} is no merge record ({error!r}). Was it changed by hand?") from error
+
+
+def _scores(path: Path) -> Mapping[str, Mapping[str, float | None]]:
+    """Scores by data set and measure; none where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        return {
+            name: {measure: None if value is None else float(value) for measure, value in row.items()}
+            for name, row in read_object(path)["scores"].items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptFileError(f"{path} holds no scores of lata evaluate ({error!r})") from error
 
 
 def _measurements(path: Path) -> tuple[Measurement, ...]:

@@ -52,7 +52,7 @@ def test_there_is_no_heat_map_without_alignment():
 
 
 def test_a_heat_map_says_whether_layers_can_be_ranked():
-    assert "Spread 0.0400: too flat to rank." in alignment_over_training([(1, 0, alignment(a=0.5, b=0.54))]).summary
+    assert "Spread 0.0400: too flat to rank, so it is drawn in grey." in alignment_over_training([(1, 0, alignment(a=0.5, b=0.54))]).summary
     assert "flat" not in alignment_over_training([(1, 0, alignment(a=0.5, b=0.6))]).summary
 
 

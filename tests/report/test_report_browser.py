@@ -69,6 +69,15 @@ def chromium():
         browser.close()
 
 
+def until(page, expression):
+    """Wait for an expression of the page to be true; the page's own policy forbids Playwright's way of waiting for one."""
+    for _ in range(400):
+        if page.evaluate(expression):
+            return
+        page.wait_for_timeout(25)
+    pytest.fail(f"never true: {expression}")
+
+
 @contextmanager
 def shown(chromium, report, **settings):
     """The page under some settings; what it said and asked for is in its ``said`` and ``asked``."""
@@ -81,7 +90,7 @@ def shown(chromium, report, **settings):
     page.on("request", lambda request: None if request.url.startswith(("data:", "blob:")) else page.asked.append(request.url))
     page.goto(report.as_uri())
     if settings.get("java_script_enabled", True):
-        page.wait_for_function(DRAWN)
+        until(page, DRAWN)
     yield page
     context.close()
 
@@ -128,7 +137,7 @@ def test_a_phone_has_nothing_to_scroll_sideways(chromium, report):
         page.evaluate("document.querySelectorAll('details').forEach((details) => { details.open = true; })")
         for width in (375, 320):
             page.set_viewport_size({"width": width, "height": 700})
-            page.wait_for_function(f"document.querySelector('.plot .main-svg').getBoundingClientRect().right <= {width}")
+            until(page, f"document.querySelector('.plot .main-svg').getBoundingClientRect().right <= {width}")
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             right = "(plots) => Math.max(...plots.map((plot) => plot.getBoundingClientRect().right))"
             assert page.locator(".plot .main-svg").evaluate_all(right) <= width
@@ -148,7 +157,7 @@ def test_the_theme_follows_the_system_and_the_button_and_every_text_stands_out(c
         light = page.evaluate(look)
         assert all(one != other for one, other in zip(dark, light, strict=True))
         page.reload()
-        page.wait_for_function(DRAWN)
+        until(page, DRAWN)
         assert page.evaluate(look) == light
     with shown(chromium, report, color_scheme="light") as page:
         assert page.evaluate(look) == light
@@ -174,6 +183,9 @@ def test_the_page_is_used_by_keyboard_alone_in_reading_order(chromium, report):
         page.evaluate("document.querySelector('.skip').focus()")
         page.keyboard.press("Enter")
         assert page.evaluate("document.activeElement.id") == "content"
+        page.keyboard.press("Tab")
+        # The first summary folds a section, the next one opens a table.
+        assert page.evaluate("document.activeElement.textContent.trim()") == "Alignment over training"
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.tagName") == "SUMMARY"
         page.keyboard.press("Enter")
@@ -218,3 +230,22 @@ def test_without_scripts_the_tables_say_everything(chromium, report):
         assert "Every one of them has its data in a table" in page.locator("noscript").inner_text()
         page.locator("#alignment-1 summary").click()
         assert page.locator("#alignment-1 td").first.inner_text() == "0.8250"
+
+
+@pytest.mark.parametrize("layers", [8, 80])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_labels_of_layers_do_not_overlap_on_any_screen(chromium, tmp_path, layers, width):
+    run = write_run(tmp_path / "run", [row(10, {f"model.layers.{number}": 0.9 - number / 200 for number in range(layers)})])
+    write(build([run]), tmp_path / "report.html")
+    with shown(chromium, tmp_path / "report.html", viewport={"width": width, "height": 800}) as page:
+        ends = "(texts) => texts.map((text) => text.getBoundingClientRect()).map((box) => [box.left, box.right])"
+        boxes = page.locator("#alignments .xtick text").evaluate_all(ends)
+        assert len(boxes) == layers if layers == 8 else 5 < len(boxes) < layers
+        assert all(right < left for (_, right), (left, _) in pairwise(boxes))
+        assert page.said == []
+
+
+def test_a_section_can_be_folded_where_several_runs_are_shown(chromium, report):
+    with shown(chromium, report) as page:
+        page.locator("details.fold > summary", has_text="Growth").click()
+        assert not page.locator("#growth-norm").is_visible()

@@ -314,7 +314,9 @@ def test_a_run_without_instruction_vector_says_what_to_pass(tmp_path):
 
 
 def test_a_path_that_is_nothing_is_refused(tmp_path):
-    with pytest.raises(SourceError, match="is no run and no vector: it holds no history.jsonl.*There is nothing at this path"):
+    with pytest.raises(
+        SourceError, match="is no run, vector or merged model: it holds no task_vector, history.jsonl.*There is nothing at this path"
+    ):
         build([tmp_path / "none"])
 
 
@@ -408,3 +410,70 @@ def test_a_part_that_a_block_lacks_has_no_value():
     (found,) = figures.by_part([(0, "run", {name: Moments(task=4.0) for name in names})], layer_map(names))
     assert isinstance(found, HeatMap)
     assert (found.rows, found.values) == (("attention", "mlp"), ((2.0, 2.0), (2.0, None)))
+
+
+def write_model(directory, vectors, scores=None):
+    directory.mkdir()
+    terms = [{"vector": vector, "scale": scale, "weighting": "none"} for vector, scale in vectors.items()]
+    (directory / "merge.json").write_text(json.dumps({"onto": {"location": "models/instruct"}, "terms": terms}))
+    if scores is not None:
+        (directory / "scores.json").write_text(json.dumps({"model": directory.name, "scores": scores}))
+    return directory
+
+
+def test_merged_models_are_compared_by_what_they_are_made_of_and_by_their_scores(tmp_path):
+    one = write_model(tmp_path / "one", {"math": 0.8, "string": 0.5}, {"math": {"exact_match": 0.61, "perplexity": 4.25}})
+    other = write_model(tmp_path / "other", {"math": 1.0}, {"math": {"exact_match": 0.7}, "string": {"exact_match": None}})
+    section = next(section for section in build([one, other]).sections if section.key == "models")
+    scores, terms = section.tables
+    assert scores.heads == ["model", "math, exact match", "math, perplexity", "string, exact match"]
+    assert scores.rows == [["one", "0.61", "4.25", "–"], ["other", "0.7", "–", "–"]]
+    assert terms.rows == [
+        ["one", "models/instruct", "math", "0.8", "none"],
+        ["", "", "string", "0.5", "none"],
+        ["other", "models/instruct", "math", "1", "none"],
+    ]
+
+
+def test_merged_models_without_scores_say_how_to_get_them(tmp_path):
+    section = next(section for section in build([write_model(tmp_path / "one", {"math": 1.0})]).sections if section.key == "models")
+    assert "lata evaluate MODEL --data FILE --output MODEL" in section.empty
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("merge.json", '{"terms": [{"vector": "v"}]}'),
+        ("merge.json", "{}"),
+        ("scores.json", '{"scores": {"math": 3}}'),
+        ("scores.json", "{}"),
+    ],
+)
+def test_a_record_of_a_merged_model_that_is_none_is_refused(tmp_path, file, text):
+    model = write_model(tmp_path / "one", {"math": 1.0})
+    (model / file).write_text(text)
+    with pytest.raises(CorruptFileError, match=file):
+        build([model])
+
+
+def test_flat_alignments_are_drawn_in_grey_and_others_are_not(tmp_path):
+    flat = write_run(tmp_path / "flat", [row(1, {"h.0": 0.90, "h.1": 0.91})])
+    steep = write_run(tmp_path / "steep", [row(1, {"h.0": 0.9, "h.1": 0.5})])
+    charts = {chart.key: chart for chart in build([flat, steep]).charts}
+    assert (charts["alignment-1"].muted, charts["alignment-2"].muted) == (True, False)
+    assert "drawn in grey" in charts["alignment-1"].summary
+    assert {line.name: line.muted for line in charts["alignments"].series} == {"flat": True, "steep": False}
+    assert not any(line.muted for line in charts["norms"].series)
+
+
+def test_a_tensor_that_did_not_move_has_no_figures(tmp_path):
+    entry = row(1, {"h.0": 0.9, "h.1": 0.5})
+    entry["outside"] = {
+        "frozen.weight": {"alignment": 1.0, "relative_norm": 0.0, "task_norm": 0.0, "instruction_norm": 2.0, "coefficient": None}
+    }
+    section = next(section for section in build([write_run(tmp_path / "run", [entry])]).sections if section.key == "layers")
+    assert section.tables[0].rows == [["run", "frozen.weight", "–", "–", "–", "–"]]
+
+
+def test_a_run_of_lata_fit_is_named_after_its_folder(tmp_path):
+    assert build([write_run(tmp_path / "runs" / "math" / "lata", [row(1, {"h.0": 0.9})])]).title == "math"
