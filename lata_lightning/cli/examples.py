@@ -46,8 +46,8 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         f"lata solve {_MODELS}/instruct math-vector --data {_DATA} --samples 8 --output one-coefficient.json",
     ),
     "regress": (
-        f"lata regress {_MODELS}/instruct math-vector {_MODELS}/string --data {_DATA} quickstart-output/data/string.jsonl --output one-vector",
-        f"lata regress {_MODELS}/instruct math-vector --data {_DATA} --samples 8 --output same-vector",
+        f"lata regress {_MODELS}/instruct math-vector {_MODELS}/string --output one-vector",
+        f"lata regress {_MODELS}/instruct math-vector {_MODELS}/string --data {_DATA} quickstart-output/data/string.jsonl --output from-samples",
     ),
     "tune": (
         f"lata tune {_MODELS}/instruct math-vector --data {_DATA} --grid 0.5 1.0 --output tuned",

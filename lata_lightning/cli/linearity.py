@@ -1,8 +1,7 @@
-"""``lata linearity``, ``lata solve`` and ``lata regress``."""
+"""``lata linearity`` and ``lata solve``."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from lata_lightning.cli.common import Command, add_format, note, print_json, progress_bar
-from lata_lightning.errors import LataError, SourceError, first_three
+from lata_lightning.errors import LataError, SourceError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,11 +21,11 @@ if TYPE_CHECKING:
     from lata_lightning.vectors.task_vector import TaskVector
 
 
-_EACH = "One file of samples for each vector, of its own task, in the same order"
+EACH = "One file of samples for each vector, of its own task, in the same order"
 
 
 def _linearity_arguments(parser: ArgumentParser) -> None:
-    _common_arguments(parser, "One file of samples for all vectors, or one for each")
+    add_samples(parser, "One file of samples for all vectors, or one for each")
     _add_level(parser, "submodule")
     add_format(parser)
     parser.add_argument("--distance", type=Literal["l2", "cosine"], default="l2", help="Distance of features.")
@@ -34,7 +33,7 @@ def _linearity_arguments(parser: ArgumentParser) -> None:
 
 
 def _solve_arguments(parser: ArgumentParser) -> None:
-    _common_arguments(parser, _EACH)
+    add_samples(parser, EACH)
     _add_level(parser, "block")
     add_format(parser)
     parser.add_argument("--output", required=True, help="File of coefficients to write, for lata merge --coefficients.")
@@ -47,31 +46,14 @@ def _solve_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--ridge", type=float, default=1e-6, help="Added to the diagonal of what is solved, in units of its mean.")
 
 
-def _regress_arguments(parser: ArgumentParser) -> None:
-    _common_arguments(parser, _EACH)
-    parser.add_argument("--output", required=True, help="Directory to write the one vector to, which lata merge adds to START.")
-    parser.add_argument(
-        "--in-order",
-        type=bool,
-        default=True,
-        help="Fit each block to what the merged blocks before it give out; 'false': to what those of each task's own model give out, which is faster.",
-    )
-    parser.add_argument(
-        "--off-diagonal", type=float, default=0.9, help="Factor, from 0 to 1, of the entries off the diagonal of the matrices of inputs."
-    )
-    parser.add_argument("--ridge", type=float, default=1e-6, help="Added to the diagonal of what is solved, in units of its mean.")
-    parser.add_argument(
-        "--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="Precision to store the vector in."
-    )
-
-
-def _common_arguments(parser: ArgumentParser, data: str) -> None:
+def add_samples(parser: ArgumentParser, data: str, *, required: bool = True) -> None:
+    """The start model, the vectors, and the samples that are run through it."""
     parser.add_argument("start_model", metavar="START", help="Model the fine-tunes started from: directory or hub id, with tokenizer.")
     parser.add_argument("vectors", metavar="VECTOR", nargs="+", help="Saved vectors, or tuned models, whose vector is tuned − START.")
     parser.add_argument(
         "--data",
         nargs="+",
-        required=True,
+        required=required,
         help=f"{data}: JSONL with 'prompt' and 'answer', 'messages', or 'text' in each row, or the name of a data set.",
     )
     parser.add_argument("--samples", type=int, default=30, help="Rows to take from the top of each file.")
@@ -99,7 +81,7 @@ def _linearity(options: Namespace, command: str) -> None:
         raise LataError(
             f"give one file of samples for all vectors or one for each: got {len(data)} files for {len(options.vectors)} vectors"
         )
-    vectors, samples = _vectors(options), _samples(options, data)
+    vectors, samples = vectors_of(options), samples_of(options, data)
     distance = {"l2": l2_distance, "cosine": cosine_distance}[options.distance]
     with progress_bar("linearity") as progress:
         measured = measure_linearity(
@@ -122,8 +104,8 @@ def _solve(options: Namespace, command: str) -> None:
     from lata_lightning.store.writer import check_free
 
     check_free(Path(options.output))
-    _check_data(options)
-    vectors, samples = _vectors(options), _samples(options, options.data)
+    check_data(options)
+    vectors, samples = vectors_of(options), samples_of(options, options.data)
     with progress_bar("solve") as progress:
         solution = solve_coefficients(
             options.start_model,
@@ -145,51 +127,23 @@ def _solve(options: Namespace, command: str) -> None:
     )
 
 
-def _regress(options: Namespace, command: str) -> None:
-    from lata_lightning.linearity.regression import regress
-    from lata_lightning.store.writer import check_free
-
-    check_free(Path(options.output))
-    _check_data(options)
-    vectors, samples = _vectors(options), _samples(options, options.data)
-    with progress_bar("regress") as progress:
-        found = regress(
-            vectors,
-            options.start_model,
-            samples,
-            in_order=options.in_order,
-            off_diagonal=options.off_diagonal,
-            ridge=options.ridge,
-            data=options.data,
-            check_base=options.check_base,
-            progress=progress,
-        )
-    with progress_bar("write") as progress:
-        saved = found.save(options.output, dtype=options.dtype, progress=progress)
-    derivation = saved.manifest.derivation
-    averaged = () if derivation is None else derivation.averaged
-    fitted = sum(len(saved.shape(name)) > 1 and name not in averaged and name not in saved.unchanged for name in saved)
-    sys.stdout.write(f"{options.output}: one vector of {len(vectors)}, {len(saved)} tensors, {fitted} of them fitted\n")
-    if averaged:
-        note(f"no linear layers or embeddings that the samples reach, and so plain means, are {first_three(averaged)}")
-    note(f"merge with: lata merge {options.start_model} {options.output} --output MERGED")
-
-
-def _check_data(options: Namespace) -> None:
+def check_data(options: Namespace) -> None:
+    """Refuse another number of files than of vectors."""
     if len(options.data) != len(options.vectors):
         raise LataError(
             f"give one file of samples for each vector, in the same order: got {len(options.data)} files for {len(options.vectors)} vectors"
         )
 
 
-def _vectors(options: Namespace) -> list[TaskVector]:
+def vectors_of(options: Namespace) -> list[TaskVector]:
+    """The vectors that a command names, saved ones or of tuned models."""
     from lata_lightning.store.directories import holds_vector
     from lata_lightning.vectors.task_vector import TaskVector
 
     return [TaskVector.open(path) if holds_vector(path) else TaskVector.between(options.start_model, path) for path in options.vectors]
 
 
-def _samples(options: Namespace, data: Sequence[str]) -> list[list[dict[str, Tensor]]]:
+def samples_of(options: Namespace, data: Sequence[str]) -> list[list[dict[str, Tensor]]]:
     """Batches of inputs from each file, by the tokenizer of the start."""
     from transformers import AutoTokenizer
 
@@ -261,7 +215,4 @@ COMMANDS = {
         _linearity,
     ),
     "solve": Command("Find the coefficients of a merge in closed form from a few samples of each task.", _solve_arguments, _solve),
-    "regress": Command(
-        "Make one vector of several, whose linear layers do on samples of each task what its own vector does.", _regress_arguments, _regress
-    ),
 }

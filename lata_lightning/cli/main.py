@@ -10,7 +10,7 @@ from textwrap import wrap
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lata_lightning.cli import completion, evaluate, exports, fit, linearity, merging, quickstart, report, tune, vectors
+from lata_lightning.cli import completion, evaluate, exports, fit, linearity, merging, quickstart, regression, report, tune, vectors
 from lata_lightning.cli.common import Command
 from lata_lightning.cli.examples import EXAMPLES
 from lata_lightning.cli.parsing import CommandParser, nearest
@@ -23,6 +23,7 @@ COMMANDS = {
     **merging.COMMANDS,
     **exports.COMMANDS,
     **linearity.COMMANDS,
+    **regression.COMMANDS,
     **tune.COMMANDS,
     **evaluate.COMMANDS,
     **report.COMMANDS,

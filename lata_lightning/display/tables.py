@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lata_lightning.alignment import FLAT_SPREAD, Alignment, LayerStats
+from lata_lightning.vectors.manifest import Derivation
 
 
 def alignment_table(alignment: Alignment, title: str = "") -> Table:
@@ -27,6 +28,13 @@ def alignment_table(alignment: Alignment, title: str = "") -> Table:
 def flat_warning(alignment: Alignment) -> str:
     """One sentence for alignments that are too close to rank by."""
     return f"The alignments spread by {alignment.spread:.4f}, less than {FLAT_SPREAD}: too little to rank the layers by."
+
+
+def derivation_table(derivation: Derivation, title: str = "") -> Table:
+    """What was measured when a vector was made of others: a row for each layer, a column for each thing."""
+    layers = dict.fromkeys(layer for measured in derivation.measured for layer in measured.layers)
+    rows = [[layer, *(_number(measured.layers.get(layer)) for measured in derivation.measured)] for layer in layers]
+    return plain_table(["layer", *(measured.title for measured in derivation.measured)], rows, title)
 
 
 def plain_table(
@@ -50,6 +58,10 @@ def show(*tables: Table, file: IO[str] | None = None) -> None:
         console = Console(file=file, width=200)
     for table in tables:
         console.print(table)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
 
 
 def _figures(stats: LayerStats) -> tuple[str, str, str, str]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -128,7 +128,7 @@ class MatrixMerge(Source):
         found[CONDITION, None] = {layer: max(figures.condition for figures in several) for layer, several in known.items()}
         return found
 
-    def by_tensor(self) -> dict[str, dict[str, float | list[float | None]]]:
+    def by_tensor(self) -> Mapping[str, Mapping[str, Any]]:
         """Interference of each vector, in their order, and condition of the tensors that have been read and that several vectors change."""
         return {
             name: {INTERFERENCE: interference([self._figures[name]]), CONDITION: self._figures[name].condition}

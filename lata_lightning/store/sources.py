@@ -89,6 +89,10 @@ class Source(ABC):
         """Name of a tensor where it comes from, beneath all views of it."""
         return name
 
+    def by_tensor(self) -> Mapping[str, Mapping[str, Any]]:
+        """The same by tensor, and for all vectors together."""
+        return {}
+
     @property
     def label(self) -> str:
         """Short name for messages."""

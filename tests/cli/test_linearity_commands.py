@@ -213,6 +213,34 @@ def test_a_regressed_vector_can_be_stored_in_half_the_room_and_says_what_is_a_pl
     assert TaskVector.open("one").manifest.precision_loss is not None
 
 
+def test_without_data_the_vectors_alone_are_solved_and_their_interference_is_shown(lata):
+    status, printed, said = lata("regress instruct math string --output one")
+    assert status == 0
+    first, *table = printed.splitlines()
+    assert first == "one: one vector of 2, 21 tensors, 16 of them fitted"
+    assert [line.split()[0] for line in table if line.strip()][-3:] == ["model.layers.0", "model.layers.1", "outside"]
+    assert any(line.split()[-2:] == ["instruct", "condition"] for line in table if line.strip())
+    assert "lata merge instruct one --output MERGED" in said
+    expected = regress([TaskVector.between("instruct", name) for name in WORDS])
+    found = TaskVector.open("one")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    facts = json.loads(lata("inspect one --format json")[1])
+    assert facts["derivation"] == "regression without samples"
+    assert facts["interference, math − instruct"].startswith("0.")
+    assert "| layer | interference, math − instruct | interference, string − instruct | condition |" in Path("one/README.md").read_text()
+
+
+def test_interference_is_given_by_matrix_as_json(lata):
+    lata("extract instruct math --output math-vector")
+    status, printed, _ = lata("regress instruct math-vector string --output one --format json --ridge 0.5 --prior mean --workers 2")
+    assert status == 0
+    found = json.loads(printed)
+    assert found["derivation"]["settings"] == {"ridge": 0.5, "prior": "mean"}
+    assert len(found["matrices"]) == found["fitted"] == 16
+    assert all(len(entry["interference"]) == 2 and entry["condition"] > 1 for entry in found["matrices"].values())
+    assert [entry["vector"] for entry in found["derivation"]["measured"]] == ["math-vector", "string − instruct", None]
+
+
 def test_what_is_cut_or_lacking_is_said(lata):
     said = lata("linearity instruct math --data math.jsonl --level block --max-tokens 4")[2]
     assert "math.jsonl: 6 of 6 rows were cut to 4 tokens" in said
@@ -232,6 +260,11 @@ def test_what_is_cut_or_lacking_is_said(lata):
         (f"{REGRESS} --output math", "math exists already"),
         (f"{REGRESS} --ridge 0 --output x", "the ridge must be positive"),
         (f"{REGRESS} --off-diagonal 2 --output x", "must lie in [0, 1]"),
+        ("regress instruct math string --samples 5 --in-order true --output x", "--samples, --in-order can only be given with --data"),
+        (f"{REGRESS} --device cpu:0 --vocabulary onto --output x", "--device, --vocabulary can only be given without --data"),
+        ("regress instruct math string --device abacus --output x", "cannot be solved on 'abacus' here"),
+        ("regress t5 moe moe-tuned --output x", "must hold the same tensors"),
+        ("regress instruct math moe --output x", "must hold the same tensors"),
         ("regress instruct t5 --data math.jsonl --output x", "must hold the same tensors"),
         (
             "regress instruct broken --data math.jsonl --output x",

@@ -126,3 +126,13 @@ def test_help_lists_the_same_choices_as_the_library(capsys):
             main([command, "--help"])
         printed = capsys.readouterr().out
         assert all(f"'{choice}'" in printed for choice in choices)
+
+
+def test_a_regression_of_models_with_other_tokens_keeps_those_of_the_start(lata, saved, tmp_path):
+    status, printed, said = lata("regress instruct math other --vocabulary onto --output one")
+    assert status == 0
+    assert "one vector of 2" in printed
+    assert "only math has row 24 ('<call>')" in said
+    assert lata("merge instruct one --output merged")[0] == 0
+    assert head(tmp_path / "merged").shape == (24, 8)
+    assert "and one is a saved vector" in lata("regress instruct one other --vocabulary onto --output two")[2]
