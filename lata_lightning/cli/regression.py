@@ -16,7 +16,8 @@ from lata_lightning.errors import LataError, first_three
 if TYPE_CHECKING:
     from lata_lightning.vectors.task_vector import TaskVector
 
-_ONLY_WITH_DATA = ("samples", "max_tokens", "batch_size")
+_ONLY_WITH_DATA = {"samples": 30, "max_tokens": 512, "batch_size": 8, "in_order": True, "off_diagonal": None}
+"""Options that have no meaning without samples, with their defaults."""
 
 
 def _arguments(parser: ArgumentParser) -> None:
@@ -35,9 +36,10 @@ def _arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--in-order",
-        type=bool | None,
-        help="With --data: fit each block to what the merged blocks before it give out, which is the default; 'false': to what those of each task's own "
-        "model give out, which is faster.",
+        type=bool,
+        default=True,
+        help="With --data: fit each block to what the merged blocks before it give out; 'false': to what those of each task's own model give out, which "
+        "is faster.",
     )
     parser.add_argument(
         "--off-diagonal",
@@ -90,9 +92,7 @@ def _from_vectors(options: Namespace) -> TaskVector:
     from lata_lightning.store.pairing import pair
     from lata_lightning.store.sources import View
 
-    defaults = {"samples": 30, "max_tokens": 512, "batch_size": 8}
-    unused = [f"--{name.replace('_', '-')}" for name in _ONLY_WITH_DATA if options[name] != defaults[name]]
-    unused += [f"--{name.replace('_', '-')}" for name in ("in_order", "off_diagonal") if options[name] is not None]
+    unused = [f"--{name.replace('_', '-')}" for name, default in _ONLY_WITH_DATA.items() if options[name] != default]
     if unused:
         raise LataError(f"{', '.join(unused)} can only be given with --data, as nothing is run without samples")
     if options.vocabulary is None:

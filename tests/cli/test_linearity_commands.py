@@ -260,7 +260,7 @@ def test_what_is_cut_or_lacking_is_said(lata):
         (f"{REGRESS} --output math", "math exists already"),
         (f"{REGRESS} --ridge 0 --output x", "the ridge must be positive"),
         (f"{REGRESS} --off-diagonal 2 --output x", "must lie in [0, 1]"),
-        ("regress instruct math string --samples 5 --in-order true --output x", "--samples, --in-order can only be given with --data"),
+        ("regress instruct math string --samples 5 --in-order false --output x", "--samples, --in-order can only be given with --data"),
         (f"{REGRESS} --device cpu:0 --vocabulary onto --output x", "--device, --vocabulary can only be given without --data"),
         ("regress instruct math string --device abacus --output x", "cannot be solved on 'abacus' here"),
         ("regress t5 moe moe-tuned --output x", "must hold the same tensors"),
