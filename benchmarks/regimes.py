@@ -42,7 +42,7 @@ from lata_lightning.evaluation.kernel import linearisation_error
 from lata_lightning.evaluation.protocols import addition, negation
 from lata_lightning.quickstart.exercises import INSTRUCT_SKILLS, exercises
 from lata_lightning.quickstart.experts import INSTRUCT, Expert, FineTune, fine_tune
-from lata_lightning.training.rows import chat_rows, collate
+from lata_lightning.rows.tokens import chat_rows, collate
 from lata_lightning.vectors.manifest import library_versions
 
 RESULTS = Path(__file__).parent / "results"

@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lata_lightning.quickstart.exercises import INSTRUCT_SKILLS
+from lata_lightning.rows.tokens import Row, chat_rows, collate, raw_tokens
+from lata_lightning.training.batches import Batches, MixtureBatchSampler, Rows
 from lata_lightning.training.module import CausalLMModule
-from lata_lightning.training.rows import Batches, MixtureBatchSampler, Row, Rows, chat_rows, collate, raw_tokens
 from study.tasks import (
     CONTEXT,
     SEEN_EXERCISES,

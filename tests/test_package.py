@@ -10,7 +10,7 @@ import lata_lightning
 PACKAGE = Path(lata_lightning.__file__).parent
 # From top to bottom; imports may only point down, those for type checkers alone included.
 PARTS = [
-    "cli", "quickstart", "training", "report", "callbacks", "evaluation", "exports", "display", "live", "merging", "linearity", "vectors", "store",
+    "cli", "quickstart", "training", "report", "callbacks", "evaluation", "exports", "display", "live", "merging", "linearity", "vectors", "rows", "store",
     "numerics", "weighting", "alignment", "moments", "layers", "errors",
 ]  # fmt: skip
 MODULES_BESIDE_THE_PACKAGES = 6

@@ -14,6 +14,7 @@ from jsonargparse.typing import PositiveInt
 
 Format = Literal["table", "json"]
 _SECONDS_BETWEEN = 0.1
+_SECONDS_BETWEEN_LINES = 5.0
 
 
 class Command(NamedTuple):
@@ -102,3 +103,32 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
                 progress.update(task, completed=done, total=size)
 
         yield show
+
+
+@contextmanager
+def point_progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Points done and time left on standard error: a bar on a terminal, elsewhere a line every few seconds."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines_of_progress(title)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, count: progress.update(task, completed=done, total=count)
+
+
+def _lines_of_progress(title: str) -> Callable[[int, int], None]:
+    begun = shown = monotonic()
+
+    def show(done: int, count: int) -> None:
+        nonlocal shown
+        now = monotonic()
+        if now - shown >= _SECONDS_BETWEEN_LINES and done:
+            shown = now
+            note(f"{title}: {done} of at most {count} points, about {(now - begun) / done * (count - done):.0f} s left")
+
+    return show

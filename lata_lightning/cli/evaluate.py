@@ -8,22 +8,28 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from lata_lightning.cli.common import Command, add_format, note, print_json
-from lata_lightning.cli.models import add_loading, load
+from lata_lightning.cli.models import add_loading, add_rows, load, running
 from lata_lightning.errors import LataError
+
+_SCORES, _TASKS = "scores.json", "tasks.json"
 
 
 def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="Model directory or hub id.")
     parser.add_argument(
-        "--data", metavar="FILE", nargs="+", default=[], help="JSONL files to score by --metric: rows with prompt and answer, or with text."
+        "--data",
+        metavar="FILE",
+        nargs="+",
+        default=[],
+        help="Files to score by --metric: rows with prompt and answer (or completion), question and answer, messages, text, or text and label.",
     )
     parser.add_argument(
         "--metric",
-        type=Literal["exact_match", "perplexity"],
-        default="exact_match",
-        help="exact_match: share of answers that are right; perplexity: of the text, or of the answers.",
+        type=Literal["exact_match", "perplexity", "accuracy"] | None,
+        help="exact_match: share of answers that are right; perplexity: of the text, or of the answers; accuracy: share of labels that a "
+        "classifier gives. By default what suits the rows: exact_match, for text perplexity, for text and label accuracy.",
     )
-    parser.add_argument("--context-length", type=int, default=128, help="For the perplexity of text: tokens of a window.")
+    add_rows(parser)
     parser.add_argument(
         "--tasks", metavar="TASK", nargs="+", default=[], help="Tasks of lm-evaluation-harness, by name or as a task file (.yaml)."
     )
@@ -50,35 +56,51 @@ def _arguments(parser: ArgumentParser) -> None:
 def _run(options: Namespace, command: str) -> None:
     given = [name for name in ("data", "tasks", "forget") if options[name]]
     if len(given) != 1:
-        raise LataError(f"say what to evaluate by, one of --data, --tasks and --forget: {len(given)} of them are given")
+        raise LataError(f"give exactly one of --data, --tasks and --forget to evaluate by; {len(given)} of them are given")
     {"data": _score_files, "tasks": _run_tasks, "forget": _measure_unlearning}[given[0]](options)
 
 
 def _score_files(options: Namespace) -> None:
-    from lata_lightning.evaluation.questions import names_of, prepare
+    from lata_lightning.evaluation.questions import metric_of, names_of, prepare, read_data
 
-    files = names_of(options.data)
-    model, tokenizer = load(options.model, options.dtype, options.device)
-    scores = {
-        name: {options.metric: prepare(options.metric, tokenizer, path, options.context_length)(model)} for name, path in files.items()
-    }
-    _deliver(options, scores, "scores.json")
+    _check_output(options, _SCORES)
+    data = {name: read_data(path) for name, path in names_of(options.data).items()}
+    metrics = {name: options.metric or metric_of(samples) for name, samples in data.items()}
+    classifier = "accuracy" in metrics.values()
+    if classifier and len(set(metrics.values())) > 1:
+        raise LataError(
+            f"one model cannot be both a classifier and a language model: {', '.join(f'{name} asks for {metric}' for name, metric in metrics.items())}. "
+            "Give these files one by one, or a --metric that suits all."
+        )
+    model, tokenizer = load(options, options.model, classifier=classifier)
+    with running(options, model):
+        scores = {
+            name: {
+                metrics[name]: prepare(
+                    metrics[name], tokenizer, samples, options.context_length, template=options.template, name=options.data[number]
+                )(model)
+            }
+            for number, (name, samples) in enumerate(data.items())
+        }
+    _deliver(options, scores, _SCORES)
 
 
 def _run_tasks(options: Namespace) -> None:
     from lata_lightning.evaluation.harness import evaluate_tasks
 
-    model, tokenizer = load(options.model, options.dtype, options.device)
-    scores = evaluate_tasks(
-        model,
-        tokenizer,
-        options.tasks,
-        limit=options.limit,
-        num_fewshot=options.num_fewshot,
-        chat=options.chat,
-        batch_size=options.batch_size,
-    )
-    _deliver(options, scores, "tasks.json")
+    _check_output(options, _TASKS)
+    model, tokenizer = load(options, options.model)
+    with running(options, model):
+        scores = evaluate_tasks(
+            model,
+            tokenizer,
+            options.tasks,
+            limit=options.limit,
+            num_fewshot=options.num_fewshot,
+            chat=options.chat,
+            batch_size=options.batch_size,
+        )
+    _deliver(options, scores, _TASKS)
 
 
 def _measure_unlearning(options: Namespace) -> None:
@@ -91,7 +113,7 @@ def _measure_unlearning(options: Namespace) -> None:
     targets = [directory / f"{options.name}_{kind}.json" for kind in ("EVAL", "SUMMARY")]
     _refuse_existing(*targets)
     sets = {"retain": options.retain, "real_authors": options.real_authors, "world_facts": options.world_facts}
-    model, tokenizer = load(options.model, options.dtype, options.device)
+    model, tokenizer = load(options, options.model)
     measure = UnlearningEvaluation(
         tokenizer, options.forget, {name: path for name, path in sets.items() if path is not None}, options.max_new_tokens
     )
@@ -100,8 +122,11 @@ def _measure_unlearning(options: Namespace) -> None:
         if Path(options.reference).is_file():
             reference = reference_ratios(options.reference)
         else:
-            reference = measure.truth_ratios(load(options.reference, options.dtype, options.device)[0])
-    found = measure(model, reference)
+            other = load(options, options.reference)[0]
+            with running(options, other):
+                reference = measure.truth_ratios(other)
+    with running(options, model):
+        found = measure(model, reference)
     directory.mkdir(parents=True, exist_ok=True)
     for target, data in zip(targets, (found.evaluation, found.summary), strict=True):
         write_json(target, data)
@@ -109,6 +134,12 @@ def _measure_unlearning(options: Namespace) -> None:
         note(sentence)
     _show(options, {options.name: found.summary})
     note(f"written to {targets[0]} and {targets[1]}")
+
+
+def _check_output(options: Namespace, file: str) -> None:
+    """Refuse an output that exists, before anything is scored."""
+    if options.output is not None:
+        _refuse_existing(Path(options.output) / file)
 
 
 def _deliver(options: Namespace, scores: dict[str, dict[str, float]], file: str) -> None:
@@ -120,7 +151,6 @@ def _deliver(options: Namespace, scores: dict[str, dict[str, float]], file: str)
     known = {name: {metric: value if math.isfinite(value) else None for metric, value in row.items()} for name, row in scores.items()}
     if options.output is not None:
         target = Path(options.output) / file
-        _refuse_existing(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_json(target, {"model": options.model, "scores": known})
     _show(options, known)

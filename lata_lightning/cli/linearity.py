@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from lata_lightning.cli.common import Command, add_format, note, print_json, progress_bar
-from lata_lightning.errors import LataError, SourceError
+from lata_lightning.cli.models import add_template, load_tokenizer
+from lata_lightning.errors import LataError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,9 +55,15 @@ def add_samples(parser: ArgumentParser, data: str, *, required: bool = True) -> 
         "--data",
         nargs="+",
         required=required,
-        help=f"{data}: JSONL with 'prompt' and 'answer', 'messages', or 'text' in each row, or the name of a data set.",
+        help=f"{data}: rows with prompt and answer (or completion), question and answer, messages, or text; or the name of a data set.",
     )
-    parser.add_argument("--samples", type=int, default=30, help="Rows to take from the top of each file.")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=30,
+        help="Rows to take from the top of each file. Together they should have twice as many tokens as the widest layer takes in numbers.",
+    )
+    add_template(parser)
     parser.add_argument("--max-tokens", type=int, default=512, help="Longer rows are cut, and so are rows longer than the model takes.")
     parser.add_argument("--batch-size", type=int, default=8, help="Rows that are run at once; makes no difference to the result.")
     parser.add_argument("--check-base", type=bool, default=True, help="Refuse vectors that are known to belong to different weights.")
@@ -85,7 +92,14 @@ def _linearity(options: Namespace, command: str) -> None:
     distance = {"l2": l2_distance, "cosine": cosine_distance}[options.distance]
     with progress_bar("linearity") as progress:
         measured = measure_linearity(
-            options.start_model, vectors, samples, level=options.level, distance=distance, check_base=options.check_base, progress=progress
+            options.start_model,
+            vectors,
+            samples,
+            level=options.level,
+            distance=distance,
+            check_base=options.check_base,
+            progress=progress,
+            note=note,
         )
     # Under the names that were typed, which are shorter than those of differences.
     measured = [replace(linearity, vector=path) for linearity, path in zip(measured, options.vectors, strict=True)]
@@ -116,6 +130,7 @@ def _solve(options: Namespace, command: str) -> None:
             ridge=options.ridge,
             check_base=options.check_base,
             progress=progress,
+            note=note,
         )
     solution.save(options.output)
     if options.format == "json":
@@ -145,10 +160,10 @@ def vectors_of(options: Namespace) -> list[TaskVector]:
 
 def samples_of(options: Namespace, data: Sequence[str]) -> list[list[dict[str, Tensor]]]:
     """Batches of inputs from each file, by the tokenizer of the start."""
-    from transformers import AutoTokenizer
-
+    from lata_lightning.rows.inputs import model_inputs, tokenised
+    from lata_lightning.rows.reading import read_rows
+    from lata_lightning.rows.schema import read_samples
     from lata_lightning.store.opening import open_source
-    from lata_lightning.training.samples import model_inputs, read_samples, tokenised
 
     if options.batch_size < 1:
         raise LataError(f"a batch needs at least one row, not {options.batch_size}")
@@ -156,19 +171,14 @@ def samples_of(options: Namespace, data: Sequence[str]) -> list[list[dict[str, T
         raise LataError(
             f"{options.start_model} has an encoder and a decoder, whose inputs a file of texts does not hold. Use it from Python instead."
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(options.start_model)
-    except (OSError, ValueError, KeyError) as error:
-        raise SourceError(
-            f"{options.start_model} has no tokenizer that can be loaded, so it cannot take texts ({str(error).partition(chr(10))[0]}). "
-            "For models of images or sound use Python instead."
-        ) from error
-    room = min(options.max_tokens, tokenizer.model_max_length)
+    tokenizer = load_tokenizer(options.start_model)
+    longest = min(options.max_tokens, tokenizer.model_max_length)
     found: dict[str, list[dict[str, Tensor]]] = {}
     for path in dict.fromkeys(data):
-        rows, cut = tokenised(read_samples(path, options.samples), tokenizer, max_tokens=room)
+        samples = read_samples(read_rows(path, options.samples), path)
+        rows, cut = tokenised(samples, tokenizer, max_tokens=longest, name=path, template=options.template)
         if cut:
-            note(f"{path}: {cut} of {len(rows)} rows were cut to {room} tokens")
+            note(f"{path}: {cut} of {len(rows)} rows were cut to {longest} tokens")
         if len(rows) < options.samples:
             note(f"{path} holds {len(rows)} rows, fewer than the {options.samples} asked for")
         found[path] = model_inputs(rows, options.batch_size)

@@ -2,51 +2,96 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from lata_lightning.errors import SourceError
 
 
 def add_loading(parser: ArgumentParser) -> None:
-    """``--dtype`` and ``--device``."""
+    """``--dtype``, ``--autocast`` and ``--device``."""
     parser.add_argument(
         "--dtype",
-        type=Literal["float32", "bfloat16", "float16"] | None,
-        help="Precision to run the model in; by default that of its files.",
+        type=Literal["float32", "bfloat16", "float16"],
+        default="float32",
+        help="Precision to hold and run the model in. Scores are computed in float32 in any case.",
+    )
+    parser.add_argument(
+        "--autocast",
+        type=Literal["bfloat16", "float16"] | None,
+        help="Run matrix products in this precision and everything else in that of --dtype: faster, and less precise.",
     )
     parser.add_argument("--device", type=str | None, help="Device to run it on, such as cuda:0; by default a GPU if there is one.")
 
 
-def load(path: str, dtype: str | None, device: str | None) -> tuple[Any, Any]:
-    """A causal language model in evaluation mode, and its tokenizer.
+def add_rows(parser: ArgumentParser) -> None:
+    """``--context-length`` and ``--template``: how rows become tokens."""
+    parser.add_argument("--context-length", type=int, default=128, help="For the perplexity of text: most tokens of a window.")
+    add_template(parser)
+
+
+def add_template(parser: ArgumentParser) -> None:
+    """``--template``."""
+    parser.add_argument(
+        "--template",
+        type=Literal["chat", "plain"],
+        default="chat",
+        help="Form of questions and answers: the tokenizer's chat template, or 'plain', the answer straight after the prompt.",
+    )
+
+
+def load(options: Namespace, path: str, *, classifier: bool = False) -> tuple[Any, Any]:
+    """A model in evaluation mode, and its tokenizer.
 
     Args:
+        options: With ``dtype`` and ``device``; without a device, a GPU if there is one.
         path: Hugging Face directory or hub id.
-        dtype: Precision; by default that of the files.
-        device: Where to; by default a GPU if there is one.
+        classifier: Load a model for sequence classification instead of a causal language model.
 
     Raises:
         SourceError: Either cannot be loaded, or there is no such device.
         CorruptFileError: A file is damaged.
+        LataError: A classifier lacks its head.
     """
     import torch
-    from transformers import AutoTokenizer
 
     from lata_lightning.store.opening import open_source
-    from lata_lightning.training.loading import load_causal_lm
+    from lata_lightning.training.loading import load_causal_lm, load_classifier
 
-    weights = open_source(path)
-    held = next((weights.dtype(name) for name in weights.names if weights.dtype(name).is_floating_point), torch.float32)
-    model = load_causal_lm(path, dtype or str(held).removeprefix("torch."))
+    # Damaged and missing files are named by this better than by transformers.
+    open_source(path)
+    model = (load_classifier if classifier else load_causal_lm)(path, options.dtype)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise SourceError(
-            f"{path} holds no tokenizer that can be loaded ({error}). Copy the tokenizer files of the start into it."
-        ) from error
-    try:
-        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
+        return model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), load_tokenizer(path)
     except (RuntimeError, AssertionError) as error:
-        raise SourceError(f"the model cannot be put on the device {device!r}: {str(error).partition(chr(10))[0]}") from error
+        raise SourceError(f"the model cannot be put on the device {options.device!r}: {str(error).partition(chr(10))[0]}") from error
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        SourceError: It cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise SourceError(
+            f"{path} holds no tokenizer that can be loaded ({str(error).partition(chr(10))[0]}). Copy the tokenizer files of the start into it."
+        ) from error
+
+
+@contextmanager
+def running(options: Namespace, model: Any) -> Iterator[None]:
+    """Run a model under the precision that ``--autocast`` names."""
+    import torch
+
+    device = next(model.parameters()).device.type
+    dtype = None if options.autocast is None else getattr(torch, options.autocast)
+    with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+        yield

@@ -132,6 +132,7 @@ def _from_samples(options: Namespace) -> TaskVector:
             data=options.data,
             check_base=options.check_base,
             progress=progress,
+            note=note,
         )
 
 

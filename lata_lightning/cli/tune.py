@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lata_lightning.cli.common import Command, add_start, note
-from lata_lightning.cli.models import add_loading, load
+from lata_lightning.cli.common import Command, add_start, note, point_progress
+from lata_lightning.cli.models import add_loading, add_rows, load, running
 from lata_lightning.errors import LataError
 
 if TYPE_CHECKING:
-    from lata_lightning.evaluation.tuning import Tuning
+    from lata_lightning.evaluation.curves import Tuning
+    from lata_lightning.evaluation.questions import MetricName
+    from lata_lightning.rows.schema import Sample
     from lata_lightning.vectors.task_vector import TaskVector
 
-# Spelled out because the module that knows it imports torch; a test holds both together.
-DEFAULT_GRID = [0.0, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 1.75, 2.0]
+_UNDECIDED = (
+    "Exact match is 0 at every point, so nothing is chosen. Choose by how likely the answers are: --metric perplexity, which tells models apart that "
+    "answer nothing exactly."
+)
 
 
 def _arguments(parser: ArgumentParser) -> None:
@@ -31,16 +34,27 @@ def _arguments(parser: ArgumentParser) -> None:
         metavar="FILE",
         nargs="+",
         required=True,
-        help="JSONL files of validation data; with --forget, of what is to be forgotten.",
+        help="Files of validation data, with rows as for lata evaluate; with --forget, of what is to be forgotten.",
     )
     parser.add_argument(
         "--forget", type=bool, default=False, help="Take the vectors off, and choose what leaves least of the validation score."
     )
-    parser.add_argument("--control", metavar="FILE", nargs="+", default=[], help="With --forget: JSONL files of what must not suffer.")
+    parser.add_argument("--control", metavar="FILE", nargs="+", default=[], help="With --forget: files of what must not suffer.")
     parser.add_argument("--keep", type=float, default=0.95, help="With --forget: share of the control performance to keep.")
-    parser.add_argument("--grid", type=float, nargs="+", default=DEFAULT_GRID, help="Scales to try; 0, the model itself, always is.")
-    parser.add_argument("--metric", type=Literal["exact_match", "perplexity"], default="exact_match", help="What to choose by.")
-    parser.add_argument("--context-length", type=int, default=128, help="For the perplexity of text: tokens of a window.")
+    parser.add_argument(
+        "--grid",
+        type=float,
+        nargs="+",
+        default=[],
+        help="Scales to try, all of them; 0, the model itself, always is. By default a few from 0.1 to 2 until the scores have turned, then finer ones "
+        "around the best: at most 11 for each rule.",
+    )
+    parser.add_argument(
+        "--metric",
+        type=Literal["exact_match", "perplexity", "accuracy"] | None,
+        help="What to choose by. By default what suits the rows: exact_match, for text perplexity, for text and label accuracy.",
+    )
+    add_rows(parser)
     parser.add_argument("--instruction", type=str | None, help="Instruction vector (instruct − base) to measure the alignment with.")
     parser.add_argument(
         "--weighting",
@@ -61,8 +75,9 @@ def _arguments(parser: ArgumentParser) -> None:
 
 
 def _run(options: Namespace, command: str) -> None:
-    from lata_lightning.evaluation.questions import names_of, prepare
+    from lata_lightning.evaluation.questions import prepare, read_data
     from lata_lightning.evaluation.tuning import tune, under_rules
+    from lata_lightning.store.opening import open_source
     from lata_lightning.store.writer import atomic_directory, check_free, write_json
     from lata_lightning.vectors.task_vector import TaskVector
 
@@ -70,8 +85,9 @@ def _run(options: Namespace, command: str) -> None:
         raise LataError("--forget needs --control FILE: data whose score must not suffer, and --control is for --forget only")
     _check_figure(options)
     check_free(Path(options.output))
-    data, control = names_of(options.data), names_of(options.control)
-    _note_few({**data, **{f"{name} (control)": path for name, path in control.items()}})
+    rows = {path: read_data(path) for path in dict.fromkeys((*options.data, *options.control))}
+    metric = _metric(options, rows)
+    _note_few(options, rows)
     instruction = None if options.instruction is None else TaskVector.open(options.instruction)
     vectors = [_vector(options, path) for path in options.vectors]
     weighted = under_rules(
@@ -87,14 +103,26 @@ def _run(options: Namespace, command: str) -> None:
         from lata_lightning.vectors.aligning import check_same_start
 
         check_same_start(weighted[next(iter(weighted))])
-    model, tokenizer = load(options.onto, options.dtype, options.device)
-    scorers, controls = (
-        {name: prepare(options.metric, tokenizer, path, options.context_length) for name, path in side.items()} for side in (data, control)
-    )
+    model, tokenizer = load(options, options.onto, classifier=metric == "accuracy")
+    scores = {
+        path: prepare(metric, tokenizer, samples, options.context_length, template=options.template, name=path)
+        for path, samples in rows.items()
+    }
+    scorers, controls = ({name: scores[path] for name, path in side.items()} for side in _sides(options))
+    stored = open_source(options.onto)
+    dtypes = {name: stored.dtype(name) for name in stored.names}
     with atomic_directory(Path(options.output)) as directory:
-        with _points() as progress:
+        with point_progress("tune") as progress, running(options, model):
             found = tune(
-                model, weighted, scorers, metric=options.metric, grid=options.grid, control=controls, kept=options.keep, progress=progress
+                model,
+                weighted,
+                scorers,
+                metric=metric,
+                grid=options.grid or None,
+                control=controls,
+                kept=options.keep,
+                dtypes=dtypes,
+                progress=progress,
             )
         write_json(directory / "tune.json", {**found.to_json(), "command": command})
         if options.figure:
@@ -104,6 +132,29 @@ def _run(options: Namespace, command: str) -> None:
     _show(options, found)
 
 
+def _sides(options: Namespace) -> tuple[dict[str, str], dict[str, str]]:
+    """Files of validation data and of control data, by name."""
+    from lata_lightning.evaluation.questions import names_of
+
+    return names_of(options.data), names_of(options.control)
+
+
+def _metric(options: Namespace, rows: Mapping[str, Sequence[Sample]]) -> MetricName:
+    """The one metric to choose by."""
+    from lata_lightning.evaluation.questions import metric_of
+
+    if options.metric is not None:
+        metric: MetricName = options.metric
+        return metric
+    suiting = {path: metric_of(samples) for path, samples in rows.items()}
+    if len(set(suiting.values())) > 1:
+        raise LataError(
+            f"one metric must suit all files; {', '.join(f'{path} suits {metric}' for path, metric in suiting.items())}. Give --metric perplexity, "
+            "or files of one kind."
+        )
+    return next(iter(suiting.values()))
+
+
 def _check_figure(options: Namespace) -> None:
     from importlib.util import find_spec
 
@@ -111,14 +162,15 @@ def _check_figure(options: Namespace) -> None:
         raise LataError("the figure needs matplotlib: pip install 'lata_lightning[report]', or go without one (--figure false)")
 
 
-def _note_few(files: dict[str, str]) -> None:
+def _note_few(options: Namespace, rows: Mapping[str, Sequence[Sample]]) -> None:
     from lata_lightning.evaluation.questions import distinct
     from lata_lightning.evaluation.tuning import FEW_ROWS
 
-    for name, path in files.items():
-        rows = distinct(path)
-        if rows < FEW_ROWS:
-            note(f"{name} has {rows} distinct rows; a scale chosen on fewer than {FEW_ROWS} may not hold on other data")
+    for side, more in zip(_sides(options), ("", " (control)"), strict=True):
+        for name, path in side.items():
+            count = distinct(rows[path])
+            if count < FEW_ROWS:
+                note(f"{name}{more} has {count} distinct rows; a scale chosen on fewer than {FEW_ROWS} may not hold on other data")
 
 
 def _vector(options: Namespace, path: str) -> TaskVector:
@@ -139,22 +191,9 @@ def _rules(options: Namespace, vectors: list[TaskVector]) -> list[Literal["linea
     return ["none", "threshold" if options.forget else "linear"]
 
 
-@contextmanager
-def _points() -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error that counts points; silent where that is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("scales", total=None)
-        yield lambda done, count: progress.update(task, completed=done, total=count)
-
-
 def _show(options: Namespace, found: Tuning) -> None:
     from lata_lightning.display.tables import plain_table, show
-    from lata_lightning.evaluation.tuning import mean_score
+    from lata_lightning.evaluation.curves import mean_score
 
     best = found.best
     sides = ["score"] if found.kept is None else ["to forget", "to keep"]
@@ -170,7 +209,9 @@ def _show(options: Namespace, found: Tuning) -> None:
         for point in found.points
     ]
     show(plain_table(["weighting", "scale", *sides], rows, f"{found.metric}, mean over files"))
-    if best.scale == 0:
+    if found.undecided:
+        sys.stdout.write(f"{_UNDECIDED}\n")
+    elif best.scale == 0:
         sys.stdout.write("No scale above 0 is better than the model as it is.\n")
     else:
         sys.stdout.write(f"{_next_command(options, best.weighting, best.scale)}\n")

@@ -5,39 +5,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lata_lightning.evaluation.answers import IGNORED, Answers
+from lata_lightning.evaluation.answers import Answers
+from lata_lightning.rows.schema import Sample
+from lata_lightning.rows.tokens import Template
 
 
 class ExactMatch:
     """Share of questions a model answers exactly, end of turn included.
 
-    A question counts if, with the right answer fed in, the most likely next token is the right one at every place of
+    A question counts if, with the right answer fed in, the most likely next token is the right one at every position of
     the answer and at the token that ends the turn. Greedy generation takes the same steps for as long as it is right,
     so this equals exact match under greedy generation, for one forward pass a batch. The questions are turned into
     tokens once; the object can then be called with many models.
     """
 
-    def __init__(self, tokenizer: Any, pairs: Sequence[tuple[str, str]], tokens_per_batch: int = 4096) -> None:
+    def __init__(
+        self, tokenizer: Any, pairs: Sequence[tuple[str, str] | Sample], tokens_per_batch: int = 4096, *, template: Template = "chat"
+    ) -> None:
         """Turn the questions into batches of similar length.
 
         Args:
-            tokenizer: Hugging Face tokenizer with a chat template and an end token.
-            pairs: (prompt, answer) pairs, at least one.
+            tokenizer: Hugging Face tokenizer with an end token, and with a chat template unless ``template`` is ``plain``.
+            pairs: (prompt, answer) pairs or samples, at least one. Of a conversation every turn of the assistant has to be right.
             tokens_per_batch: Most tokens of a batch, padding included; a longer row is a batch of its own.
+            template: ``plain`` puts the answer of a pair straight after its prompt.
 
         Raises:
-            LataError: There are no pairs, ``tokens_per_batch`` is not positive, or the tokenizer has no chat template.
+            LataError: There are no pairs, ``tokens_per_batch`` is not positive, or a row does not fit the tokenizer.
         """
-        self._answers = Answers(tokenizer, pairs, tokens_per_batch)
+        self._answers = Answers(tokenizer, pairs, tokens_per_batch, template=template)
         self.count = self._answers.count
 
     def matches(self, model: Any) -> list[bool]:
         """Whether each question is answered exactly, in the order of the pairs; the model stays as it is."""
-        found = [False] * self.count
-        for members, logits, wanted in self._answers.predictions(model):
-            right = ((logits.argmax(-1) == wanted) | (wanted == IGNORED)).all(-1)
-            for index, match in zip(members, right.tolist(), strict=True):
-                found[index] = match
+        found = [True] * self.count
+        for members, tokens in self._answers.token_scores(model):
+            for row in tokens.rows[~tokens.hits].tolist():
+                found[members[row]] = False
         return found
 
     def __call__(self, model: Any) -> float:

@@ -1,9 +1,9 @@
-"""Questions with known answers: how likely a model finds them, token by token, in one forward pass."""
+"""Questions with known answers: how likely a model finds the answers, token by token, in one forward pass."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lata_lightning.errors import LataError
-
-IGNORED = -100
+from lata_lightning.evaluation.logits import TokenScores, token_scores
+from lata_lightning.rows.schema import Sample, pair
+from lata_lightning.rows.tokens import IGNORED, Row, Template, check_chat_template, collate, conversation_row
 
 
 class AnswerScore(NamedTuple):
@@ -33,55 +34,49 @@ class AnswerScore(NamedTuple):
 
 
 class Answers:
-    """Questions and their answers as batches of tokens, prepared once for many models.
+    """Conversations and their answers as batches of tokens, prepared once for many models.
 
-    Padding is on the right, where causal attention does not see it.
+    What is scored are the tokens of every turn of the assistant up to the one that ends the turn. Padding is on the right, where causal attention does
+    not see it.
     """
 
-    def __init__(self, tokenizer: Any, pairs: Sequence[tuple[str, str]], tokens_per_batch: int = 4096) -> None:
-        """Turn the questions into batches of similar length.
+    def __init__(
+        self, tokenizer: Any, pairs: Sequence[tuple[str, str] | Sample], tokens_per_batch: int = 4096, *, template: Template = "chat"
+    ) -> None:
+        """Turn the conversations into batches of similar length.
 
         Args:
-            tokenizer: Hugging Face tokenizer with a chat template and an end token.
-            pairs: (prompt, answer) pairs, at least one.
+            tokenizer: Hugging Face tokenizer with an end token, and with a chat template unless ``template`` is ``plain``.
+            pairs: (prompt, answer) pairs or samples, at least one.
             tokens_per_batch: Most tokens of a batch, padding included; a longer row is a batch of its own.
+            template: ``plain`` puts the answer of a pair straight after its prompt.
 
         Raises:
-            LataError: There are no pairs, ``tokens_per_batch`` is not positive, or the tokenizer has no chat template.
+            LataError: There are no pairs, ``tokens_per_batch`` is not positive, or a row does not fit the tokenizer (see ``conversation_row``).
         """
         if not pairs or tokens_per_batch < 1:
             raise LataError(f"answers need at least one pair and one token a batch, not {len(pairs)} and {tokens_per_batch}")
-        rows = [_row(tokenizer, prompt, answer) for prompt, answer in pairs]
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
+        samples = [one if isinstance(one, Sample) else pair(*one) for one in pairs]
+        rows = [answer_row(tokenizer, sample, f"row {number}", template) for number, sample in enumerate(samples, start=1)]
         self.count = len(rows)
-        self._batches: list[tuple[list[int], Tensor, Tensor]] = []
-        members: list[int] = []
-        for index in order:
-            if members and (len(members) + 1) * len(rows[index][0]) > tokens_per_batch:
-                self._batches.append(_batch(rows, members))
-                members = []
-            members.append(index)
-        self._batches.append(_batch(rows, members))
+        self._batches = batches_by_length(rows, tokens_per_batch)
 
-    def predictions(self, model: Any) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Numbers of some pairs, the model's logits of shape (pairs, tokens, vocabulary) and the tokens wanted, -100 where none is; batch by batch."""
+    def token_scores(self, model: Any) -> Iterator[tuple[list[int], TokenScores]]:
+        """Numbers of the pairs of a batch, and the scores of their answers' tokens; batch by batch."""
         device = next(model.parameters()).device
-        for members, input_ids, labels in self._batches:
+        for members, batch in self._batches:
             # The modes end before the generator is left: whoever asks for the next batch must not run in them.
             with evaluating(model):
-                logits = model(input_ids=input_ids.to(device), use_cache=False).logits[:, :-1]
-            yield members, logits, labels[:, 1:].to(device)
+                found = token_scores(model, batch["input_ids"].to(device), batch["labels"].to(device))
+            yield members, found
 
     def scores(self, model: Any) -> list[AnswerScore]:
         """The score of each answer, in the order of the pairs; the model stays as it is."""
         found: dict[int, AnswerScore] = {}
-        for members, logits, wanted in self.predictions(model):
-            losses = torch.nn.functional.cross_entropy(
-                logits.float().transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none"
-            ).double()
-            hits, answer = logits.argmax(-1) == wanted, wanted != IGNORED
+        for members, tokens in self.token_scores(model):
             for row, index in enumerate(members):
-                found[index] = AnswerScore(float(losses[row][answer[row]].mean()), tuple(hits[row][answer[row]].tolist()))
+                own = tokens.rows == row
+                found[index] = AnswerScore(float(tokens.losses[own].mean()), tuple(tokens.hits[own].tolist()))
         return [found[index] for index in range(self.count)]
 
 
@@ -91,24 +86,20 @@ class AnswerPerplexity:
     For skills that a model is too small to answer exactly. The answers are turned into tokens once; the object can then be called with many models.
 
     Args:
-        tokenizer: Hugging Face tokenizer with a chat template and an end token.
-        pairs: (prompt, answer) pairs, at least one.
+        tokenizer: Hugging Face tokenizer with a chat template, unless ``template`` is ``plain``.
+        pairs: (prompt, answer) pairs or samples, at least one.
+        template: ``plain`` puts the answer of a pair straight after its prompt.
 
     Raises:
-        LataError: There are no pairs, or the tokenizer has no chat template.
+        LataError: There are no pairs, or a row does not fit the tokenizer.
     """
 
-    def __init__(self, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> None:
-        self._answers = Answers(tokenizer, pairs)
+    def __init__(self, tokenizer: Any, pairs: Sequence[tuple[str, str] | Sample], *, template: Template = "chat") -> None:
+        self._answers = Answers(tokenizer, pairs, template=template)
 
     def __call__(self, model: Any) -> float:
         """Perplexity of a model, at least 1; infinite where it overflows. The model stays as it is."""
-        scores = self._answers.scores(model)
-        mean = sum(score.loss * len(score.hits) for score in scores) / sum(len(score.hits) for score in scores)
-        try:
-            return math.exp(mean)
-        except OverflowError:
-            return math.inf
+        return perplexity_of(tokens.losses for _, tokens in self._answers.token_scores(model))
 
 
 def generated(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 200, rows_per_batch: int = 16) -> list[str]:
@@ -145,7 +136,7 @@ def generated(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=padding,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=_turn_ends(model, tokenizer),
             )
             found += tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in found]
@@ -163,24 +154,86 @@ def evaluating(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
+def perplexity_of(losses: Iterable[Tensor]) -> float:
+    """The exponential of the mean of some losses, every one of which weighs the same; infinite where it overflows.
+
+    Args:
+        losses: Negative log-likelihoods in nats, float64, in pieces of shape (tokens,).
+    """
+    total, count = 0.0, 0
+    for piece in losses:
+        total, count = total + piece.sum().item(), count + len(piece)
+    try:
+        return math.exp(total / count)
+    except OverflowError:
+        return math.inf
+
+
+def answer_row(tokenizer: Any, sample: Sample, where: str, template: Template = "chat") -> Row:
+    """A conversation as a row for training has it, labelled up to the token that ends each turn.
+
+    What a chat template puts after that token, such as a line break, no model has to say. Where a template ends the last turn with no special token, the
+    end token is put there.
+
+    Args:
+        tokenizer: Hugging Face tokenizer with an end token.
+        sample: A conversation or a pair.
+        where: Which row it is, for messages.
+        template: ``plain`` puts the answer of a pair straight after its prompt.
+
+    Raises:
+        LataError: As for ``conversation_row``.
+    """
+    row = conversation_row(tokenizer, sample, where, template)
+    ends = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    ids, labels, ended = row.input_ids.tolist(), row.labels.tolist(), [False] * len(row.labels)
+    for begin, end in _runs(labels):
+        last = max((position for position in range(begin, end) if ids[position] in ends), default=end)
+        # Text after the last special token is no formatting: then that token is part of the answer and does not end the turn.
+        if last < end and not tokenizer.decode(ids[last + 1 : end]).strip():
+            ended[last] = True
+            labels[last + 1 : end] = [IGNORED] * (end - last - 1)
+    length = max(position for position, label in enumerate(labels) if label != IGNORED) + 1
+    ids, labels = ids[:length], labels[:length]
+    if not ended[length - 1]:
+        ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
+    return Row(torch.tensor(ids), torch.tensor(labels))
+
+
+def batches_by_length(rows: Sequence[Row], tokens_per_batch: int) -> list[tuple[list[int], dict[str, Tensor]]]:
+    """Rows as batches of similar length, shortest first, with the numbers of their rows.
+
+    Args:
+        rows: Any number.
+        tokens_per_batch: Most tokens of a batch, padding included; a longer row is a batch of its own.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids)):
+        if not batches or (len(batches[-1]) + 1) * len(rows[index].input_ids) > tokens_per_batch:
+            batches.append([])
+        batches[-1].append(index)
+    return [(members, collate([rows[index] for index in members], 0)) for members in batches]
+
+
+def _turn_ends(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens at which generation stops: the tokenizer's end token, and those that the model's own settings name."""
+    named = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None})
+
+
+def _runs(labels: Sequence[int]) -> list[tuple[int, int]]:
+    """Begin and end of every run of tokens that are learned."""
+    runs: list[tuple[int, int]] = []
+    for position, label in enumerate(labels):
+        if label == IGNORED:
+            continue
+        if runs and runs[-1][1] == position:
+            runs[-1] = (runs[-1][0], position + 1)
+        else:
+            runs.append((position, position + 1))
+    return runs
+
+
 def _question(tokenizer: Any, prompt: str) -> str:
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise LataError(
-            "questions are asked in the tokenizer's chat format, and this tokenizer has no chat template. Copy chat_template.jinja from the instruct "
-            "model into the directory, or score raw text (rows with a 'text')."
-        )
+    check_chat_template(tokenizer)
     return str(tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True))
-
-
-def _row(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    head = tokenizer(_question(tokenizer, prompt), add_special_tokens=False)["input_ids"]
-    tail = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    return head + tail, [IGNORED] * len(head) + tail
-
-
-def _batch(rows: list[tuple[list[int], list[int]]], members: list[int]) -> tuple[list[int], Tensor, Tensor]:
-    input_ids, labels = (
-        torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[index][side]) for index in members], True, padding)
-        for side, padding in ((0, 0), (1, IGNORED))
-    )
-    return members, input_ids, labels

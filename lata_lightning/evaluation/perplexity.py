@@ -2,74 +2,77 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lata_lightning.errors import LataError
+from lata_lightning.evaluation.answers import batches_by_length, evaluating, perplexity_of
+from lata_lightning.evaluation.logits import token_scores
+from lata_lightning.rows.tokens import IGNORED, Row, special_tokens, text_windows
 
 
 class Perplexity:
-    """Perplexity of a text: the exponential of the mean negative log-likelihood of its tokens.
+    """Perplexity of texts: the exponential of the mean negative log-likelihood of their tokens, every one of which weighs the same.
 
-    The text is cut into windows that do not overlap; each is predicted without the ones before it, and its first token
-    is not counted. Sums are in float64. For a byte-level tokenizer this is perplexity per byte: its base-2 logarithm is
-    bits per byte. The text is turned into tokens once; the object can then be called with many models.
+    Each text is by itself, and a long one is cut into windows that do not overlap; each window is predicted without the ones before it. A window begins
+    with what the tokenizer puts before a text, such as BOS; of these tokens none counts, and without any of them the first token of a window does not.
+    Sums are in float64. For a byte-level tokenizer this is perplexity per byte: its base-2 logarithm is bits per byte. The texts are turned into tokens
+    once; the object can then be called with many models.
     """
 
     def __init__(
         self,
         tokenizer: Any,
-        text: str,
+        text: str | Sequence[str],
         context_length: int = 128,
         tokens_per_batch: int = 4096,
         max_tokens: int | None = None,
     ) -> None:
-        """Turn the text into windows.
+        """Turn the texts into windows.
 
         Args:
             tokenizer: Hugging Face tokenizer.
-            text: What to predict; what does not fill the last window is left out.
-            context_length: Tokens of a window, at least 2.
-            tokens_per_batch: Most tokens of a batch.
-            max_tokens: Use only so many tokens from the start of the text.
+            text: What to predict: one text, or several.
+            context_length: Most tokens of a window, at least 2.
+            tokens_per_batch: Most tokens of a batch, padding included; a longer window is a batch of its own.
+            max_tokens: Use only so many tokens from the start of each text.
 
         Raises:
-            LataError: A number is too small, or the text does not fill one window.
+            LataError: A number is too small, or no token of the texts is predicted from another.
         """
         if context_length < 2 or tokens_per_batch < 1:
             raise LataError(
                 f"context_length must be at least 2 and tokens_per_batch at least 1, not {context_length} and {tokens_per_batch}"
             )
-        # Not verbose: the text may be longer than the model's context, its windows are not.
-        token_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
-        tokens = torch.tensor(token_ids, dtype=torch.long)
-        if len(tokens) < context_length:
-            raise LataError(f"the text must fill at least one window of {context_length} tokens, it has {len(tokens)}")
-        windows = tokens[: len(tokens) // context_length * context_length].view(-1, context_length)
-        self._batches = torch.split(windows, max(1, tokens_per_batch // context_length))
-        self.count = windows.shape[0] * (context_length - 1)
+        texts = [text] if isinstance(text, str) else list(text)
+        before = len(special_tokens(tokenizer)[0])
+        rows = [_row(window, before) for one in texts for window in text_windows(tokenizer, one, context_length, max_tokens=max_tokens)]
+        self.count = sum(int((row.labels[1:] != IGNORED).sum()) for row in rows)
+        if not self.count:
+            raise LataError(
+                f"perplexity needs a text of at least two tokens, or of one where the tokenizer puts BOS before it; none of {len(texts)} texts has them"
+            )
+        self._batches = batches_by_length(rows, tokens_per_batch)
 
-    @torch.inference_mode()
     def __call__(self, model: Any) -> float:
         """Perplexity of a model, at least 1; infinite where it overflows. The model stays as it is."""
-        was_training = model.training
-        model.eval()
+        with evaluating(model):
+            return perplexity_of(self._losses(model))
+
+    def _losses(self, model: Any) -> Iterator[Tensor]:
         device = next(model.parameters()).device
-        total = 0.0
-        for window in self._batches:
-            input_ids = window.to(device)
-            logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
-            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none")
-            total += losses.double().sum().item()
-        model.train(was_training)
-        try:
-            return math.exp(total / self.count)
-        except OverflowError:
-            return math.inf
+        for _, batch in self._batches:
+            yield token_scores(model, batch["input_ids"].to(device), batch["labels"].to(device)).losses
 
 
-def perplexity(model: Any, tokenizer: Any, text: str, context_length: int = 128) -> float:
-    """Perplexity of one model on a text, at least 1; see ``Perplexity``, which is faster for many models."""
+def perplexity(model: Any, tokenizer: Any, text: str | Sequence[str], context_length: int = 128) -> float:
+    """Perplexity of one model on a text or several, at least 1; see ``Perplexity``, which is faster for many models."""
     return Perplexity(tokenizer, text, context_length)(model)
+
+
+def _row(window: list[int], before: int) -> Row:
+    ids = torch.tensor(window)
+    return Row(ids, torch.cat([torch.full((before,), IGNORED), ids[before:]]))

@@ -1,4 +1,4 @@
-"""Questions and texts to score a model by, from JSONL files."""
+"""Rows to score a model by, and the score that suits them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from lata_lightning.errors import CorruptFileError, LataError, SourceError, first_three
+from lata_lightning.errors import LataError, first_three
 from lata_lightning.evaluation.accuracy import ExactMatch
 from lata_lightning.evaluation.answers import AnswerPerplexity
+from lata_lightning.evaluation.classification import Accuracy
 from lata_lightning.evaluation.perplexity import Perplexity
-from lata_lightning.store.directories import json_rows
+from lata_lightning.rows.reading import read_rows
+from lata_lightning.rows.schema import Sample, read_samples
+from lata_lightning.rows.tokens import Template
 
-MetricName = Literal["exact_match", "perplexity"]
+MetricName = Literal["exact_match", "perplexity", "accuracy"]
 METRICS: tuple[MetricName, ...] = get_args(MetricName)
-_PROMPTS = ("prompt", "question")
-_ANSWERS = ("answer", "completion")
 
 
 class Question(NamedTuple):
@@ -35,69 +36,95 @@ class Question(NamedTuple):
     perturbed: tuple[str, ...] = ()
 
 
-def read_questions(path: str | Path) -> list[Question]:
-    """Questions of a JSONL file, in its order.
-
-    A row has a ``prompt`` or ``question`` and an ``answer`` or ``completion``, or it has two ``messages``, of user and assistant. It may
-    have a ``paraphrased_answer``, and a ``perturbed_answer``: one text or a list of them, as the rows of TOFU do.
+def read_data(path: str | Path) -> list[Sample]:
+    """The rows of a file or data set, all of one form.
 
     Raises:
-        SourceError: The file cannot be read.
-        CorruptFileError: A line is no JSON object.
+        SourceError, CorruptFileError: It cannot be read.
+        LataError: A row has no accepted form or several, or the rows are of several forms.
+    """
+    return read_samples(read_rows(path), str(path))
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """Questions of a file, in its order.
+
+    A row is a pair or has two ``messages``, of user and assistant. It may have a ``paraphrased_answer``, and a ``perturbed_answer``: one text or a list
+    of them, as the rows of TOFU do.
+
+    Raises:
+        SourceError, CorruptFileError: The file cannot be read.
         LataError: A row has other fields, or there is no row.
     """
-    rows = _read(path)
-    found = [_question(row) for row in rows]
+    rows = read_rows(path)
+    samples = read_samples(rows, str(path))
+    found = [_question(sample, row) for sample, row in zip(samples, rows, strict=True)]
     odd = [
-        f"line {number}: {', '.join(row)}"
+        f"row {number}: {', '.join(row)}"
         for number, (row, question) in enumerate(zip(rows, found, strict=True), start=1)
         if question is None
     ]
     if odd:
         raise LataError(
-            f"the rows of {path} must have 'prompt' and 'answer' (or 'question', 'completion', or 'messages'); others are {first_three(odd)}"
+            f"the rows of {path} must have one question and one answer, and texts in 'paraphrased_answer' and 'perturbed_answer' where they have "
+            f"these; others are {first_three(odd)}"
         )
     return [question for question in found if question is not None]
 
 
-def read_texts(path: str | Path) -> list[str]:
-    """The ``text`` of each row of a JSONL file, in its order.
-
-    Raises:
-        SourceError, CorruptFileError, LataError: As for ``read_questions``.
-    """
-    rows = _read(path)
-    odd = [f"line {number}: {', '.join(row)}" for number, row in enumerate(rows, start=1) if not isinstance(row.get("text"), str)]
-    if odd:
-        raise LataError(f"the rows of {path} must all have a 'text'; others are {first_three(odd)}")
-    return [row["text"] for row in rows]
+def metric_of(samples: Sequence[Sample]) -> MetricName:
+    """The score that suits some rows: exact match of answers, accuracy of labels, perplexity of texts."""
+    first = samples[0]
+    if first.form != "text":
+        return "exact_match"
+    return "perplexity" if first.label is None else "accuracy"
 
 
-def prepare(metric: MetricName, tokenizer: Any, path: str | Path, context_length: int = 128) -> Callable[[Any], float]:
-    """A score of models on one JSONL file, which is read and turned into tokens once.
+def prepare(
+    metric: MetricName | None,
+    tokenizer: Any,
+    data: str | Path | Sequence[Sample],
+    context_length: int = 128,
+    *,
+    template: Template = "chat",
+    name: str = "the data",
+) -> Callable[[Any], float]:
+    """A score of models on some rows, which are turned into tokens once.
 
     Args:
-        metric: ``exact_match``: share of the questions answered exactly, in [0, 1]. ``perplexity``: of the ``text`` of the rows, joined by the end
-            token and read in windows; or, in a file of questions, of the answers given the questions. At least 1, lower is better.
+        metric: ``exact_match``: share of the questions answered exactly, in [0, 1]. ``perplexity``: of the texts, or of the answers given the
+            questions; at least 1, lower is better. ``accuracy``: share of the labels that a classifier gives, in [0, 1]. None takes the one that suits.
         tokenizer: Hugging Face tokenizer of the models.
-        path: The file.
-        context_length: Tokens of a window of text.
+        data: A file, a data set, or rows that are read already.
+        context_length: Tokens of a window of text, for perplexity.
+        template: ``plain`` puts the answer of a pair straight after its prompt.
+        name: What the rows are called in messages.
 
     Raises:
         SourceError, CorruptFileError: The file cannot be read.
         LataError: The metric is unknown, or cannot be taken on these rows.
     """
-    if metric not in METRICS:
+    if metric is not None and metric not in METRICS:
         raise LataError(f"unknown metric {metric!r}; choose one of {', '.join(METRICS)}")
-    if metric == "perplexity" and "text" in _read(path)[0]:
-        return Perplexity(tokenizer, (tokenizer.eos_token or "\n\n").join(read_texts(path)), context_length)
-    pairs = [(question.prompt, question.answer) for question in read_questions(path)]
-    return ExactMatch(tokenizer, pairs) if metric == "exact_match" else AnswerPerplexity(tokenizer, pairs)
+    samples, name = (read_data(data), str(data)) if isinstance(data, str | Path) else (data, name)
+    suiting = metric_of(samples)
+    if metric is None or metric == suiting:
+        metric = suiting
+    elif metric != "perplexity":
+        suits = " or ".join(dict.fromkeys((suiting, "perplexity")))
+        raise LataError(f"{metric} cannot be taken on {name}: {_WANTED[metric]}. These rows suit {suits} (--metric).")
+    if metric == "accuracy":
+        return Accuracy(tokenizer, samples, name=name)
+    if metric == "exact_match":
+        return ExactMatch(tokenizer, samples, template=template)
+    if suiting == "exact_match":
+        return AnswerPerplexity(tokenizer, samples, template=template)
+    return Perplexity(tokenizer, [sample.text for sample in samples], context_length)
 
 
-def distinct(path: str | Path) -> int:
-    """How many different rows a JSONL file has."""
-    return len({json.dumps(row, sort_keys=True) for row in _read(path)})
+def distinct(samples: Sequence[Sample]) -> int:
+    """How many different rows there are."""
+    return len({json.dumps(sample, sort_keys=True, default=str) for sample in samples})
 
 
 def names_of(paths: Sequence[str | Path]) -> dict[str, str]:
@@ -113,27 +140,17 @@ def names_of(paths: Sequence[str | Path]) -> dict[str, str]:
     return {name: str(path) for name, path in zip(names, paths, strict=True)}
 
 
-def _read(path: str | Path) -> list[dict[str, Any]]:
-    try:
-        lines = Path(path).read_text("utf-8").split("\n")  # Not splitlines(), which also splits at marks that JSON strings may hold.
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read as JSONL: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise CorruptFileError(f"{path} is no UTF-8 text ({error.reason})") from error
-    rows = list(json_rows(lines, path))
-    if not rows:
-        raise LataError(f"{path} holds no rows")
-    return rows
+_WANTED: Mapping[MetricName, str] = {
+    "exact_match": "it needs questions with answers, or messages",
+    "accuracy": "it needs texts with a label, and a classifier",
+}
 
 
-def _question(row: Mapping[str, Any]) -> Question | None:
-    messages = row.get("messages")
-    if isinstance(messages, list) and len(messages) == 2 and [turn.get("role") for turn in messages] == ["user", "assistant"]:
-        prompt, answer = (turn.get("content") for turn in messages)
-    else:
-        prompt, answer = (next((row[name] for name in names if name in row), None) for names in (_PROMPTS, _ANSWERS))
+def _question(sample: Sample, row: Mapping[str, Any]) -> Question | None:
+    if [turn["role"] for turn in sample.messages] != ["user", "assistant"]:
+        return None
     paraphrased, perturbed = row.get("paraphrased_answer"), row.get("perturbed_answer") or []
     wrong = [perturbed] if isinstance(perturbed, str) else perturbed
-    if not all(isinstance(text, str) for text in (prompt, answer, *wrong)) or not isinstance(paraphrased, str | None):
+    if not all(isinstance(text, str) for text in (sample.prompt, sample.answer, *wrong)) or not isinstance(paraphrased, str | None):
         return None
-    return Question(str(prompt), str(answer), paraphrased, tuple(wrong))
+    return Question(sample.prompt, sample.answer, paraphrased, tuple(wrong))

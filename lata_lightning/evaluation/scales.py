@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from lata_lightning.errors import LataError, LayoutMismatchError, first_three
+from lata_lightning.errors import LataError
+from lata_lightning.linearity.shell import Shell
 from lata_lightning.merging.merge import Term
-from lata_lightning.numerics.combine import combine
+from lata_lightning.merging.sum import Sum
+from lata_lightning.store.checkpoint_names import under_checkpoint_names
+from lata_lightning.store.sources import Source, StateDictSource
+from lata_lightning.vectors.task_vector import TaskVector
 
 
 class ResidualSearch(NamedTuple):
@@ -23,45 +29,56 @@ class ResidualSearch(NamedTuple):
 class Reweighting:
     """A model whose weights are set, point by point, to its own plus Σ scale · coefficient · vector.
 
-    The weights are bit for bit those that ``merge`` writes for the same terms. Each vector is read once, however many points are tried.
+    The weights are bit for bit those that ``merge`` writes for the same terms, and vectors are matched with the model by the same names: those under which
+    transformers saves it. In memory are a copy of the model, on the CPU, and those vectors that are not in files; others are read again for every point.
 
     Args:
         model: Changed in place by ``apply``; ``restore`` gives it its own weights back.
+        dtypes: Precision in which a tensor is stored, by its name in files, where the model holds it in a wider one: sums are rounded to it, as a
+            merge of the files rounds them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._parameters = {name: parameter.data for name, parameter in model.named_parameters()}
-        # On the CPU, where the sums are formed, also for a model that is elsewhere.
-        self._onto = {name: tensor.to("cpu", copy=True) for name, tensor in self._parameters.items()}
-        self._vectors: dict[int, dict[str, Tensor]] = {}
+    def __init__(self, model: nn.Module, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
+        self._shell = Shell(model)
+        state = model.state_dict(keep_vars=True)
+        # Tied tensors are one tensor under several names.
+        self._tensors = {id(state[name]): (name, state[name].detach()) for name in reversed(self._shell.names)}
+        copies = {name: tensor.to("cpu", copy=True) for name, tensor in self._tensors.values()}
+        saved = under_checkpoint_names(model, copies)
+        self._copied: dict[int, Source] = {}
+        self._onto = StateDictSource({name: _narrowed(tensor, (dtypes or {}).get(name)) for name, tensor in saved.items()}, "the model")
 
     def apply(self, terms: Sequence[Term]) -> None:
         """Set the weights to onto + Σ scale · coefficient · vector.
 
         Raises:
-            LayoutMismatchError: A vector does not hold the parameters of the model.
+            LayoutMismatchError: A vector does not hold the tensors of the model.
         """
-        loaded = [self._load(term) for term in terms]
-        for name, parameter in self._parameters.items():
-            factors = ((vector[name], term.factor(name)) for vector, term in zip(loaded, terms, strict=True))
-            parts = [(delta, factor) for delta, factor in factors if factor != 0]
-            parameter.copy_(combine(self._onto[name], parts, parameter.dtype) if parts else self._onto[name])
+        total = Sum([self._fixed(term) for term in terms], self._onto, check_base=False) if terms else None
+        names = set(self._onto.names if total is None else total.names)
+
+        def value(name: str) -> Tensor | None:
+            if name not in names:
+                return None
+            return self._onto.read(name) if total is None else total.merged(name, None)
+
+        for name, tensor in self._tensors.values():
+            for merged in self._shell.fill([name], value, "the model", tensor.dtype).values():
+                tensor.copy_(merged)
 
     def restore(self) -> None:
         """Give the model its own weights back."""
         self.apply([])
 
-    def _load(self, term: Term) -> dict[str, Tensor]:
+    def _fixed(self, term: Term) -> Term:
+        """The term with a vector that stays as it is when the model changes, from which a difference in memory may be taken."""
+        source = term.vector.tensors
+        if all(_in_files(source, name) for name in source.names):
+            return term
         # Vectors that differ in coefficients only share one source.
-        key = id(term.vector.tensors)
-        if key not in self._vectors:
-            lone = set(term.vector) ^ set(self._parameters)
-            if lone:
-                raise LayoutMismatchError(
-                    f"{term.vector.label} does not hold the parameters of the model; on one side only are {first_three(lone)}"
-                )
-            self._vectors[key] = dict(term.vector)
-        return self._vectors[key]
+        if id(source) not in self._copied:
+            self._copied[id(source)] = StateDictSource({name: source.read(name).clone() for name in source.names}, term.vector.label)
+        return replace(term, vector=TaskVector(self._copied[id(source)], term.vector.manifest))
 
 
 def best_scale(scores: Mapping[float, float]) -> float:
@@ -109,3 +126,20 @@ def scale_for_residual(residual_at: Callable[[float], float], scales: Sequence[f
         tried[middle] = residual_at(middle)
         left, right = (left, middle) if tried[middle] <= wanted else (middle, right)
     return ResidualSearch(right, tried)
+
+
+def _in_files(source: Source, name: str) -> bool:
+    """Whether a tensor is read from files, or is factors, which no model in training holds."""
+    sides = source.sides(name)
+    if sides is not None:
+        tuned, start, held = sides
+        return _in_files(tuned, held) and _in_files(start, held)
+    return source.place(name) is not None or source.low_rank(name) is not None
+
+
+def _narrowed(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The tensor in the precision it is stored in, if that holds all its values."""
+    if dtype is None or dtype == tensor.dtype:
+        return tensor
+    narrow = tensor.to(dtype)
+    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor

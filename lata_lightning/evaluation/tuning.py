@@ -4,110 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
-from lata_lightning.display.charts import Lines, Series
+import torch
+
 from lata_lightning.errors import LataError, first_three
+from lata_lightning.evaluation.curves import Point, Tuning, choose, height
 from lata_lightning.evaluation.questions import MetricName
-from lata_lightning.evaluation.scales import Reweighting, best_scale
+from lata_lightning.evaluation.scales import Reweighting
+from lata_lightning.evaluation.search import MOST_POINTS, coarse_to_fine
 from lata_lightning.layers import Level
 from lata_lightning.merging.merge import Term
 from lata_lightning.vectors.aligning import align
 from lata_lightning.vectors.task_vector import TaskVector
 from lata_lightning.weighting import DEFAULT_THRESHOLD, Weighting, check_weighting
 
-DEFAULT_GRID = (0.0, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 1.75, 2.0)
-"""Fine where a little of a vector already helps, and up to where the merge has usually broken down."""
 FEW_ROWS = 200
 """With fewer distinct rows than this, scales chosen in experiments on small models cost points on the test data."""
 DEFAULT_KEPT = 0.95
 Scores = Callable[[Any], float]
-
-
-@dataclass(frozen=True)
-class Point:
-    """One scale under one rule.
-
-    Attributes:
-        scale: Multiplier of all vectors; for forgetting, how much is taken off.
-        weighting: The rule for the coefficients.
-        scores: By file, as the metric gives them; one that is no finite number is left out.
-        control: For forgetting, the same of the files that must not suffer.
-    """
-
-    scale: float
-    weighting: str
-    scores: Mapping[str, float]
-    control: Mapping[str, float] = field(default_factory=dict)
-
-
-class Choice(NamedTuple):
-    """The point that was chosen, and why.
-
-    Attributes:
-        scale, weighting: Of the point.
-        score: What it was chosen by: the mean over the validation files (of perplexities the geometric mean).
-        start_score: The same of the model itself, at scale 0.
-        control, start_control: For forgetting, the same of the control files.
-    """
-
-    scale: float
-    weighting: str
-    score: float
-    start_score: float
-    control: float | None = None
-    start_control: float | None = None
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """The whole curve and the choice.
-
-    Attributes:
-        metric: ``exact_match`` or ``perplexity``.
-        points: By rule, then by rising scale.
-        best: The choice.
-        kept: For forgetting, the share of the control performance that had to be kept; None for merging.
-    """
-
-    metric: MetricName
-    points: Sequence[Point]
-    best: Choice
-    kept: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain types for JSON."""
-        return {
-            "task": "merge" if self.kept is None else "forget",
-            "metric": self.metric,
-            "kept": self.kept,
-            "points": [asdict(point) for point in self.points],
-            "best": self.best._asdict(),
-        }
-
-    def chart(self) -> Lines:
-        """The curves: for each rule the mean over the validation files and, for forgetting, over the control files, by scale."""
-        rules = list(dict.fromkeys(point.weighting for point in self.points))
-        series: list[Series] = []
-        for rule in rules:
-            points = [point for point in self.points if point.weighting == rule]
-            curves = {rule: [point.scores for point in points]}
-            if self.kept is not None:
-                curves = {f"{rule}, to forget": curves[rule], f"{rule}, to keep": [point.control for point in points]}
-            for name, scores in curves.items():
-                means: dict[float | str, float | None] = {
-                    point.scale: _height(self.metric, found) for point, found in zip(points, scores, strict=True)
-                }
-                series.append(Series(name, len(series), means))
-        return Lines(
-            key="tune",
-            title="Scores by scale",
-            summary=f"Chosen: {self.best.weighting} at scale {self.best.scale:g}.",
-            x_title="scale",
-            y_title=f"{'mean loss, nats' if self.metric == 'perplexity' else 'exact match'} (mean over files)",
-            series=tuple(series),
-        )
 
 
 def tune(
@@ -116,9 +32,10 @@ def tune(
     data: Mapping[str, Scores],
     *,
     metric: MetricName = "exact_match",
-    grid: Sequence[float] = DEFAULT_GRID,
+    grid: Sequence[float] | None = None,
     control: Mapping[str, Scores] | None = None,
     kept: float = DEFAULT_KEPT,
+    dtypes: Mapping[str, torch.dtype] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tuning:
     """Score a model at every scale under every rule, and choose.
@@ -130,56 +47,50 @@ def tune(
 
     Args:
         model: Changed while this runs; afterwards it has its own weights again.
-        vectors: By name of the rule, the same vectors with the coefficients it gives. Each is read once.
+        vectors: By name of the rule, the same vectors with the coefficients it gives. Each is read again for every point.
         data: By name, a score of the model on validation data; for forgetting, of what is to be forgotten.
         metric: What the scores are.
-        grid: Scales; 0, the model itself, is always scored too.
+        grid: Scales to score, every one of them; 0, the model itself, always is too. None searches from coarse to fine.
         control: By name, a score on data that must not suffer; with it, the vectors are taken off instead of added.
         kept: Share of the model's control performance to keep, in (0, 1].
-        progress: Called after each point with the points done and the points in all.
+        dtypes: Precision in which each tensor is stored, by its name in files, where the model holds it in a wider one.
+        progress: Called after each point with the points done and the points in all, which are fewer where a search ends early.
 
     Returns:
         Every point and the choice.
 
     Raises:
-        LayoutMismatchError: A vector does not hold the parameters of the model.
+        LayoutMismatchError: A vector does not hold the tensors of the model.
         LataError: No rule, vector or data is given, a scale is negative or not finite, ``kept`` is out of range, or the model itself has no finite score.
 
     Source: arXiv:2212.04089 and arXiv:2407.07089, scale of addition and negation on validation data, the latter under a control constraint of 0.95.
     """
-    scales = sorted({0.0, *grid})
+    scales = None if grid is None else sorted({0.0, *grid})
     if not vectors or not all(vectors.values()) or not data:
         raise LataError("tuning needs at least one rule, one vector and one file of validation data")
-    odd = [str(scale) for scale in scales if not (math.isfinite(scale) and scale >= 0)]
+    odd = [str(scale) for scale in scales or () if not (math.isfinite(scale) and scale >= 0)]
     if odd:
         raise LataError(
             f"scales must be finite and not negative; others are {first_three(odd)}. To take vectors off, give control data (--forget)."
         )
     if not 0 < kept <= 1:
         raise LataError(f"the share of control performance to keep must lie in (0, 1], got {kept}")
-    weights = Reweighting(model)
+    scoring = _Scoring(model, metric, data, control or {}, kept if control else None, dtypes)
+    most = 1 + MOST_POINTS if scales is None else len(scales)
     points: list[Point] = []
     try:
-        start = _point(model, 0.0, "", data, control)
-        missing = (set(data) | set(control or ())) - set(start.scores) - set(start.control)
-        if missing:
-            raise LataError(
-                f"the model itself, at scale 0, has no finite {metric} on {first_three(missing)}: there is nothing to compare with"
-            )
-        for rule, weighted in vectors.items():
-            for scale in scales:
-                if scale == 0:
-                    points.append(replace(start, weighting=rule))
-                else:
-                    weights.apply([Term(vector, -scale if control else scale) for vector in weighted])
-                    points.append(_point(model, scale, rule, data, control))
-                if progress is not None:
-                    progress(len(points), len(vectors) * len(scales))
+        start = scoring.score_start()
+        for number, (rule, weighted) in enumerate(vectors.items()):
+            later = most * (len(vectors) - number - 1)
+            count = _counter(progress, len(points), most, later)
+            points += scoring.curve(rule, weighted, scales, count)
+            if progress is not None and len(points) + later < most * len(vectors):
+                progress(len(points), len(points) + later)
     finally:
-        weights.restore()
+        scoring.restore()
     complete = [point for point in points if len(point.scores) == len(data) and len(point.control) == len(control or ())]
-    choose = _least_left if control else _highest
-    return Tuning(metric, points, choose(metric, complete, start, kept), kept if control else None)
+    best = choose(metric, complete, start, scoring.kept)
+    return Tuning(metric, points, best, scoring.kept, "coarse-to-fine" if scales is None else "grid")
 
 
 def under_rules(
@@ -229,61 +140,72 @@ def under_rules(
     return found
 
 
-def mean_score(metric: MetricName, scores: Mapping[str, float]) -> float | None:
-    """Mean of some scores: of perplexities the geometric one, which is the exponential of the mean loss; None without a score."""
-    values = list(scores.values())
-    if not values:
-        return None
-    if metric == "perplexity":
-        return math.exp(sum(map(math.log, values)) / len(values))
-    return sum(values) / len(values)
+class _Scoring:
+    """Scores of one model at many points.
+
+    Args:
+        model: Changed by ``curve``.
+        metric, data, control, dtypes: As for ``tune``.
+        kept: For forgetting, the share of the control performance to keep; None for merging.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        metric: MetricName,
+        data: Mapping[str, Scores],
+        control: Mapping[str, Scores],
+        kept: float | None,
+        dtypes: Mapping[str, torch.dtype] | None,
+    ) -> None:
+        self.kept = kept
+        self._model, self._metric, self._data, self._control = model, metric, data, control
+        self._weights = Reweighting(model, dtypes)
+
+    def score_start(self) -> Point:
+        """The point of the model itself, which every curve begins with.
+
+        Raises:
+            LataError: It has no finite score.
+        """
+        self._start = self._point(0.0, "")
+        missing = (set(self._data) | set(self._control)) - set(self._start.scores) - set(self._start.control)
+        if missing:
+            raise LataError(
+                f"the model itself, at scale 0, has no finite {self._metric} on {first_three(missing)}: there is nothing to compare with"
+            )
+        return self._start
+
+    def curve(self, rule: str, vectors: Sequence[TaskVector], scales: Sequence[float] | None, count: Callable[[int], None]) -> list[Point]:
+        """Points of one rule by rising scale: those of some scales, or those of a search from coarse to fine; ``count`` is told how many there are."""
+        points = {0.0: replace(self._start, weighting=rule)}
+        count(1)
+
+        def height_at(scale: float) -> float:
+            self._weights.apply([Term(vector, scale if self.kept is None else -scale) for vector in vectors])
+            points[scale] = self._point(scale, rule)
+            count(len(points))
+            return height(self._metric, points[scale], self._start, self.kept)
+
+        if scales is None:
+            coarse_to_fine(height_at, height(self._metric, self._start, self._start, self.kept))
+        else:
+            for scale in scales[1:]:
+                height_at(scale)
+        return [points[scale] for scale in sorted(points)]
+
+    def restore(self) -> None:
+        """Give the model its own weights back."""
+        self._weights.restore()
+
+    def _point(self, scale: float, rule: str) -> Point:
+        scores, kept = (
+            {name: value for name, score in side.items() if math.isfinite(value := score(self._model))}
+            for side in (self._data, self._control)
+        )
+        return Point(scale, rule, scores, kept)
 
 
-def _point(model: Any, scale: float, rule: str, data: Mapping[str, Scores], control: Mapping[str, Scores] | None) -> Point:
-    scores, kept = ({name: value for name, score in side.items() if math.isfinite(value := score(model))} for side in (data, control or {}))
-    return Point(scale, rule, scores, kept)
-
-
-def _highest(metric: MetricName, points: Sequence[Point], start: Point, kept: float) -> Choice:
-    best: Point | None = None
-    for rule in dict.fromkeys(point.weighting for point in points):
-        curve = {point.scale: point for point in points if point.weighting == rule}
-        found = curve[best_scale({scale: _performance(metric, point.scores) for scale, point in curve.items()})]
-        if best is None or (_performance(metric, found.scores), -found.scale) > (_performance(metric, best.scores), -best.scale):
-            best = found
-    chosen = best or start
-    return Choice(chosen.scale, chosen.weighting, _known(metric, chosen.scores), _known(metric, start.scores))
-
-
-def _least_left(metric: MetricName, points: Sequence[Point], start: Point, kept: float) -> Choice:
-    least = kept * _performance(metric, start.control)
-    # Scale 0 always qualifies.
-    allowed = [point for point in points if _performance(metric, point.control) >= least]
-    best = min(allowed, key=lambda point: (_performance(metric, point.scores), point.scale))
-    return Choice(
-        best.scale,
-        best.weighting,
-        _known(metric, best.scores),
-        _known(metric, start.scores),
-        _known(metric, best.control),
-        _known(metric, start.control),
-    )
-
-
-def _height(metric: MetricName, scores: Mapping[str, float]) -> float | None:
-    """What a figure shows of a mean: of perplexities, which span orders of magnitude, the logarithm."""
-    mean = mean_score(metric, scores)
-    return math.log(mean) if mean is not None and metric == "perplexity" else mean
-
-
-def _performance(metric: MetricName, scores: Mapping[str, float]) -> float:
-    """The mean score, turned so that more is better and 0 is nothing: of a perplexity, its inverse."""
-    value = _known(metric, scores)
-    return 1 / value if metric == "perplexity" else value
-
-
-def _known(metric: MetricName, scores: Mapping[str, float]) -> float:
-    value = mean_score(metric, scores)
-    if value is None:
-        raise LataError("there is no score to choose by")
-    return value
+def _counter(progress: Callable[[int, int], None] | None, before: int, most: int, later: int) -> Callable[[int], None]:
+    """What tells of the points of one rule after those before it, at most so many, and with so many at most to come later."""
+    return lambda done: None if progress is None else progress(before + done, before + most + later)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lata_lightning.errors import LataError
 from lata_lightning.linearity.from_vectors import merge_matrices, solving_device
+from lata_lightning.linearity.positions import few_positions
 from lata_lightning.linearity.stages import Merged, Stages
 from lata_lightning.linearity.units import Blocks
 from lata_lightning.linearity.walk import Batch, StartModel, check_samples, opened, row_count
@@ -32,6 +33,7 @@ def regress(
     device: str = "cpu",
     check_base: bool = True,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> TaskVector:
     """Make one task vector out of several by regression, matrix by matrix, from samples of each task or from the vectors alone.
 
@@ -48,8 +50,8 @@ def regress(
     Args:
         vectors: Task vectors of one start. Coefficients they may have do not count.
         start: With samples: directory or hub id of a transformers model, or a module. Dropout is off, and it does not change.
-        samples: For each vector batches of inputs of the model, by argument name, with an ``attention_mask`` where rows are padded. How rows are split
-            into batches makes no difference but memory.
+        samples: For each vector batches of inputs of the model, by argument name, with an ``attention_mask`` where rows are padded; in all about
+            twice as many positions as the widest layer takes in numbers. How rows are split into batches makes no difference but memory.
         ridge: λ in units of the mean of the diagonal of Σ C_t; positive. By default 1 without samples, 1e-6 with them.
         prior: P, which directions get that no input has: ``"sum"`` (task arithmetic) or ``"mean"`` of the vectors. By default the sum without samples, the
             mean with them.
@@ -60,6 +62,7 @@ def regress(
         device: Without samples: where matrices are solved, such as ``"cuda"``.
         check_base: Refuse vectors that are known to start from different weights.
         progress: With samples: called after each stage (a block, an embedding, a head) is read, with the bytes read so far and the bytes in all.
+        note: With samples: called, before the model runs, with a sentence about every task that has too few positions for the widest layer.
 
     Returns:
         A float32 vector, which merged at scale 1 is the merge of all. Tensors that are known to be unchanged in all vectors are so in it. Its manifest
@@ -100,8 +103,11 @@ def regress(
     merged = Merged(readers, f"the regression of {len(vectors)} vectors")
     unchanged = frozenset.intersection(*(vector.unchanged for vector in vectors))
     named = [(vector.label, reader) for vector, reader in zip(vectors, readers, strict=True)]
-    blocks = Blocks(shell, vectors[0].layers).tensors
-    stages = Stages(shell, source, named, merged, blocks, unchanged, samples, in_order=in_order)
+    blocks = Blocks(shell, vectors[0].layers)
+    if note is not None:
+        for sentence in few_positions(shell, blocks, [vector.label for vector in vectors], samples):
+            note(sentence)
+    stages = Stages(shell, source, named, merged, blocks.tensors, unchanged, samples, in_order=in_order)
     stages.fit(off_diagonal=off_diagonal, settings=settings, progress=progress)
     averaged = (name for name in merged.names if len(merged.shape(name)) > 1 and name not in merged.fitted and name not in unchanged)
     first = vectors[0].manifest

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lata_lightning.errors import LataError
 from lata_lightning.layers import Level
+from lata_lightning.linearity.positions import few_positions
 from lata_lightning.linearity.walk import Batch, Passage, StartModel, Walker
 from lata_lightning.store.writer import Progress
 from lata_lightning.vectors.task_vector import TaskVector
@@ -123,6 +124,7 @@ def measure_linearity(
     distance: Distance = l2_distance,
     check_base: bool = True,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> list[Linearity]:
     """Non-linearity scores of the whole model, of each block and of its parts, along each task vector.
 
@@ -137,6 +139,7 @@ def measure_linearity(
         distance: Between features. With the Euclidean one the two scores of a block are equal, as what comes in is the same on both sides.
         check_base: Refuse vectors that are known to start from different weights.
         progress: Called after each block is read, with the bytes read so far and the bytes in all.
+        note: Called, before the model runs, with a sentence about every task whose samples have too few positions for the widest layer.
 
     Returns:
         One per vector. The features of a transformers model are what its body gives out, before any head.
@@ -154,7 +157,11 @@ def measure_linearity(
     found = []
     for number, (vector, batches) in enumerate(zip(vectors, samples, strict=True)):
         shifted = None if progress is None else _shifted(progress, number * len(SCALES), len(vectors) * len(SCALES))
-        found.append(_measure(Walker(start, [vector], batches, check_base=check_base), vector.label, level, distance, shifted))
+        walker = Walker(start, [vector], batches, check_base=check_base)
+        if note is not None:
+            for sentence in few_positions(walker.shell, walker.blocks, [vector.label], [batches]):
+                note(sentence)
+        found.append(_measure(walker, vector.label, level, distance, shifted))
     return found
 
 

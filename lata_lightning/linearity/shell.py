@@ -77,13 +77,16 @@ class Shell:
                 found[renamed[position]].add(stored)
         return found
 
-    def fill(self, names: Iterable[str], stored: Callable[[str], Tensor | None], label: str) -> dict[str, Tensor]:
-        """Values for tensors of the model, in float32.
+    def fill(
+        self, names: Iterable[str], stored: Callable[[str], Tensor | None], label: str, dtype: torch.dtype = torch.float32
+    ) -> dict[str, Tensor]:
+        """Values for tensors of the model.
 
         Args:
             names: The tensors.
             stored: The stored tensor of a name; None if there is none.
             label: Where they are stored, for messages.
+            dtype: Of the values.
 
         Returns:
             By name, without saved buffers that are not stored: those keep the values they have. Tied tensors are one tensor.
@@ -109,17 +112,17 @@ class Shell:
                     f"{name} of {label} has the shape {tuple(value.shape)}, and the model needs {tuple(tensor.shape)}"
                 )
             if value is not None:
-                values[id(tensor)] = value.float()
+                values[id(tensor)] = value.to(dtype)
             elif tensor.is_meta:
                 missing.append(name)
         sizes = [self._state[name].numel() for name in converted]
-        flat = torch.empty(sum(sizes))
+        flat = torch.empty(sum(sizes), dtype=dtype)
         for key, indices in self._conversion(converted).items():
             value = stored(key)
             if value is None:
                 missing.append(key)
             else:
-                flat[indices.reshape(-1)] = value.float().reshape(-1)
+                flat[indices.reshape(-1)] = value.to(dtype).reshape(-1)
         if missing:
             raise LayoutMismatchError(f"{label} must hold all tensors that the model needs; missing are {first_three(missing)}")
         pieces = zip(converted, torch.split(flat, sizes), strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lata_lightning.errors import CorruptFileError, LataError
 from lata_lightning.layers import Level
+from lata_lightning.linearity.positions import few_positions
 from lata_lightning.linearity.solution import Fit, Solution, SolvedVector
 from lata_lightning.linearity.walk import Batch, Passage, StartModel, Walker, check_samples, row_count
 from lata_lightning.store.writer import Progress
@@ -75,6 +76,7 @@ def solve_coefficients(
     ridge: float = DEFAULT_RIDGE,
     check_base: bool = True,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Solution:
     """Coefficients under which each layer's merged output is closest to what every task's own vector makes of that task's samples.
 
@@ -85,13 +87,14 @@ def solve_coefficients(
     Args:
         start: Directory or hub id of a transformers model, or a module. Dropout is off, and it does not change.
         vectors: Task vectors from this start. Coefficients they may have do not count.
-        samples: For each vector batches of inputs of the model, by argument name: about 30 rows of its task, with an ``attention_mask`` where rows are
-            padded. How rows are split into batches makes no difference but memory.
+        samples: For each vector batches of inputs of the model, by argument name: rows of its task, with an ``attention_mask`` where rows are padded;
+            in all about twice as many positions as the widest layer takes in numbers. How rows are split into batches makes no difference but memory.
         level: ``block``, or ``submodule`` for attention, cross-attention and MLP of each block separately.
         outside: Coefficient of everything else: tensors outside the blocks and, at level ``submodule``, norms and others inside them.
         ridge: Added to the diagonal of the matrix that is solved, in units of its mean.
         check_base: Refuse vectors that are known to start from different weights.
         progress: Called after each block is read.
+        note: Called, before the model runs, with a sentence about every task whose samples have too few positions for the widest layer.
 
     Returns:
         One coefficient per vector and layer, in [0, 1] where outputs are orthogonal, unbounded otherwise, and how well they fit. A layer whose output no
@@ -111,6 +114,9 @@ def solve_coefficients(
         raise LataError(f"the ridge must not be negative, got {ridge}")
     task_of = [task for task, batches in enumerate(samples) for _ in batches]
     walker = Walker(start, vectors, [batch for batches in samples for batch in batches], check_base=check_base)
+    if note is not None:
+        for sentence in few_positions(walker.shell, walker.blocks, [vector.label for vector in vectors], samples):
+            note(sentence)
     units = walker.units(level)
     products = {unit.layer: Products(len(vectors)) for unit in units}
 

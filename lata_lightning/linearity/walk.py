@@ -80,6 +80,8 @@ class Walker:
         check_base: Refuse vectors that are known to start from different weights.
 
     Attributes:
+        shell: The start model, without weights of the blocks.
+        blocks: Its blocks.
         source: The floating weights of the start, under the names of the vectors.
         units: Function from a level to the layers that are run by themselves (see ``Blocks.units``).
 
@@ -92,15 +94,15 @@ class Walker:
     """
 
     def __init__(self, start: StartModel, vectors: Sequence[TaskVector], batches: Sequence[Batch], *, check_base: bool = True) -> None:
-        self._shell, self.source, self._vectors = opened(start, vectors, check_base=check_base)
+        self.shell, self.source, self._vectors = opened(start, vectors, check_base=check_base)
         self._batches = batches
-        blocks = Blocks(self._shell, vectors[0].layers)
-        self.units, self._inside = blocks.units, blocks.tensors
-        self._body: nn.Module = getattr(self._shell.model, "base_model", self._shell.model)
-        state = self._shell.model.state_dict(keep_vars=True)
+        self.blocks = Blocks(self.shell, vectors[0].layers)
+        self.units, self._inside = self.blocks.units, self.blocks.tensors
+        self._body: nn.Module = getattr(self.shell.model, "base_model", self.shell.model)
+        state = self.shell.model.state_dict(keep_vars=True)
         needed = {id(tensor) for tensor in self._body.state_dict(keep_vars=True).values()}
         within = {name for names in self._inside.values() for name in names}
-        self._outside = [name for name in self._shell.names if name not in within and id(state[name]) in needed]
+        self._outside = [name for name in self.shell.names if name not in within and id(state[name]) in needed]
         self._bytes = {path: sum(state[name].numel() for name in names) * 4 for path, names in self._inside.items()}
         self._units: dict[str, list[Unit]] = {}
         self._now = _Now()
@@ -135,7 +137,7 @@ class Walker:
         self._units = {}
         for unit in units:
             self._units.setdefault(unit.module, []).append(unit)
-        self._shell.put(self._moved(self._fill(self._outside, self.source), self._outside, vector, scale))
+        self.shell.put(self._moved(self._fill(self._outside, self.source), self._outside, vector, scale))
         reached: set[str] = set()
 
         def load(path: str) -> None:
@@ -161,7 +163,7 @@ class Walker:
         held = {name: tensor for name, tensor in self._now.weights.items() if name.startswith(module + ".")}
         deltas = self._now.deltas[vector]
         values = {name: tensor + scale * deltas[name] if name in moved else tensor for name, tensor in held.items()}
-        return functional_call(self._shell.model.get_submodule(module), relative(values, module), args, kwargs)
+        return functional_call(self.shell.model.get_submodule(module), relative(values, module), args, kwargs)
 
     def without_padding(self, hidden: Tensor, batch: int, module: str) -> Tensor:
         """Hidden states of a batch as (positions, width), without padding.
@@ -198,7 +200,7 @@ class Walker:
     def _equip(self) -> None:
         """Let every block wait for its weights, and tell of every module that has run."""
         for path in self._inside:
-            block = self._shell.model.get_submodule(path)
+            block = self.shell.model.get_submodule(path)
             block.forward = self._waiting(path, block.forward)
             for name, module in block.named_modules(prefix=path):
                 module.register_forward_hook(partial(self._has_run, name), with_kwargs=True)
@@ -218,7 +220,7 @@ class Walker:
         self._now.batch, self._now.inside = batch, True
         try:
             with torch.no_grad():
-                return functional_call(self._shell.model.get_submodule(path), relative(self._now.weights, path), args, kwargs)
+                return functional_call(self.shell.model.get_submodule(path), relative(self._now.weights, path), args, kwargs)
         finally:
             self._now.inside = False
 
@@ -251,7 +253,7 @@ class Walker:
 
     def _fill(self, names: Sequence[str], source: Source) -> dict[str, Tensor]:
         held = set(source.names)
-        return self._shell.fill(names, lambda name: source.read(name) if name in held else None, source.label)
+        return self.shell.fill(names, lambda name: source.read(name) if name in held else None, source.label)
 
 
 class _Now:

@@ -24,9 +24,9 @@ from lata_lightning.quickstart.exercises import (
     Exercise,
     exercises,
 )
+from lata_lightning.rows.tokens import chat_rows
 from lata_lightning.training.data import ChatDataModule
 from lata_lightning.training.module import CausalLMModule
-from lata_lightning.training.rows import chat_rows
 
 INSTRUCT = Path(__file__).parent / "checkpoints" / "instruct"
 BASE = Path(__file__).parent / "checkpoints" / "base"

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lata_lightning.errors import LataError, first_three
-from lata_lightning.training.rows import Batches, MixtureBatchSampler, Row, Rows, chat_rows, collate, raw_tokens
+from lata_lightning.rows.tokens import Row, chat_rows, collate, raw_tokens
+from lata_lightning.training.batches import Batches, MixtureBatchSampler, Rows
 
 
 class ChatDataModule(LightningDataModule):

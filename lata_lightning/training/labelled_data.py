@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from lata_lightning.errors import LataError, SourceError, first_line, first_three
+from lata_lightning.rows.schema import check_columns
+from lata_lightning.rows.tables import divided, open_table
 from lata_lightning.training.data import shards_of
-from lata_lightning.training.tables import check_columns, divided, open_table
 from lata_lightning.training.text_data import model_name
 
 

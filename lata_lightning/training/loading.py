@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from lata_lightning.errors import LataError, SourceError, first_line, first_three
 
@@ -42,6 +42,29 @@ def load_causal_lm(source: str, dtype: str = "float32", *, quantize: bool = Fals
         return AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **more)
     except (OSError, ValueError) as error:
         raise SourceError(f"cannot load {source!r} as a causal language model: {first_line(error)}") from error
+
+
+def load_classifier(source: str, dtype: str = "float32") -> Any:
+    """Hugging Face model for sequence classification from a directory or hub id, with its stored head, in evaluation mode.
+
+    Args:
+        source: Directory or hub id.
+        dtype: Name of the torch floating type to hold the weights in.
+
+    Raises:
+        LataError: The head is not stored.
+        SourceError: It cannot be loaded; the message carries the reason.
+    """
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(source, dtype=getattr(torch, dtype), output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SourceError(f"cannot load {source!r} as a classifier of texts: {first_line(error)}") from error
+    if report["missing_keys"]:
+        raise LataError(
+            f"a classifier must hold all its weights; {source!r} lacks {first_three(report['missing_keys'])}, which would be random numbers. "
+            "Give a model directory with its classification head."
+        )
+    return model
 
 
 def with_adapters(model: Any, lora: Mapping[str, Any], *, quantized: bool = False) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from lata_lightning.errors import LataError
-from lata_lightning.training.rows import Row
+from lata_lightning.rows.tokens import Row
 
 
 class StreamedBatches(IterableDataset[dict[str, Tensor]]):

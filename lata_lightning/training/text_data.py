@@ -16,29 +16,29 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoTokenizer
 
-from lata_lightning.errors import LataError, SourceError, first_line, first_three
+from lata_lightning.errors import LataError, SourceError, first_line
+from lata_lightning.rows.schema import columns_of, read_sample
+from lata_lightning.rows.tables import divided, open_table
+from lata_lightning.rows.tokens import Row, Template, collate, conversation_row, packed, text_windows
 from lata_lightning.training.data import shards_of
-from lata_lightning.training.rows import Row, collate, conversation_pieces, packed, row_of
 from lata_lightning.training.streaming import StreamedBatches
-from lata_lightning.training.tables import check_columns, divided, open_table
-
-# Looked for in this order.
-KNOWN_COLUMNS = (("messages",), ("prompt", "completion"), ("text",))
 
 
 class TextDataModule(LightningDataModule):
     """Rows of a hub data set or of JSONL, CSV or Parquet files, as tokens with labels.
 
-    ========================== ======================================================= ===========================
-    columns                    what a row is                                           what is learned
-    ========================== ======================================================= ===========================
-    ``messages``               a conversation: a list of ``{"role": …, "content": …}`` every turn of the assistant
-    ``prompt``, ``completion`` a question and its answer                               the answer
-    ``text``                   a document; a long one is several rows                  all of it
-    ========================== ======================================================= ===========================
+    ================================================ ======================================================= ===========================
+    columns                                          what a row is                                           what is learned
+    ================================================ ======================================================= ===========================
+    ``messages``                                     a conversation: a list of ``{"role": …, "content": …}`` every turn of the assistant
+    ``prompt`` or ``question``, with ``completion``  a question and its answer                               the answer
+    or ``answer``
+    ``text``                                         a document; a long one is several rows                  all of it
+    ================================================ ======================================================= ===========================
 
-    Conversations and pairs take the form the tokenizer's chat template gives them. The order of rows depends on the seed and the epoch only, never
-    on the machine, and several processes share one order out; a resumed run goes on with the rows that would have come.
+    Conversations and pairs take the form the tokenizer's chat template gives them, its BOS included. A document, and each row of a long one, begins
+    with what the tokenizer puts before a text, such as BOS; a document ends with the end token. The order of rows depends on the seed and the epoch
+    only, never on the machine, and several processes share one order out; a resumed run goes on with the rows that would have come.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class TextDataModule(LightningDataModule):
         validation: str | list[str] | None = None,
         validation_share: float = 0.0,
         columns: list[str] | None = None,
-        template: Literal["chat", "plain"] = "chat",
+        template: Template = "chat",
         batch_size: int = 8,
         context_length: int = 512,
         too_long: Literal["refuse", "drop"] = "refuse",
@@ -68,9 +68,10 @@ class TextDataModule(LightningDataModule):
             validation: The same for the validation loop.
             validation_share: Without ``validation``: share of the rows of ``data`` to hold out. Which ones, their contents decide, so that they stay
                 the same in every epoch and after a resume.
-            columns: One column of conversations or of text, or two of prompts and completions; by default ``messages``, else ``prompt`` and
-                ``completion``, else ``text``.
-            template: ``"plain"`` puts a completion straight after its prompt and the end token after both, for models without a chat template.
+            columns: One column of conversations or of text, or two of prompts and completions; by default the ones of the table above. Data that holds
+                several of these forms needs it.
+            template: ``"plain"`` puts a completion straight after its prompt and the end token after both, for models without a chat template;
+                the tokenizer's BOS comes first, where it adds one.
             batch_size: Rows a batch, of each process.
             context_length: Most tokens of a row.
             too_long: What to do with conversations and pairs of more tokens: refuse the data, or leave these rows out and say how many.
@@ -133,7 +134,7 @@ class TextDataModule(LightningDataModule):
             sample = next(iter(table), None)
             if sample is None:
                 raise LataError(f"split {self.split!r} of {self.data!r} holds no row")
-            columns = self._columns_of(list(sample))
+            columns = columns_of(sample, self.columns)
             self._stream = StreamedBatches(
                 table,
                 lambda row, number: self._rows(tokenizer, [row], columns, first=number),
@@ -169,20 +170,9 @@ class TextDataModule(LightningDataModule):
         self._check_set_up()
         return DataLoader(_as_dataset(self._validation), self.batch_size, collate_fn=self._collate) if self._validation else []
 
-    def _samples(self, table: Any) -> tuple[list[dict[str, Any]], list[str]]:
-        columns = self._columns_of(table.column_names)
-        return list(table.select_columns(columns)), columns
-
-    def _columns_of(self, held: Sequence[str]) -> list[str]:
-        if self.columns is not None:
-            check_columns(held, self.columns)
-            return self.columns
-        for columns in KNOWN_COLUMNS:
-            if set(columns) <= set(held):
-                return list(columns)
-        raise LataError(
-            f"the data has neither 'messages', nor 'prompt' and 'completion', nor 'text'; name its columns, they are {first_three(held)}"
-        )
+    def _samples(self, table: Any) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+        columns = columns_of(table.column_names, self.columns)
+        return list(table.select_columns(list(columns))), columns
 
     def _ready(self, tokenizer: Any, samples: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[Row]:
         rows = self._rows(tokenizer, samples, columns)
@@ -194,18 +184,13 @@ class TextDataModule(LightningDataModule):
         """Samples as rows of tokens; the rules of ``too_long`` are kept."""
         rows: list[Row] = []
         long: list[int] = []
-        for number, sample in enumerate(samples, first):
-            values = [sample.get(column) for column in columns]
-            missing = [column for column, value in zip(columns, values, strict=True) if value is None or value in ("", [])]
-            if missing:
-                raise LataError(f"row {number} has nothing in column {missing[0]!r}; every row must have a value there")
-            found = self._text(tokenizer, values, number)
-            if isinstance(found, str):
-                tokens = torch.tensor([*tokenizer(found, add_special_tokens=False, verbose=False)["input_ids"], tokenizer.eos_token_id])
-                # The end token alone would be a row that predicts nothing.
-                rows.extend(Row(part, part.clone()) for part in torch.split(tokens, self.context_length) if len(part) > 1)
+        for number, values in enumerate(samples, first + 1):
+            sample = read_sample(values, columns, where=f"row {number}")
+            if sample.form == "text":
+                windows = text_windows(tokenizer, sample.text, self.context_length, end=True)
+                rows.extend(Row(row, row.clone()) for row in map(torch.tensor, windows))
                 continue
-            row = row_of(tokenizer, found)
+            row = conversation_row(tokenizer, sample, f"row {number}", self.template)
             if len(row.input_ids) > self.context_length:
                 long.append(number)
             else:
@@ -218,30 +203,6 @@ class TextDataModule(LightningDataModule):
         if long and not self.streaming:
             rank_zero_info(f"TextDataModule: left out {len(long)} of {len(samples)} rows with more than {self.context_length} tokens")
         return rows
-
-    def _text(self, tokenizer: Any, values: Sequence[Any], number: int) -> str | list[tuple[str, bool]]:
-        """A document as it is, everything else in pieces that are learned or not."""
-        wrong = [type(value).__name__ for value in values if not isinstance(value, str)]
-        if len(values) == 1 and not wrong:
-            return str(values[0])
-        if len(values) == 2 and wrong:
-            raise LataError(f"prompts and completions must be text, in row {number} there is a {wrong[0]}")
-        if len(values) == 2 and self.template == "plain":
-            return [(values[0], False), (values[1] + tokenizer.eos_token, True)]
-        if not getattr(tokenizer, "chat_template", None):
-            raise LataError(
-                f"the tokenizer {tokenizer.name_or_path!r} has no chat template: give one that has, or pairs with template 'plain', or a column of text"
-            )
-        messages = values[0] if len(values) == 1 else [{"role": "user", "content": values[0]}, {"role": "assistant", "content": values[1]}]
-        if not isinstance(messages, list) or not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in messages):
-            raise LataError(f"a conversation must be a list of turns with 'role' and 'content'; row {number} is none")
-        pieces = conversation_pieces(tokenizer, messages)
-        if pieces is None:
-            raise LataError(
-                f"the chat template renders the conversation in row {number} differently once it goes on, so that what to learn is not known; "
-                "give one question and answer a row"
-            )
-        return pieces
 
     def _collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         # Padding is never learned nor seen, so where the tokenizer names none any token will do.

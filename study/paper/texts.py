@@ -56,7 +56,8 @@ def made_texts(configuration: Configuration, data: str | Path | None, folder: Pa
 
 
 def _of_data_set(source: Source, split: Split) -> Content:
-    from lata_lightning.training.tables import check_columns, open_table
+    from lata_lightning.rows.schema import check_columns
+    from lata_lightning.rows.tables import open_table
 
     rows = open_table(source.dataset, getattr(source, split), source.subset)
     check_columns(rows.column_names, source.columns)

@@ -12,8 +12,8 @@ import torch
 from lata_lightning.quickstart.corpus import held_out_text
 from lata_lightning.quickstart.exercises import INSTRUCT_SKILLS, SKILLS, Exercise, exercises
 from lata_lightning.quickstart.make_checkpoints import make_tokenizer
+from lata_lightning.rows.tokens import chat_rows, collate
 from lata_lightning.store.writer import atomic_directory
-from lata_lightning.training.rows import chat_rows, collate
 from study.paper.configuration import Configuration, empty_model
 from study.paper.scoring import SPLITS, Split, write_texts
 

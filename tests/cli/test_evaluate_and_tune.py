@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lata_lightning.cli import tune as tune_command
 from lata_lightning.cli.main import main, parser_of
 from lata_lightning.evaluation import tuning, unlearning
 from lata_lightning.evaluation.accuracy import exact_match
@@ -51,7 +50,6 @@ def scores_of(path, *skills):
 
 
 def test_choices_spelled_out_are_those_of_the_library():
-    assert tuple(tune_command.DEFAULT_GRID) == tuning.DEFAULT_GRID
     types = {name: parser_of(name).types for name in ("tune", "evaluate")}
     assert get_args(types["tune"]["weighting"]) == WEIGHTINGS
     assert get_args(types["tune"]["level"]) == LEVELS
@@ -87,7 +85,7 @@ def test_evaluate_gives_the_perplexity_of_text(lata):
 
 
 def test_a_score_that_is_no_number_is_null(lata, monkeypatch):
-    monkeypatch.setattr("lata_lightning.evaluation.questions.prepare", lambda *_: lambda model: float("inf"))
+    monkeypatch.setattr("lata_lightning.evaluation.questions.prepare", lambda *_, **__: lambda model: float("inf"))
     status, printed, _ = lata("evaluate base --data prose.jsonl --metric perplexity --format json --output out")
     assert status == 0
     assert json.loads(printed) == json.loads(open_text("out/scores.json"))["scores"] == {"prose": {"perplexity": None}}
@@ -135,7 +133,7 @@ def test_evaluate_writes_the_measures_of_unlearning(lata, tmp_path):
 
 
 def test_evaluate_says_what_it_needs(lata, tmp_path, monkeypatch):
-    assert "one of --data, --tasks and --forget: 0 of them" in lata("evaluate instruct")[2]
+    assert "give exactly one of --data, --tasks and --forget to evaluate by; 0 of them" in lata("evaluate instruct")[2]
     assert "2 of them" in lata("evaluate instruct --data copy.jsonl --tasks x")[2]
     assert "give --output DIRECTORY" in lata("evaluate instruct --forget copy.jsonl")[2]
     assert "a --name without slashes" in lata("evaluate instruct --forget copy.jsonl --output out --name a/b")[2]

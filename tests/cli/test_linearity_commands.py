@@ -17,7 +17,9 @@ from transformers import (
 from lata_lightning import regress
 from lata_lightning.cli.main import main
 from lata_lightning.quickstart.make_checkpoints import make_tokenizer
-from lata_lightning.training.samples import model_inputs, read_samples, tokenised
+from lata_lightning.rows.inputs import model_inputs, tokenised
+from lata_lightning.rows.reading import read_rows
+from lata_lightning.rows.schema import read_samples
 from lata_lightning.vectors.task_vector import TaskVector
 
 WORDS = {"math": "compute 1+2", "string": "reverse abc"}
@@ -188,7 +190,7 @@ def test_a_regressed_vector_is_that_of_the_function_and_is_merged_like_any_other
     assert "lata merge instruct one --output MERGED" in said
     assert "plain means" not in said
     tokenizer = AutoTokenizer.from_pretrained("instruct")
-    samples = [model_inputs(tokenised(read_samples(f"{name}.jsonl", 5), tokenizer, max_tokens=64)[0], 2) for name in WORDS]
+    samples = [model_inputs(tokenised(read_samples(read_rows(f"{name}.jsonl", 5), name), tokenizer, max_tokens=64)[0], 2) for name in WORDS]
     vectors = [TaskVector.between("instruct", name) for name in WORDS]
     expected = regress(vectors, "instruct", samples, in_order=in_order == "true", off_diagonal=0.8, ridge=1e-5)
     found = TaskVector.open("one")
@@ -270,7 +272,7 @@ def test_what_is_cut_or_lacking_is_said(lata):
             "regress instruct broken --data math.jsonl --output x",
             "holds NaN or infinite values in 1: ['model.layers.0.mlp.up_proj.weight']",
         ),
-        ("solve bare math --data math.jsonl --output x", "bare has no tokenizer that can be loaded"),
+        ("solve bare math --data math.jsonl --output x", "bare holds no tokenizer that can be loaded"),
         ("solve t5 t5 --data math.jsonl --output x", "t5 has an encoder and a decoder"),
         ("solve instruct t5 --data math.jsonl --output x", "must hold the same tensors"),
         ("solve instruct nowhere --data math.jsonl --output x", "nowhere does not exist"),

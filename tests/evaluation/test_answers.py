@@ -8,6 +8,7 @@ from lata_lightning.errors import LataError
 from lata_lightning.evaluation.answers import AnswerPerplexity, Answers, generated
 from lata_lightning.quickstart.exercises import exercises
 from lata_lightning.quickstart.experts import INSTRUCT
+from lata_lightning.quickstart.make_checkpoints import make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -85,17 +86,17 @@ def test_the_model_keeps_its_mode_also_when_it_fails(model, tokenizer, pairs):
 
 
 def test_whoever_leaves_off_between_two_batches_is_not_left_without_gradients(model, tokenizer, pairs):
-    batches = Answers(tokenizer, pairs, tokens_per_batch=1).predictions(model)
+    batches = Answers(tokenizer, pairs, tokens_per_batch=1).token_scores(model)
     next(batches)
     assert torch.ones(1, requires_grad=True).mul(2).requires_grad
 
 
-def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer):
-    class Bare:
-        chat_template = None
-
-    with pytest.raises(LataError, match="this tokenizer has no chat template"):
-        Answers(Bare(), [("a", "b")])
+def test_a_tokenizer_without_a_chat_template_is_refused_unless_pairs_are_plain():
+    bare = make_tokenizer()
+    bare.chat_template = None
+    with pytest.raises(LataError, match="has no chat template, which conversations and pairs are put into"):
+        Answers(bare, [("a", "b")])
+    assert len(Answers(bare, [("a", "b")], template="plain").scores(AutoModelForCausalLM.from_pretrained(INSTRUCT))[0].hits) == 2
 
 
 def test_no_pairs_and_no_tokens_are_refused(tokenizer):

@@ -40,7 +40,7 @@ def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(model, 
 
 
 def test_it_agrees_with_torchmetrics_on_the_same_windows(model, tokenizer):
-    text = held_out_text()[:1000]
+    text = held_out_text()[:992]
     reference = ReferencePerplexity()
     with torch.no_grad():
         for start in range(0, 992, 32):
@@ -71,9 +71,30 @@ def test_the_model_keeps_its_mode(model, tokenizer):
     assert model.training
 
 
-def test_text_shorter_than_one_window_is_refused(tokenizer):
-    with pytest.raises(LataError, match="one window of 128 tokens, it has 3"):
-        Perplexity(tokenizer, "abc")
+def test_what_does_not_fill_a_window_counts_as_well(model, tokenizer):
+    text = "a window and a bit"
+    losses = []
+    for part in (text[:8], text[8:16], text[16:]):
+        ids = torch.tensor([tokenizer(part)["input_ids"]])
+        with torch.no_grad():
+            losses.append((model(input_ids=ids, labels=ids).loss.double().item(), len(part) - 1))
+    expected = math.exp(sum(loss * count for loss, count in losses) / sum(count for _, count in losses))
+    assert perplexity(model, tokenizer, text, context_length=8) == pytest.approx(expected, rel=1e-5)
+    assert Perplexity(tokenizer, text, 8).count == 7 + 7 + 1
+
+
+def test_texts_in_which_nothing_is_predicted_are_refused(tokenizer):
+    with pytest.raises(LataError, match="at least two tokens.*none of 2 texts has them"):
+        Perplexity(tokenizer, ["a", "b"])
+
+
+def test_the_model_keeps_its_mode_when_a_score_fails(model, tokenizer):
+    model.train()
+    model.lm_head.weight.data = torch.zeros(260, 3)
+    with pytest.raises(RuntimeError):
+        perplexity(model, tokenizer, "any text")
+    assert model.training
+    assert torch.ones(1, requires_grad=True).mul(2).requires_grad
 
 
 def test_a_window_of_one_token_is_refused(tokenizer):

@@ -1,13 +1,14 @@
 import json
+import math
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lata_lightning.errors import CorruptFileError, LataError, SourceError
 from lata_lightning.evaluation.accuracy import exact_match
 from lata_lightning.evaluation.answers import AnswerPerplexity
-from lata_lightning.evaluation.perplexity import perplexity
-from lata_lightning.evaluation.questions import Question, distinct, names_of, prepare, read_questions, read_texts
+from lata_lightning.evaluation.questions import Question, distinct, names_of, prepare, read_data, read_questions
 from lata_lightning.quickstart.experts import INSTRUCT
 
 
@@ -35,7 +36,7 @@ def test_rows_are_read_in_every_form(write):
     path = write(
         {"prompt": "copy a", "answer": "a"},
         "",
-        {"question": "copy b", "completion": "b", "paraphrased_answer": "it is b", "perturbed_answer": ["c", "d"]},
+        {"question": "copy b", "answer": "b", "paraphrased_answer": "it is b", "perturbed_answer": ["c", "d"]},
         {"messages": [{"role": "user", "content": "copy \u2028"}, {"role": "assistant", "content": "\u2028"}], "perturbed_answer": "x"},
     )
     assert read_questions(path) == [
@@ -45,20 +46,23 @@ def test_rows_are_read_in_every_form(write):
     ]
 
 
-def test_texts_are_read_in_order(write):
-    assert read_texts(write({"text": "one"}, {"text": "two"})) == ["one", "two"]
-
-
 def test_exact_match_on_a_file_is_that_of_its_pairs(write, model, tokenizer):
     pairs = [("copy tobik", "tobik"), ("copy tobik", "tobi"), ("copy lemu", "lemu")]
     path = write(*({"prompt": prompt, "answer": answer} for prompt, answer in pairs))
     assert prepare("exact_match", tokenizer, path)(model) == exact_match(model, tokenizer, pairs) == pytest.approx(2 / 3)
 
 
-def test_perplexity_of_text_joins_the_rows_by_the_end_token(write, model, tokenizer):
-    path = write({"text": "A first paragraph."}, {"text": "And a second one."})
-    whole = f"A first paragraph.{tokenizer.eos_token}And a second one."
-    assert prepare("perplexity", tokenizer, path, 8)(model) == perplexity(model, tokenizer, whole, 8)
+def test_perplexity_of_texts_weighs_every_token_the_same(write, model, tokenizer):
+    texts = ["A first paragraph.", "And a second one.", "x"]
+    losses = []
+    for text in texts[:2]:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            losses.append((model(input_ids=ids, labels=ids).loss.double().item(), ids.shape[1] - 1))
+    mean = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
+    path = write(*({"text": text} for text in texts))
+    assert prepare("perplexity", tokenizer, path)(model) == pytest.approx(math.exp(mean), rel=1e-5)
+    assert prepare(None, tokenizer, path)(model) == pytest.approx(math.exp(mean), rel=1e-5)
 
 
 def test_perplexity_of_questions_is_that_of_the_answers(write, model, tokenizer):
@@ -67,7 +71,7 @@ def test_perplexity_of_questions_is_that_of_the_answers(write, model, tokenizer)
 
 
 def test_equal_rows_count_once(write):
-    assert distinct(write({"text": "a", "n": 1}, {"n": 1, "text": "a"}, {"text": "b", "n": 1})) == 2
+    assert distinct(read_data(write({"text": "a", "id": 1}, {"id": 2, "text": "a"}, {"text": "b", "id": 1}))) == 2
 
 
 def test_files_are_named_without_their_ending():
@@ -76,39 +80,37 @@ def test_files_are_named_without_their_ending():
         names_of(["a/math.jsonl", "b/math.jsonl"])
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": "a"},
-        {"prompt": "a", "answer": 4},
-        {"messages": [{"role": "user", "content": "a"}]},
-        {"prompt": "a", "answer": "b", "perturbed_answer": [1]},
-    ],
-)
-def test_rows_of_another_form_are_named(write, row):
-    with pytest.raises(LataError, match=f"others are 1: \\['line 2: {', '.join(row)}'\\]"):
+@pytest.mark.parametrize("row", [{"messages": [{"role": "user", "content": "a"}]}, {"prompt": "a", "answer": "b", "perturbed_answer": [1]}])
+def test_rows_that_are_no_question_with_an_answer_are_named(write, row):
+    with pytest.raises(LataError, match=f"others are 1: \\['row 2: {', '.join(row)}'\\]"):
         read_questions(write({"prompt": "a", "answer": "b"}, row))
 
 
-def test_rows_without_text_are_named(write, tokenizer):
-    with pytest.raises(LataError, match=r"must all have a 'text'; others are 1: \['line 2: prompt'\]"):
-        prepare("perplexity", tokenizer, write({"text": "a"}, {"prompt": "b"}))
+def test_a_metric_that_does_not_suit_the_rows_is_refused(write, tokenizer):
+    with pytest.raises(
+        LataError, match=r"exact_match cannot be taken on .*: it needs questions with answers.* suit perplexity \(--metric\)"
+    ):
+        prepare("exact_match", tokenizer, write({"text": "a"}))
+    with pytest.raises(LataError, match=r"exact_match cannot be taken on .* These rows suit accuracy or perplexity"):
+        prepare("exact_match", tokenizer, write({"text": "a", "label": 1}))
+    with pytest.raises(LataError, match="accuracy cannot be taken on .*: it needs texts with a label"):
+        prepare("accuracy", tokenizer, write({"prompt": "a", "answer": "b"}))
 
 
 def test_files_that_are_no_jsonl_are_refused(write, tmp_path):
-    with pytest.raises(SourceError, match="cannot be read as JSONL: No such file"):
-        read_texts(tmp_path / "absent.jsonl")
+    with pytest.raises(SourceError, match=r"there is no file .*absent\.jsonl"):
+        read_data(tmp_path / "absent.jsonl")
     with pytest.raises(CorruptFileError, match="line 2 of .* is no JSON"):
-        read_texts(write({"text": "a"}, "{"))
+        read_data(write({"text": "a"}, "{"))
     with pytest.raises(CorruptFileError, match="line 1 of .* must be a JSON object, it is a list"):
-        read_texts(write([1]))
+        read_data(write([1]))
     with pytest.raises(LataError, match="holds no rows"):
-        read_texts(write(""))
+        read_data(write(""))
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe9"}\n')
     with pytest.raises(CorruptFileError, match="is no UTF-8 text"):
-        read_texts(tmp_path / "latin.jsonl")
+        read_data(tmp_path / "latin.jsonl")
 
 
 def test_an_unknown_metric_is_refused(write, tokenizer):
-    with pytest.raises(LataError, match="unknown metric 'bleu'; choose one of exact_match, perplexity"):
+    with pytest.raises(LataError, match="unknown metric 'bleu'; choose one of exact_match, perplexity, accuracy"):
         prepare("bleu", tokenizer, write({"text": "a"}))

@@ -7,7 +7,8 @@ from tiny_models import llama
 from torch.nn.utils import parameters_to_vector
 
 from lata_lightning.errors import LataError, LayoutMismatchError, WeightingError
-from lata_lightning.evaluation.tuning import DEFAULT_GRID, Tuning, mean_score, tune, under_rules
+from lata_lightning.evaluation.curves import Tuning, mean_score
+from lata_lightning.evaluation.tuning import tune, under_rules
 from lata_lightning.merging.merge import Term
 from lata_lightning.report.reading import read_scales
 from lata_lightning.store.writer import write_json
@@ -170,12 +171,6 @@ def test_progress_counts_every_point(model, vector):
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def test_the_default_grid_begins_fine_and_reaches_two():
-    assert DEFAULT_GRID[:3] == (0, 0.025, 0.05)
-    assert DEFAULT_GRID[-1] == 2
-    assert list(DEFAULT_GRID) == sorted(set(DEFAULT_GRID))
-
-
 @pytest.mark.parametrize(
     ("rules", "data", "more", "message"),
     [
@@ -213,7 +208,7 @@ def failing_later():
 
 def test_a_vector_of_another_model_is_refused(model):
     other = TaskVector.between(llama(0, tied=True), llama(1, tied=True))
-    with pytest.raises(LayoutMismatchError, match="does not hold the parameters of the model"):
+    with pytest.raises(LayoutMismatchError, match="must hold the same tensors"):
         tune(model, {"none": [other]}, {"skill": lambda _: 1.0})
 
 

@@ -244,7 +244,7 @@ def test_an_unknown_set_and_an_empty_answer_are_refused(write, tokenizer):
     with pytest.raises(LataError, match="sets retain, real_authors, world_facts, not on train"):
         UnlearningEvaluation(tokenizer, "forget.jsonl", {"train": "train.jsonl"})
     pytest.importorskip("nltk")
-    with pytest.raises(LataError, match=r"empty are the answers to 1: \['copy a'\]"):
+    with pytest.raises(LataError, match="has nothing in column 'answer'"):
         UnlearningEvaluation(tokenizer, write("forget.jsonl", [{"prompt": "copy a", "answer": ""}]), {})
 
 

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from lata_lightning.errors import LataError
 from lata_lightning.quickstart.exercises import INSTRUCT_SKILLS
-from lata_lightning.training.rows import chat_rows
+from lata_lightning.rows.tokens import chat_rows
 from study import __main__ as command
 from study import chain as chains
 from study import merging, tasks

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ddp_batches_run import PAIRS, data_modules
 
-from lata_lightning.training.rows import MixtureBatchSampler
+from lata_lightning.training.batches import MixtureBatchSampler
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 from lata_lightning.errors import LataError, SourceError
 from lata_lightning.quickstart.experts import INSTRUCT
 from lata_lightning.quickstart.make_checkpoints import make_tokenizer
-from lata_lightning.training.rows import Row, chat_rows, collate, conversation_pieces, packed
+from lata_lightning.rows.tokens import Row, chat_rows, collate, conversation_pieces, packed
 from lata_lightning.training.text_data import TextDataModule, load_tokenizer
 
 PAIRS = [(f"ask {number}", f"say {number * number}") for number in range(12)]
@@ -249,8 +249,8 @@ def test_a_missing_column_is_refused(tmp_path):
     for more in ({}, {"streaming": True, "batches_per_epoch": 1}):
         with pytest.raises(LataError, match="no column 'answer'; its columns are 'prompt', 'completion'"):
             module(path, columns=["prompt", "answer"], **more)
-    with pytest.raises(LataError, match=r"neither 'messages', .*they are 2: \['answer', 'question'\]"):
-        module(write(tmp_path / "other.jsonl", [{"question": "a", "answer": "b"}]))
+    with pytest.raises(LataError, match=r"must hold 'messages', .*it holds 2: \['input', 'promt'\]\. The nearest form is 'prompt' and"):
+        module(write(tmp_path / "other.jsonl", [{"promt": "a", "input": "b"}]))
 
 
 @pytest.mark.parametrize("row", [{"prompt": "a", "completion": None}, {"prompt": "a", "completion": ""}, {"messages": []}])
@@ -260,15 +260,15 @@ def test_a_row_without_a_value_is_refused(tmp_path, row):
         if "messages" in row
         else {"prompt": "a", "completion": "b"}
     )
-    with pytest.raises(LataError, match="row 1 has nothing in column '(completion|messages)'"):
+    with pytest.raises(LataError, match="row 2 has nothing in column '(completion|messages)'"):
         module(write(tmp_path / "rows.jsonl", [full, row]))
 
 
 def test_what_is_no_conversation_is_refused(tmp_path):
     for number, row in enumerate([[{"from": "user", "value": "a"}], [1, 2]]):
-        with pytest.raises(LataError, match="a list of turns with 'role' and 'content'; row 0 is none"):
+        with pytest.raises(LataError, match="a list of turns with 'role' and 'content'; row 1 has none in 'messages'"):
             module(write(tmp_path / f"{number}.jsonl", [{"messages": row}]))
-    with pytest.raises(LataError, match="must be text, in row 0 there is a int"):
+    with pytest.raises(LataError, match="'prompt' and 'completion' must be text; row 1 holds a int there"):
         module(write(tmp_path / "numbers.jsonl", [{"prompt": "a", "completion": 4}]))
 
 
@@ -284,7 +284,7 @@ def test_a_template_that_changes_what_was_said_is_refused(tmp_path):
     changing = make_tokenizer()
     changing.chat_template = "{{ messages | length }}{{ messages[0]['content'] }}"
     changing.save_pretrained(tmp_path / "changing")
-    with pytest.raises(LataError, match="renders the conversation in row 0 differently once it goes on"):
+    with pytest.raises(LataError, match="renders the conversation in row 1 differently once it goes on"):
         module(pairs(tmp_path / "rows.jsonl"), tokenizer=str(tmp_path / "changing"))
     assert conversation_pieces(changing, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]) is None
 
@@ -293,14 +293,14 @@ def test_pairs_without_a_chat_template_are_refused(tmp_path):
     bare = make_tokenizer()
     bare.chat_template = None
     bare.save_pretrained(tmp_path / "bare")
-    with pytest.raises(LataError, match=r"'.*bare' has no chat template: .*template 'plain'"):
+    with pytest.raises(LataError, match=r"'.*bare' has no chat template, .*template 'plain'"):
         module(pairs(tmp_path / "rows.jsonl"), tokenizer=str(tmp_path / "bare"))
     module(pairs(tmp_path / "rows.jsonl"), tokenizer=str(tmp_path / "bare"), template="plain")
 
 
 def test_rows_that_are_too_long_are_refused_or_left_out(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a" * 40, "completion": "b"}])
-    with pytest.raises(LataError, match="at most 32 tokens; 1 have more, the first is row 1"):
+    with pytest.raises(LataError, match="at most 32 tokens; 1 have more, the first is row 2"):
         module(path)
     assert prompts(module(path, too_long="drop")) == ["a"]
     with pytest.raises(LataError, match="none of 2 rows has at most 2 tokens"):

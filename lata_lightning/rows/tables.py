@@ -46,17 +46,6 @@ def open_table(source: str | Sequence[str], split: str = "train", subset: str | 
         raise LataError(f"cannot read split {split!r} of {shown!r}{offline}: {first_line(error.__cause__ or error)}") from error
 
 
-def check_columns(held: Sequence[str], columns: Sequence[str]) -> None:
-    """Refuse a table that holds these columns and lacks one of those.
-
-    Raises:
-        LataError: A column is missing; the message lists those there are.
-    """
-    missing = [column for column in columns if column not in held]
-    if missing:
-        raise LataError(f"the data has no column {', '.join(map(repr, missing))}; its columns are {', '.join(map(repr, held))}")
-
-
 def held_out(content: Any, share: float, seed: int) -> bool:
     """Whether a row belongs to the validation split, which its content alone decides.
 

@@ -4,7 +4,8 @@ import pytest
 from datasets import Dataset
 
 from lata_lightning.errors import LataError
-from lata_lightning.training.tables import check_columns, divided, held_out, open_table
+from lata_lightning.rows.schema import check_columns
+from lata_lightning.rows.tables import divided, held_out, open_table
 
 ROWS = [{"prompt": f"question {number}", "completion": f"answer {number}"} for number in range(5)]
 

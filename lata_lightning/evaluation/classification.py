@@ -1,0 +1,109 @@
+"""Accuracy of classifiers of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lata_lightning.errors import LataError, first_three
+from lata_lightning.evaluation.answers import evaluating
+from lata_lightning.rows.schema import Sample
+
+
+class Accuracy:
+    """Share of texts to which a classifier gives the right label.
+
+    Texts get the tokens that ``tokenizer(text)`` gives, cut to the length the tokenizer gives its model. They are turned into tokens once; the object
+    can then be called with many models.
+    """
+
+    def __init__(self, tokenizer: Any, samples: Sequence[Sample], tokens_per_batch: int = 4096, *, name: str = "the data") -> None:
+        """Turn the texts into batches of similar length.
+
+        Args:
+            tokenizer: Hugging Face tokenizer.
+            samples: Texts with labels, at least one.
+            tokens_per_batch: Most tokens of a batch, padding included; a longer text is a batch of its own.
+            name: What the samples are called in messages.
+
+        Raises:
+            LataError: There are no samples, one has no label, or some labels are words and others are numbers.
+        """
+        if not samples or tokens_per_batch < 1:
+            raise LataError(f"accuracy needs at least one text and one token a batch, not {len(samples)} and {tokens_per_batch}")
+        bare = [f"row {number}" for number, sample in enumerate(samples, start=1) if sample.label is None or sample.form != "text"]
+        if bare:
+            raise LataError(f"accuracy needs rows with 'text' and 'label'; in {name} it is missing in {first_three(bare)}")
+        kinds = {type(sample.label) for sample in samples}
+        if len(kinds) > 1:
+            raise LataError(f"the labels of {name} must all be words or all be whole numbers; there are both")
+        self.count, self._name, self._tokenizer = len(samples), name, tokenizer
+        self._labels: list[Any] = [sample.label for sample in samples]
+        rows = [tokenizer(sample.text, truncation=True)["input_ids"] for sample in samples]
+        self._rows = rows
+        self._tokens_per_batch = tokens_per_batch
+
+    def __call__(self, model: Any) -> float:
+        """Accuracy of a transformers model for sequence classification, in [0, 1]; the model stays as it is.
+
+        Raises:
+            LataError: The model does not have these labels.
+        """
+        wanted = torch.tensor(label_numbers(self._labels, model.config, self._name))
+        device = next(model.parameters()).device
+        right = 0
+        with evaluating(model):
+            for members in self._batches(model):
+                ids = [torch.tensor(self._rows[index]) for index in members]
+                padding = 0 if model.config.pad_token_id is None else model.config.pad_token_id
+                input_ids = torch.nn.utils.rnn.pad_sequence(ids, True, padding).to(device)
+                mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], True, 0).to(device)
+                logits = model(input_ids=input_ids, attention_mask=mask).logits
+                right += int((logits.argmax(-1).cpu() == wanted[members]).sum())
+        return right / self.count
+
+    def _batches(self, model: Any) -> list[list[int]]:
+        """Numbers of the texts of each batch, shortest first; without a padding token all of a batch are of one length."""
+        batches: list[list[int]] = []
+        for index in sorted(range(self.count), key=lambda index: len(self._rows[index])):
+            length = len(self._rows[index])
+            full = batches and (len(batches[-1]) + 1) * length > self._tokens_per_batch
+            uneven = batches and model.config.pad_token_id is None and len(self._rows[batches[-1][0]]) != length
+            if not batches or full or uneven:
+                batches.append([])
+            batches[-1].append(index)
+        return batches
+
+
+def label_numbers(labels: Sequence[int | str], config: Any, name: str) -> list[int]:
+    """Labels as the numbers of a model's classes.
+
+    Args:
+        labels: Whole numbers from 0; or words, which the config of the model names. Where it names none and has as many classes as there are different
+            words, they are numbered in alphabetical order, as ``lata fit`` does.
+        config: Of a transformers model, with ``num_labels`` and ``label2id``.
+        name: Where the labels come from, for messages.
+
+    Raises:
+        LataError: A label is not among the classes.
+    """
+    classes = int(config.num_labels)
+    if any(isinstance(label, str) for label in labels):
+        known = {str(word): int(number) for word, number in (config.label2id or {}).items()}
+        words = sorted({str(label) for label in labels})
+        if not set(words) & set(known) and len(words) == classes and set(known) == {f"LABEL_{number}" for number in range(classes)}:
+            known = {word: number for number, word in enumerate(words)}
+        unknown = [word for word in words if word not in known]
+        if unknown:
+            raise LataError(
+                f"the labels of {name} must be classes of the model, which are {first_three(known)}; others are {first_three(unknown)}. "
+                "Write them into label2id and id2label of its config.json, or give their numbers."
+            )
+        return [known[str(label)] for label in labels]
+    numbers = [int(label) for label in labels]
+    odd = sorted({str(number) for number in numbers if not 0 <= number < classes})
+    if odd:
+        raise LataError(f"the labels of {name} must lie in 0 to {classes - 1}, the classes of the model; others are {first_three(odd)}")
+    return numbers

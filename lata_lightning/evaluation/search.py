@@ -1,0 +1,47 @@
+"""Which scales to try: a few over the whole range first, then finer ones around the best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lata_lightning.evaluation.scales import best_scale
+
+COARSE = (0.1, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0)
+"""From where a little of a vector already helps up to where a merge has usually broken down; each gap is about a third of what is below it."""
+ROUNDS = 2
+"""How often the gaps on both sides of the best scale are halved."""
+PATIENCE = 2
+"""So many scales in a row that are worse than the best end the coarse part: the curve has turned."""
+MOST_POINTS = len(COARSE) + 2 * ROUNDS
+"""Scales above 0 that are scored at most."""
+
+
+def coarse_to_fine(height_at: Callable[[float], float], start: float) -> dict[float, float]:
+    """Score scales until the best one is known to a fraction of itself.
+
+    The scales of ``COARSE`` are scored from below until ``PATIENCE`` in a row are worse than the best so far, the start included. Then the gaps on both
+    sides of the best scale are halved, ``ROUNDS`` times. Where all scores are equal nothing is refined. The same scores give the same scales.
+
+    Args:
+        height_at: Score at a scale: the higher the better; minus infinity where a scale is not allowed.
+        start: Score at scale 0.
+
+    Returns:
+        Every scale scored, 0 among them, with its score.
+    """
+    heights = {0.0: start}
+    worse = 0
+    for scale in COARSE:
+        heights[scale] = height_at(scale)
+        worse = worse + 1 if heights[scale] < max(heights.values()) else 0
+        if worse == PATIENCE:
+            break
+    for _ in range(ROUNDS if len(set(heights.values())) > 1 else 0):
+        best = best_scale(heights)
+        below = max((scale for scale in heights if scale < best), default=None)
+        above = min((scale for scale in heights if scale > best), default=None)
+        for side in (below, above):
+            if side is not None:
+                middle = round((best + side) / 2, 6)
+                heights[middle] = height_at(middle)
+    return heights
