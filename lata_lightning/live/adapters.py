@@ -9,8 +9,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lata_lightning.errors import LataError, first_three
+from lata_lightning.layers import unwrapped
 from lata_lightning.live.live_model import LiveModel, find_model
 from lata_lightning.numerics.low_rank import LowRank
+from lata_lightning.store.foreign_adapters import check_no_factors
 from lata_lightning.store.lora import AdaptedModel, check_unwrapped, packed_bytes, peft_kinds
 
 
@@ -77,4 +79,5 @@ def look_at(root: nn.Module, name: str | None = None) -> LiveModel:
     if isinstance(module, peft_kinds()):
         return LoraModel(module)
     check_unwrapped(module)
+    check_no_factors((unwrapped(parameter) for parameter, _ in module.named_parameters()), "the model in training")
     return LiveModel(module)

@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lata_lightning.errors import CorruptFileError, LataError, LayoutMismatchError, SourceError, first_three
 from lata_lightning.layers import skeleton
-from lata_lightning.store.directories import ADAPTER_CONFIG, read_object
+from lata_lightning.store.directories import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_object
+from lata_lightning.store.formats.table import find_format
 from lata_lightning.store.lora import RESIDUAL, AdaptedModel, check_kind
 from lata_lightning.store.sources import Source
 
-_WEIGHTS_NAME = "adapter_model.safetensors"
 # Kinds whose layers have tensors that no file holds: drawn from a seed, or following from the sizes.
 _WITH_BUFFERS = frozenset({"ADALORA", "OFT", "BOFT", "VERA", "TRAINABLE_TOKENS"})
 
@@ -167,12 +165,8 @@ def _on_one_line(error: Exception) -> str:
 
 
 def _read_weights(directory: Path) -> dict[str, Tensor]:
-    path = directory / _WEIGHTS_NAME
-    if not path.is_file():
-        raise SourceError(
-            f"{directory} holds no {_WEIGHTS_NAME}; pickled adapters can run code when they are loaded: convert it to safetensors first"
-        )
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CorruptFileError(f"{path} is no readable safetensors file ({error}). Is it complete? Copy or download it again.") from error
+    path = next((directory / name for name in ADAPTER_WEIGHTS if (directory / name).is_file()), None)
+    if path is None:
+        raise SourceError(f"{directory} holds neither {' nor '.join(ADAPTER_WEIGHTS)}. Is it complete?")
+    stored = find_format(path).open(path, str(path))
+    return {name: stored.read(name) for name in stored.names} | {alias: stored.read(name) for alias, name in stored.tied.items()}

@@ -14,6 +14,7 @@ from lata_lightning.store.descriptors import unreadable
 MANIFEST_NAME = "task_vector.json"
 MERGE_RECORD = "merge.json"
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # Whole models that transformers does not load by itself: of Mistral, LitGPT and Meta.
 _FURTHER = ("consolidated.safetensors", "lit_model.pth", "consolidated.00.pth")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
@@ -30,6 +31,35 @@ def holds_vector(path: str | Path) -> bool:
 def holds_adapter(path: str | Path) -> bool:
     """Whether a path is a peft adapter directory."""
     return (Path(path) / ADAPTER_CONFIG).is_file()
+
+
+def adapter_directory(path: str | Path) -> Path | None:
+    """The peft adapter directory that a path means; None if it is something else.
+
+    Args:
+        path: The directory, its file of weights, or a directory that holds nothing but one adapter in a folder of its own, as peft saves an
+            adapter of another name than ``default``. Where a directory is an adapter and has others in folders, it is meant itself, as to peft.
+
+    Raises:
+        SourceError: It holds several adapters in folders of their own.
+    """
+    found = Path(path)
+    if found.name in ADAPTER_WEIGHTS and holds_adapter(found.parent):
+        return found.parent
+    if holds_adapter(found) or not found.is_dir():
+        return found if holds_adapter(found) else None
+    try:
+        inside = sorted(found.iterdir())
+    except OSError as error:
+        raise unreadable(found, error) from error
+    if any(file.suffix in _WEIGHT_SUFFIXES or file.name in ("config.json", MANIFEST_NAME) for file in inside):
+        return None
+    folders = [folder for folder in inside if holds_adapter(folder)]
+    if len(folders) > 1:
+        raise SourceError(
+            f"{path} holds several adapters, {first_three(folder.name for folder in folders)}: give one of them, such as {folders[0]}"
+        )
+    return folders[0] if folders else None
 
 
 def find_weights(weights: str | Path) -> tuple[Path, str | None]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from lata_lightning.errors import SourceError
 from lata_lightning.store.adapter_files import adapted_model, named_base
 from lata_lightning.store.adapters import AdaptedWeights, AdapterDifference, check_same_base
-from lata_lightning.store.directories import ADAPTER_CONFIG, find_weights, holds_adapter
+from lata_lightning.store.directories import ADAPTER_CONFIG, adapter_directory, find_weights
+from lata_lightning.store.foreign_adapters import check_no_factors
 from lata_lightning.store.formats.table import find_format
 from lata_lightning.store.lora import AdaptedModel, check_unwrapped, peft_kinds
 from lata_lightning.store.sources import Source, StateDictSource
@@ -37,9 +38,16 @@ def open_source(weights: str | Path | nn.Module | Mapping[str, Tensor] | Source)
     if isinstance(weights, nn.Module):
         check_unwrapped(weights)
     if isinstance(weights, nn.Module | Mapping):
-        return StateDictSource(weights)
+        held = StateDictSource(weights)
+        check_no_factors(held.names, held.label, held.config)
+        return held
     path, revision = find_weights(weights)
-    source = _open_adapted(path, str(weights)) if holds_adapter(path) else find_format(path).open(path, str(weights))
+    adapter = adapter_directory(path)
+    if adapter is not None:
+        source = _open_adapted(adapter, str(weights))
+    else:
+        source = find_format(path).open(path, str(weights))
+        check_no_factors(source.names, source.label, source.config)
     source.revision = revision
     return source
 
@@ -61,8 +69,9 @@ def open_difference(weights: object, start: Source) -> AdapterDifference | None:
         return AdapterDifference(start, AdaptedModel(weights), None, start.added if isinstance(start, AdaptedWeights) else None)
     if not isinstance(weights, str | Path):
         return None
-    directory, revision = find_weights(weights)
-    if not holds_adapter(directory):
+    path, revision = find_weights(weights)
+    directory = adapter_directory(path)
+    if directory is None:
         return None
     before = start.added if isinstance(start, AdaptedWeights) and _same_place(named_base(directory), start.base) else None
     if before is None:
@@ -78,7 +87,7 @@ def _open_adapted(directory: Path, location: str) -> Source:
         raise SourceError(
             f"{directory / ADAPTER_CONFIG} names no base_model_name_or_path, so there are no whole weights. Write the base model's path there."
         )
-    if holds_adapter(named):
+    if adapter_directory(named) is not None:
         raise SourceError(
             f"{directory / ADAPTER_CONFIG} names another adapter as its base, {named}; save what merge_and_unload() gives of that first"
         )

@@ -6,9 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lata_lightning.store.directories import ADAPTER_CONFIG, find_weights, holds_adapter, holds_vector, read_object, shard_files
+from lata_lightning.store.directories import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_directory, find_weights, holds_vector, read_object
 from lata_lightning.store.formats.table import find_format
-from lata_lightning.store.layout import joined, safetensors_spans, sizes
 from lata_lightning.vectors.manifest import Derivation, Identity, read_manifest
 
 
@@ -21,7 +20,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     found, _ = find_weights(path)
     if holds_vector(found):
         return _describe_vector(found)
-    return _describe_adapter(found) if holds_adapter(found) else find_format(found).inspect(found)
+    adapter = adapter_directory(found)
+    return find_format(found).inspect(found) if adapter is None else _describe_adapter(adapter)
 
 
 def _describe_vector(path: Path) -> dict[str, Any]:
@@ -69,9 +69,10 @@ def _derived(derivation: Derivation | None) -> dict[str, Any]:
 def _describe_adapter(path: Path) -> dict[str, Any]:
     config = read_object(path / ADAPTER_CONFIG)
     facts = {"type": "peft_type", "base": "base_model_name_or_path", "rank": "r", "initialisation": "init_lora_weights"}
-    spans = joined(safetensors_spans(file) for file in shard_files(path, "adapter_model"))
-    stored = sizes({name: span.entry for name, span in spans.items()})
-    return {"holds": "peft adapter", **{fact: config.get(key) for fact, key in facts.items()}, **stored}
+    weights = next((path / name for name in ADAPTER_WEIGHTS if (path / name).is_file()), None)
+    stored = {} if weights is None else find_format(weights).inspect(weights)
+    about_tensors: dict[str, Any] = {fact: stored[fact] for fact in ("tensors", "parameters", "dtype") if fact in stored}
+    return {"holds": "peft adapter", **{fact: config.get(key) for fact, key in facts.items()}, **about_tensors}
 
 
 def _where(identity: Identity) -> str:

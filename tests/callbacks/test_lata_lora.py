@@ -459,7 +459,9 @@ def check_packed(directory, models, make):
 
 
 def check_factors(directory, models, model, count):
-    base = {name: parameter.clone() for name, parameter in model.named_parameters() if "base_layer" in name}
+    # Tensor classes of their own need not know how to be compared.
+    plain = {name: parameter for name, parameter in model.named_parameters() if type(parameter.data) is torch.Tensor}
+    base = {name: parameter.clone() for name, parameter in plain.items() if "base_layer" in name}
     lata = {"instruction_vector": models / "instruction"}
     _, callback, exported = run(directory, model, lata=lata, max_epochs=1)
     assert all(torch.equal(parameter, dict(model.named_parameters())[name]) for name, parameter in base.items())
@@ -486,6 +488,47 @@ def check_factors(directory, models, model, count):
 
 def test_adapters_on_integer_weights_are_measured_in_their_factors(tmp_path, models):
     check_packed(tmp_path, models, Packed)
+
+
+class Rounded(torch.Tensor):
+    """A weight of eight bits in a tensor class of its own that calls itself float32, as those of torchao do."""
+
+    @staticmethod
+    def __new__(cls, values, size):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)
+
+    def __init__(self, values, size):
+        self.values_, self.size_ = values, size
+
+    def __tensor_flatten__(self):
+        return ["values_", "size_"], None
+
+    def full(self):
+        return self.values_.float() * self.size_
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
+            return cls(function(args[0].values_), args[0].size_)
+        args = torch.utils._pytree.tree_map_only(cls, cls.full, args)
+        return function(*args, **torch.utils._pytree.tree_map_only(cls, cls.full, kwargs or {}))
+
+
+def test_adapters_on_weights_of_another_tensor_class_are_measured_in_their_factors(tmp_path, models):
+    def make(layer):
+        size = layer.weight.detach().abs().max() / 127
+        values = Rounded((layer.weight.detach() / size).round().to(torch.int8), size)
+        layer.weight = nn.Parameter(values, requires_grad=False)
+        return layer
+
+    check_packed(tmp_path, models, make)
+
+
+def test_a_model_that_torchao_quantised_to_eight_bits_is_measured_in_its_factors(tmp_path, models):
+    torchao = pytest.importorskip("torchao.quantization")
+    model = instruct(models)
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig(), filter_fn=lambda part, name: isinstance(part, nn.Linear) and name != "lm_head")
+    check_factors(tmp_path, models, wrapped(model, target_modules=["q_proj", "up_proj"]), 6)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

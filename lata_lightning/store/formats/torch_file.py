@@ -46,14 +46,7 @@ def _archive(path: Path) -> TorchArchive:
 
 
 def _weights(archive: TorchArchive, path: Path, model: str | None = None) -> Weights:
-    found = weights_in(archive.content, archive.tensor, str(path), model)
-    wrapped = [name for name in found.spans if ".lora_A." in name or ".lora_embedding_A." in name]
-    if wrapped:
-        raise SourceError(
-            f"{path} is the checkpoint of a model wrapped by peft, {first_three(wrapped)}, and does not hold the scaling of its adapters. Save the "
-            "adapter with save_pretrained and give that directory."
-        )
-    return found
+    return weights_in(archive.content, archive.tensor, str(path), model)
 
 
 def _recognise(path: Path) -> bool:
