@@ -13,6 +13,7 @@ from lata_lightning.errors import LataError
 
 if TYPE_CHECKING:
     from lata_lightning.merging.merge import Term
+    from lata_lightning.merging.methods import Method
     from lata_lightning.vectors.task_vector import TaskVector
     from lata_lightning.weighting import Weighting
 
@@ -24,6 +25,13 @@ def _merge_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("vectors", metavar="VECTOR", nargs="+", help="Saved vectors, or tuned models, whose vector is tuned − ONTO.")
     _common_arguments(parser, "'linear'")
     parser.add_argument("--scale", type=float, nargs="+", default=[1.0], help="One scale for all vectors, or one for each.")
+    parser.add_argument(
+        "--method",
+        type=Literal["sum", "regression", "tsv", "iso"] | None,
+        help="How several vectors become one: 'sum' adds them, which is task arithmetic and the default; 'regression' solves every matrix from the "
+        "vectors alone, at scale 1; 'tsv' and 'iso' go by singular vectors (TSV-M, Iso-C).",
+    )
+    parser.add_argument("--device", default="cpu", help="Where --method solves matrices, such as cuda.")
 
 
 def _forget_arguments(parser: ArgumentParser) -> None:
@@ -61,9 +69,23 @@ def _merge(options: Namespace, command: str) -> None:
     scales = options.scale * len(options.vectors) if len(options.scale) == 1 else options.scale
     if len(scales) != len(options.vectors):
         raise LataError(f"give one scale for all vectors or one for each: got {len(scales)} scales for {len(options.vectors)} vectors")
-    terms = _terms(options, options.onto, options.vectors, scales, "linear")
+    method: Method = options.method or "sum"
+    terms = _terms(options, options.onto, options.vectors, scales, "linear") if method == "sum" else _whole_terms(options, scales)
     with progress_bar("merge") as progress:
-        merge(options.onto, terms, options.output, command=command, progress=progress, **_settings(options))
+        merge(
+            options.onto,
+            terms,
+            options.output,
+            method=method,
+            device=options.device,
+            command=command,
+            progress=progress,
+            **_settings(options),
+        )
+    if options.method is None and len(terms) > 1:
+        note(
+            "the vectors were added up (task arithmetic); --method regression would make them into one without samples and without a scale to choose"
+        )
     sys.stdout.write(f"{options.output}\n")
 
 
@@ -79,6 +101,20 @@ def _forget(options: Namespace, command: str) -> None:
 def _settings(options: Namespace) -> dict[str, Any]:
     given = {key: options[key] for key in ("dtype", "check_base", "vocabulary", "workers")}
     return {**given, "note": note}
+
+
+def _whole_terms(options: Namespace, scales: Sequence[float]) -> list[Term]:
+    """The vectors without coefficients, for methods that make one vector of all."""
+    from lata_lightning.merging.merge import Term
+
+    weighted = [name for name in ("instruction", "coefficients") if options[name] is not None]
+    weighted += ["weighting"] if options.weighting not in (None, "none") else []
+    if weighted:
+        raise LataError(
+            f"--method {options.method} takes vectors whole, so --{weighted[0]} cannot be given; --method sum weights them layer by layer"
+        )
+    given = [_vector(options, options.onto, path) for path in options.vectors]
+    return [Term(vector.unweighted(), scale, tuned) for (vector, tuned), scale in zip(given, scales, strict=True)]
 
 
 def _terms(options: Namespace, onto: str, paths: Sequence[str], scales: Sequence[float], rule: Weighting) -> list[Term]:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lata_lightning.errors import CorruptFileError, LataError
+from lata_lightning.merging.methods import Method, OneVector, Summand, check_method
 from lata_lightning.merging.vocabularies import Fitted, Vocabulary, check_vocabulary, fit_vocabularies
 from lata_lightning.numerics.chunks import in_parallel, worker_count
 from lata_lightning.numerics.combine import Part, combined
@@ -89,6 +90,8 @@ def merge(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     check_base: bool = True,
     vocabulary: Vocabulary | None = None,
+    method: Method = "sum",
+    device: str = "cpu",
     command: str | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -108,6 +111,10 @@ def merge(
         vocabulary: What to do where the vocabularies differ; by default that is refused. ``"onto"`` keeps the rows of ``onto`` and drops those
             that only a vector has. ``"union"`` adds them with the values of the tuned model (``Term.tuned``), whatever scale and coefficients
             are, together with its tokenizer. Rows that only ``onto`` has stay as they are. Nothing else changes where the vocabulary is one.
+        method: ``"sum"`` adds the vectors as they are. ``"regression"``, ``"tsv"`` and ``"iso"`` make one vector of all first, matrix by matrix, as
+            ``lata_lightning.linearity.from_vectors.merge_matrices`` does; coefficients and different scales are refused then. Nothing of the size of the
+            model is in memory, or on disk in between.
+        device: Where matrices are solved, for a method that does so, such as ``"cuda"``.
         command: Recorded in the card as how the model was made.
         workers: Threads that merge a tensor each; by default one for each processor, up to four. The result does not depend on it.
         progress: Called after each piece that is written, with the bytes written so far and the bytes in all.
@@ -122,15 +129,16 @@ def merge(
         BaseMismatchError: Two vectors start from different weights.
         OutputError: The output exists, or the disk is full.
         CorruptFileError: Weights are not finite.
-        LataError: No vector is given, or the dtype or the vocabulary is unknown.
+        LataError: No vector is given, the dtype, the vocabulary, the method or the device is unknown, or the vectors cannot be made into one.
 
-    Source: LATA, arXiv:2502.20186, task learning; with all coefficients 1, task arithmetic, arXiv:2212.04089.
+    Source: LATA, arXiv:2502.20186, task learning; with all coefficients 1, task arithmetic, arXiv:2212.04089. Other methods: see the source of each.
     """
     target = Path(output)
     check_free(target)
     cast_to = None if dtype is None else float_dtype(dtype)
     rows_of = None if vocabulary is None else check_vocabulary(vocabulary)
     threads = worker_count(workers)
+    check_method(method, device)
     if not terms:
         raise LataError("there is nothing to merge: give at least one vector")
     if check_base:
@@ -140,6 +148,9 @@ def merge(
     if note is not None:
         for sentence in fitted.notes:
             note(sentence)
+    vectors = [term.vector for term in terms]
+    one = None if method == "sum" else OneVector(vectors, fitted.vectors, [term.scale for term in terms], method, device)
+    summands = [Summand(reader, term.factor) for reader, term in zip(fitted.vectors, terms, strict=True)] if one is None else [one.summand]
     integers = {name for name in source.names if not source.dtype(name).is_floating_point}
     layout = {name: (cast_to or onto_weights.dtype(name), fitted.onto.shape(name)) for name in onto_weights.names}
     layout |= {name: (source.dtype(name), source.shape(name)) for name in source.names if name in integers}
@@ -152,9 +163,7 @@ def merge(
                 if name in integers:
                     writer.write(name, source.read(name))
                     return
-                acting = [
-                    (reader, factor) for reader, term in zip(fitted.vectors, terms, strict=True) if (factor := term.factor(name)) != 0
-                ]
+                acting = [(summand.reader, factor) for summand in summands if (factor := summand.factor(name)) != 0]
                 parts = [_part(fitted.onto, reader, name, factor) for reader, factor in acting]
                 dtype, shape = layout[name]
                 try:
@@ -169,6 +178,7 @@ def merge(
         record = {
             "onto": asdict(identity),
             "terms": [term.record() for term in terms],
+            "derivation": None if one is None else one.record(),
             "vocabulary": None
             if fitted.rows is None
             else {"rows_of": vocabulary, "before": fitted.rows[0], "after": fitted.rows[1], "notes": list(fitted.notes)},

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lata_lightning.vectors.manifest import Derivation, Manifest
 from lata_lightning.weighting import CLOSED_FORM
-
-if TYPE_CHECKING:
-    from lata_lightning.vectors.manifest import Derivation, Manifest
 
 PAPER = "[LATA](https://arxiv.org/abs/2502.20186)"
 PAPERS = {
@@ -83,7 +81,7 @@ def _derivation(made: Derivation) -> list[str]:
         lines += [f"| {' | '.join([entry.label, *(_value(entry.facts.get(name)) for name in facts)])} |" for entry in made.inputs]
         lines.append("")
     if made.averaged:
-        lines += [f"{len(made.averaged)} tensors of two axes or more are plain means; `task_vector.json` names them.", ""]
+        lines += [f"{len(made.averaged)} tensors of two axes or more are plain means; the record beside this card names them.", ""]
     if made.measured:
         layers = list(dict.fromkeys(layer for entry in made.measured for layer in entry.layers))
         lines += [f"| {' | '.join(['layer', *(entry.title for entry in made.measured)])} |", "|---" * (1 + len(made.measured)) + "|"]
@@ -107,10 +105,13 @@ def merge_card(name: str, record: Mapping[str, Any]) -> str:
     """
     onto = record["onto"]
     lines = front_matter([onto["location"]], "transformers", ["merge", "task-arithmetic", "lata"])
-    lines += [f"# {name}", "", f"Made with lata_lightning by layer-aware task arithmetic ({PAPER}).", ""]
+    how = f"layer-aware task arithmetic ({PAPER})" if record.get("derivation") is None else "making one vector of several first"
+    lines += [f"# {name}", "", f"Made with lata_lightning by {how}.", ""]
     lines += ["| | location | content hash |", "|---|---|---|", f"| onto | {_cell(**onto)}", ""]
     lines += ["| vector | scale | weighting | outside the layers |", "|---|---|---|---|"]
     lines += [f"| {term['vector']} | {term['scale']:g} | {term['weighting']} | {term['outside']:g} |" for term in record["terms"]]
+    if record.get("derivation") is not None:
+        lines += ["", *_derivation(Derivation.from_json(record["derivation"]))]
     if record.get("vocabulary"):
         lines += ["", f"Vocabulary: {record['vocabulary']['before']} rows before, {record['vocabulary']['after']} after."]
         lines += [f"- {note}" for note in record["vocabulary"]["notes"]]

@@ -136,3 +136,15 @@ def test_a_regression_of_models_with_other_tokens_keeps_those_of_the_start(lata,
     assert lata("merge instruct one --output merged")[0] == 0
     assert head(tmp_path / "merged").shape == (24, 8)
     assert "and one is a saved vector" in lata("regress instruct one other --vocabulary onto --output two")[2]
+
+
+def test_a_method_makes_one_vector_of_models_with_other_tokens(lata, saved, tmp_path):
+    status, _, said = lata("merge instruct math start --method regression --vocabulary union --output merged")
+    assert status == 0
+    assert "only math has row 24 ('<call>'): they are taken from it" in said
+    tuned, found = head(saved / "math"), head(tmp_path / "merged")
+    assert found.shape == (25, 8)
+    assert torch.equal(found[24:], tuned[24:])
+    assert lata("regress instruct math start --vocabulary onto --output one")[0] == 0
+    lata("merge instruct one --output from-one")
+    assert torch.equal(found[:24], head(tmp_path / "from-one"))
