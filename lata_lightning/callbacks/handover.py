@@ -11,12 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from lata_lightning.errors import LataError
 from lata_lightning.exports import EXPORTS, export_to
 from lata_lightning.merging.merge import Term
-from lata_lightning.store.opening import open_source
 from lata_lightning.store.writer import PARTIAL_MARK, replace_directory
 from lata_lightning.vectors.task_vector import TaskVector
 
 VECTOR_NAME = "task_vector"
-_ONTO_START = ("hf", "peft", "mergekit")
 
 
 def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
@@ -30,29 +28,6 @@ def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
 def folder(kind: str) -> str:
     """Name of the folder a kind of export is written to, inside the output directory of a run."""
     return VECTOR_NAME if kind == "vector" else kind
-
-
-def check_located(kinds: Sequence[str], location: str | None) -> None:
-    """Refuse, before training, exports that need the start weights again where these lie nowhere.
-
-    Raises:
-        LataError: There is no location, or nothing can be read there.
-    """
-    needy = [kind for kind in kinds if kind in _ONTO_START]
-    if not needy:
-        return
-    what = "the model was not loaded from any place"
-    if location is not None:
-        try:
-            open_source(location)
-        except LataError as error:
-            what = str(error)
-        else:
-            return
-    raise LataError(
-        f"export {', '.join(needy)} needs the start weights again at the end of training, and {what}. Load the model from a directory or hub id, or "
-        "export the vector only and hand it over later: lata export VECTOR --to … --onto MODEL"
-    )
 
 
 def write_exports(vector: TaskVector, kinds: Sequence[str], directory: Path, *, dtype: str, instruction: TaskVector | None) -> None:

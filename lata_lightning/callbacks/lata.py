@@ -12,8 +12,9 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strate
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lata_lightning.alignment import Alignment, alignment_of
+from lata_lightning.callbacks.export_checks import check_exports
 from lata_lightning.callbacks.figures import log_heat_map
-from lata_lightning.callbacks.handover import VECTOR_NAME, check_kinds, check_located, folder, write_exports
+from lata_lightning.callbacks.handover import VECTOR_NAME, check_kinds, folder, write_exports
 from lata_lightning.callbacks.history import HISTORY_NAME, append_history, cut_history, log_figures, read_history, summary
 from lata_lightning.callbacks.run_directory import begin_output, check_output, end_output, remove_partial_output
 from lata_lightning.display.tables import alignment_table, flat_warning, show
@@ -318,8 +319,8 @@ class LATACallback(pl.Callback):
         tracker = self._require_tracker()
         if self._fresh:
             results = dict.fromkeys((VECTOR_NAME, *map(folder, self.export)))
-            tracker.ranks.agree(lambda: check_located(self.export, tracker.location))
             note = tracker.ranks.agree(lambda: check_output(directory, tracker.fingerprint, results))
+            tracker.ranks.agree(lambda: check_exports(self.export, tracker, self._require_measurement()))
             if note is not None:
                 rank_zero_info(f"LATACallback: {note}")
         if writes and self._fresh:

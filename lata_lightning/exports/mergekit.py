@@ -55,15 +55,10 @@ def export_mergekit(
     check_free(target)
     total = Sum(terms, onto, check_base=check_base)
     source = total.source
-    if source.directory is None or source.config is None:
-        raise LataError(
-            f"mergekit reads model directories with a config.json only, and {source.label} is none: name one (onto=…, --onto MODEL)"
-        )
+    start = start_for_mergekit(source)
     if check_base:
         total.check_start()
-    # A hub id stays one, as mergekit has its own way to it.
-    start = str(source.location) if source.revision is not None else _path(source.directory)
-    structure = None if skeleton(source.config) is None else Structure(source)
+    structure = None if source.config is None or skeleton(source.config) is None else Structure(source)
     for term in terms:
         _weights(term, total.names, structure)
     models: list[tuple[Term, str, bool]] = []
@@ -91,6 +86,20 @@ def export_mergekit(
         (directory / "merge.yaml").write_text("\n".join(lines) + "\n", "utf-8")
         (directory / "README.md").write_text(mergekit_card(target.name, start, models, {"dtype": dtype, "out_dtype": out}), "utf-8")
     return target
+
+
+def start_for_mergekit(source: Source) -> str:
+    """The start model as mergekit's configuration names it.
+
+    Raises:
+        LataError: It is no model directory, or its path has a character that mergekit takes for something else.
+    """
+    if source.directory is None or source.config is None:
+        raise LataError(
+            f"mergekit reads model directories with a config.json only, and {source.label} is none: name one (onto=…, --onto MODEL)"
+        )
+    # A hub id stays one, as mergekit has its own way to it.
+    return str(source.location) if source.revision is not None else _path(source.directory)
 
 
 def _weights(term: Term, names: Iterable[str], structure: Structure | None) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lata_lightning.errors import LataError, first_three
@@ -29,9 +29,21 @@ def plan_adapter(total: Sum, structure: Structure) -> Plan:
     """Where everything that changes goes; every vector is read once for it.
 
     Raises:
-        LataError: A tensor that changes is in no module, or in no module but the model itself; or there is no matrix to adapt.
+        LataError: As ``plan_of``.
     """
-    changed = [name for name in total.names if total.parts(name)]
+    return plan_of([name for name in total.names if total.parts(name)], structure)
+
+
+def plan_of(changed: Sequence[str], structure: Structure) -> Plan:
+    """Where tensors go that change.
+
+    Args:
+        changed: Their names in a checkpoint.
+        structure: The model.
+
+    Raises:
+        LataError: A tensor is in no module, or in no module but the model itself; or there is no matrix to adapt.
+    """
     unknown = [name for name in changed if name not in structure.by_piece]
     if unknown:
         raise LataError(

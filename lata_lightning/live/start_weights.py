@@ -69,6 +69,10 @@ class StartWeights:
         """Whether the start value of a tensor is kept."""
         return name in self._copies or name in self._sourced or (self._spill is not None and name in self._spill)
 
+    def sourced(self, name: str) -> bool:
+        """Whether the start value of a tensor is read again from the origin, where it was equal to the live one."""
+        return name in self._sourced
+
     def find(self, name: str, shard: Shard) -> bool:
         """Whether the present value of a tensor lies in the origin, so that it costs nothing to keep."""
         if name in self._available and (self._trusted or same_values(self._from_origin(name, shard), shard.local)):

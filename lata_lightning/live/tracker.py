@@ -217,6 +217,25 @@ class Tracker:
             self._take_fingerprint(new)
             self._spill()
 
+    def other_values(self, source: Source) -> list[str]:
+        """Tensors of which this process keeps a start value that is not exactly what another source holds.
+
+        Args:
+            source: Under the names of the live model; names that it lacks are passed over. It is read once.
+        """
+        live, wrong = self.live, []
+        for name in set(live.names) & set(source.names):
+            same_file = self.kept.sourced(name) and source.dtype(name) == live.dtype(name)
+            if same_file or not self.counts(name):
+                continue
+            shard = live.shard(name)
+            start = self.kept.read(name, shard) if self.kept.has(name) else shard.local
+            # Not rounded to the precision of the live tensor: what is written later is added to the values of the source.
+            wide = torch.promote_types(start.dtype, source.dtype(name))
+            if not same_values(start.to(wide), source.read_slice(name, shard.slices).to(wide)):
+                wrong.append(name)
+        return wrong
+
     def look(self) -> LiveModel:
         """The model as it now stands."""
         self._live = look_at(self.root, self._model)

@@ -63,20 +63,6 @@ def test_a_run_from_base_hands_over_onto_the_instruct_model(tmp_path, models):
         torch.testing.assert_close(merged[name], expected[name], rtol=0, atol=1e-7)
 
 
-def test_a_start_that_lies_nowhere_is_noticed_before_training(tmp_path, models):
-    model = LlamaForCausalLM(LlamaForCausalLM.from_pretrained(models / "instruct").config)
-    model.config._name_or_path = ""
-    with pytest.raises(LataError, match=r"export hf needs the start weights again.*was not loaded from any place.*lata export VECTOR"):
-        run(tmp_path, models, ("vector", "hf"), model=model, instruction=False)
-
-
-def test_a_start_that_cannot_be_read_is_noticed_before_training(tmp_path, models):
-    model = LlamaForCausalLM.from_pretrained(models / "instruct")
-    model.config._name_or_path = str(tmp_path / "gone")
-    with pytest.raises(LataError, match=r"export mergekit needs the start weights again.*gone"):
-        run(tmp_path, models, ("mergekit",), model=model, instruction=False)
-
-
 @pytest.mark.parametrize("export", ["vector", ("vector", "onnx")])
 def test_exports_are_named_by_a_sequence_of_known_words(export):
     with pytest.raises(LataError, match=r"export must be a sequence of words among vector, pure, hf, peft, mergekit, coefficients"):

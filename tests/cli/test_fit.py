@@ -162,10 +162,79 @@ def test_an_error_in_the_input_is_one_line_and_status_1(folder, capsys, more, me
     assert message in last
 
 
-def test_the_output_of_another_run_is_refused(folder, capsys):
+def no_model(*_, **__):
+    raise AssertionError("a model was loaded")
+
+
+def test_a_finished_run_is_refused_before_a_model_is_loaded(folder, capsys, monkeypatch):
     assert fit() == 0
+    monkeypatch.setattr("lata_lightning.training.module.load_causal_lm", no_model)
     assert fit() == 1
-    assert "holds the task_vector of another run" in capsys.readouterr().err
+    assert "out holds a finished run (out/lata/task_vector)" in capsys.readouterr().err
+
+
+def interrupted(folder, monkeypatch):
+    """A run that broke off after its first epoch, of which there is a checkpoint."""
+    from lata_lightning import LATACallback
+
+    whole = LATACallback.on_train_batch_start
+
+    def fail(self, trainer, *hooks):
+        if trainer.current_epoch == 1:
+            raise RuntimeError("the power went off")
+        whole(self, trainer, *hooks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LATACallback, "on_train_batch_start", fail)
+        with pytest.raises(RuntimeError, match="the power went off"):
+            fit()
+
+
+def test_an_unfinished_run_names_the_command_that_goes_on_and_that_ends_like_the_whole_one(folder, capsys, monkeypatch):
+    assert fit("--output", "whole") == 0
+    interrupted(folder, monkeypatch)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr("lata_lightning.training.module.load_causal_lm", no_model)
+        assert fit() == 1
+    said = capsys.readouterr().err
+    assert "out holds an unfinished run with the checkpoint epoch=0-step=3.ckpt. Go on with it: lata " in said
+    resume = said.split("Go on with it: lata ")[1].split(". To begin anew")[0].split()
+    assert main(resume) == 0
+    one, other = (TaskVector.open(folder / name / "lata/task_vector") for name in ("whole", "out"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert (folder / "whole/lata/history.jsonl").read_text() == (folder / "out/lata/history.jsonl").read_text()
+
+
+def test_the_same_command_with_last_serves_before_the_first_checkpoint_too(folder):
+    assert fit("--ckpt_path", "last") == 0
+    assert TaskVector.open(folder / "out/lata/task_vector").manifest.step == 6
+
+
+def test_a_checkpoint_that_does_not_exist_is_refused_before_a_model_is_loaded(folder, capsys, monkeypatch):
+    monkeypatch.setattr("lata_lightning.training.module.load_causal_lm", no_model)
+    assert fit("--ckpt_path", "gone.ckpt") == 1
+    assert "--ckpt_path must be a checkpoint, and gone.ckpt does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["--lata.instruction_vector", "nowhere"], ["--data.data", "mine.jsonl"], ["--lata.base_weights", "lora"], ["--lata.export", "[pure]"]],
+)
+def test_a_start_that_fails_leaves_nothing(folder, more):
+    status = fit(*more, *(["--lata.instruction_vector", "null"] if "[pure]" in more else []))
+    assert status == 1
+    assert not (folder / "out").exists()
+
+
+def test_the_size_of_the_checkpoints_is_said_with_the_option_that_writes_none(folder, caplog):
+    assert fit("--trainer.max_epochs", "1") == 0
+    (checkpoint,) = (folder / "out/checkpoints").iterdir()
+    said = next(record.message for record in caplog.records if "checkpoints of about" in record.message)
+    # The tiny model is small beside the rest of the file.
+    assert 0 < float(said.split("about ")[1].split(" GB")[0]) * 1e9 < checkpoint.stat().st_size
+    assert fit("--trainer.enable_checkpointing", "false", "--output", "without") == 0
+    assert {path.name for path in (folder / "without").iterdir()} == {"lata", "logs"}
 
 
 def test_wrong_usage_exits_with_2(folder, capsys):

@@ -1,0 +1,69 @@
+"""What the exports at the end of training need, tried before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lata_lightning.errors import LataError, first_three
+from lata_lightning.exports.mergekit import start_for_mergekit
+from lata_lightning.exports.plan import plan_of
+from lata_lightning.exports.structure import Structure
+from lata_lightning.live.measuring import Measurement
+from lata_lightning.live.tracker import Tracker
+from lata_lightning.merging.merge import Term
+from lata_lightning.merging.sum import Sum
+from lata_lightning.vectors.manifest import Identity, Manifest
+from lata_lightning.vectors.task_vector import TaskVector
+
+_ONTO_START = ("hf", "peft", "mergekit")
+
+
+def check_exports(kinds: Sequence[str], tracker: Tracker, measurement: Measurement) -> None:
+    """Refuse exports that cannot be written at the end of training, as far as that can be told at its start.
+
+    Args:
+        kinds: From ``check_kinds``.
+        tracker: Its start weights are settled.
+        measurement: Its instruction vector is checked.
+
+    Raises:
+        LataError: ``pure`` without coefficients to come; or, for the kinds that are written onto the start model, a start that lies nowhere, cannot be
+            read, has other tensors or other values than training starts from, or a form that the kind cannot take.
+    """
+    if "pure" in kinds and measurement.instruction is None:
+        raise LataError(
+            "export pure needs coefficients, and without an instruction vector there are none. Give instruction_vector=…, or export the vector only "
+            "and apply a weighting later: lata align VECTOR --instruction INSTRUCTION"
+        )
+    needy = [kind for kind in kinds if kind in _ONTO_START]
+    if not needy:
+        return
+    try:
+        _try_onto_start(needy, tracker, measurement)
+    except LataError as error:
+        raise LataError(
+            f"export {', '.join(needy)} needs the start weights again at the end of training, and {error} Load the model from a directory or hub id, "
+            "or export the vector only and hand it over later: lata export VECTOR --to … --onto MODEL"
+        ) from error
+
+
+def _try_onto_start(kinds: Sequence[str], tracker: Tracker, measurement: Measurement) -> None:
+    live, instruction = tracker.live, measurement.instruction
+    # What started from base is handed over onto the instruct model, once the instruction vector is taken off.
+    from_base = measurement.start == "base" and instruction is not None
+    onto = Identity(tracker.location) if instruction is None or not from_base else instruction.manifest.tuned_identity
+    if onto.location is None:
+        raise LataError("the model was not loaded from any place.")
+    manifest = Manifest(kind="task", start="instruct", layers=tracker.places, start_identity=Identity(onto.location))
+    total = Sum([Term(TaskVector(live, manifest))], None)
+    if not from_base and not tracker.unhashable:
+        wrong = tracker.other_values(total.weights)
+        if wrong:
+            raise LataError(
+                f"training does not start from the values in {onto.location}; other ones, or rounded ones, are in {first_three(wrong)}. Was the model "
+                "changed after it was loaded, or is it trained in a lower precision than it is saved in?"
+            )
+    if "mergekit" in kinds:
+        start_for_mergekit(total.source)
+    if "peft" in kinds:
+        plan_of([name for name in total.names if name in tracker.changing], Structure(total.source))

@@ -1,0 +1,79 @@
+"""The directory of a `lata fit` run: what may be started in it, what to go on from, and what a failed start leaves."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from lata_lightning.errors import LataError
+
+CHECKPOINTS, LOGS = "checkpoints", "logs"
+_LAST = "last"
+# What Lightning and its loggers write before the first step.
+_WRITTEN_AT_START = {"config.yaml", "hparams.yaml"}
+
+
+def newest_checkpoint(output: Path) -> Path | None:
+    """The checkpoint of a run that was written last; None if there is none."""
+    found = [path for path in (output / CHECKPOINTS).glob("*.ckpt") if path.exists()]
+    return max(found, key=lambda path: (path.stat().st_mtime_ns, path.name), default=None)
+
+
+def checkpoint_to_resume(output: Path, given: str | None, results: Sequence[Path], command: Sequence[str]) -> str | None:
+    """What to resume from, before a model is loaded.
+
+    Args:
+        output: The directory of the run.
+        given: The option ``--ckpt_path``: a path, ``last``, another word of Lightning's, or None.
+        results: What a finished run leaves.
+        command: The command line, for the message that says how to go on.
+
+    Returns:
+        ``given``; for ``last`` the newest checkpoint of the run, or None where it has none yet: then the run begins anew.
+
+    Raises:
+        LataError: The directory holds a finished run, or an unfinished one with a checkpoint to go on from; or there is no such checkpoint.
+    """
+    newest = newest_checkpoint(output)
+    if given == _LAST:
+        return str(newest) if newest is not None else None
+    if given is not None:
+        if Path(given).suffix and "://" not in given and not Path(given).exists():
+            other = f"the newest of this run is {newest}" if newest is not None else f"{output / CHECKPOINTS} holds none"
+            raise LataError(f"--ckpt_path must be a checkpoint, and {given} does not exist; {other}.")
+        return given
+    finished = [path for path in results if path.exists()]
+    if finished:
+        raise LataError(
+            f"{output} holds a finished run ({finished[0]}). Choose another directory with --output, or remove it. To train it further, give its "
+            f"checkpoint with --ckpt_path and a larger --trainer.max_epochs."
+        )
+    if newest is not None:
+        raise LataError(
+            f"{output} holds an unfinished run with the checkpoint {newest.name}. Go on with it: lata {shlex.join(command)} --ckpt_path last. To begin "
+            "anew, choose another directory with --output, or remove it."
+        )
+    return None
+
+
+def log_folders(output: Path) -> set[Path]:
+    """The folders in which loggers have written; one for each start of the run."""
+    return set((output / LOGS).glob("version_*"))
+
+
+def remove_failed_start(output: Path, before: set[Path]) -> None:
+    """Remove what a start has left that failed before it logged anything.
+
+    Args:
+        output: The directory of the run.
+        before: The log folders there were before the start.
+    """
+    for folder in log_folders(output) - before:
+        if {path.name for path in folder.iterdir()} <= _WRITTEN_AT_START:
+            shutil.rmtree(folder, ignore_errors=True)
+    empty = [path for path in output.glob("*") if path.is_dir() and not any(path.iterdir())]
+    for path in [*empty, output]:
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
