@@ -10,10 +10,10 @@ from lata_lightning.exports.plan import plan_of
 from lata_lightning.exports.structure import Structure
 from lata_lightning.live.measuring import Measurement
 from lata_lightning.live.tracker import Tracker
-from lata_lightning.merging.merge import Term
-from lata_lightning.merging.sum import Sum
-from lata_lightning.vectors.manifest import Identity, Manifest
-from lata_lightning.vectors.task_vector import TaskVector
+from lata_lightning.store.opening import open_source
+from lata_lightning.store.pairing import check_same_shapes, match
+from lata_lightning.store.sources import View
+from lata_lightning.vectors.manifest import Identity
 
 _ONTO_START = ("hf", "peft", "mergekit")
 
@@ -54,16 +54,20 @@ def _try_onto_start(kinds: Sequence[str], tracker: Tracker, measurement: Measure
     onto = Identity(tracker.location) if instruction is None or not from_base else instruction.manifest.tuned_identity
     if onto.location is None:
         raise LataError("the model was not loaded from any place.")
-    manifest = Manifest(kind="task", start="instruct", layers=tracker.places, start_identity=Identity(onto.location))
-    total = Sum([Term(TaskVector(live, manifest))], None)
+    source = open_source(onto.location)
+    found = match(source, live)
+    check_same_shapes(found)
+    stored = {found.tuned.origin_name(name): name for name in found.start.names}
     if not from_base and not tracker.unhashable:
-        wrong = tracker.other_values(total.weights)
+        wrong = tracker.other_values(View(found.start, stored))
         if wrong:
             raise LataError(
                 f"training does not start from the values in {onto.location}; other ones, or rounded ones, are in {first_three(wrong)}. Was the model "
                 "changed after it was loaded, or is it trained in a lower precision than it is saved in?"
             )
     if "mergekit" in kinds:
-        start_for_mergekit(total.source)
+        start_for_mergekit(source)
     if "peft" in kinds:
-        plan_of([name for name in total.names if name in tracker.changing], Structure(total.source))
+        plan_of(
+            [found.start.origin_name(stored[name]) for name in live.names if name in tracker.changing and name in stored], Structure(source)
+        )

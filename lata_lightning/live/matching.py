@@ -33,10 +33,11 @@ def matched_to(live: LiveModel, source: Source, what: str, root: nn.Module) -> S
             matched, found = pair(View(live, weights), View(source, {name: name for name in source.names if name not in live.buffers}))
         except LayoutMismatchError:
             raise LayoutMismatchError(f"{what} must fit the model in training: {error}{_advice(live, source, root)}") from error
-    missing = set(weights) - set(matched.names)
+    names = {matched.origin_name(name): name for name in matched.names}
+    missing = weights.keys() - names.keys()
     if missing:
         raise LayoutMismatchError(f"{what} must hold every parameter of the model in training; it lacks {first_three(missing)}")
-    return found
+    return View(found, names)
 
 
 def _advice(live: LiveModel, source: Source, root: nn.Module) -> str:

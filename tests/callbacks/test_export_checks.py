@@ -130,7 +130,7 @@ def test_a_model_whose_checkpoint_has_the_names_of_the_hub_is_exported(tmp_path)
     shutil.copy(tmp_path / "saved/config.json", tmp_path / "gpt2")
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(tmp_path / "saved/model.safetensors").items()}
     save_file(tensors, tmp_path / "gpt2/model.safetensors", {"format": "pt"})
-    module = fit(tmp_path, GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2"), ("vector", "hf", "peft"), lata={"weighting": "none"})
+    module = fit(tmp_path, GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2"), ("vector", "hf"), lata={"weighting": "none"})
     made = GPT2LMHeadModel.from_pretrained(tmp_path / "lata/hf").state_dict()
     for name, tensor in module.model.state_dict().items():
         torch.testing.assert_close(made[name], tensor, rtol=0, atol=1e-6)
