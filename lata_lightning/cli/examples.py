@@ -8,8 +8,8 @@ _DATA = "quickstart-output/data/math.jsonl"
 EXAMPLES: dict[str, tuple[str, str]] = {
     "quickstart": ("lata quickstart", "lata quickstart --output another-quickstart"),
     "fit": (
-        "lata fit --config recipes/track_lora.yaml --output runs/lora",
-        "lata fit --config recipes/track_full.yaml --config recipes/debug.yaml",
+        "lata fit --config track_lora --output runs/lora",
+        "lata fit --config track_full --config debug",
     ),
     "extract": (
         f"lata extract {_MODELS}/base {_MODELS}/instruct --output instruction --kind instruction",
@@ -61,5 +61,6 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "lata report quickstart-output/runs/math --output report.html",
         "lata report quickstart-output/runs/math math-vector --instruction instruction --output two.html",
     ),
+    "recipes": ("lata recipes", "lata recipes --copy my-recipes"),
     "completion": ("lata completion bash > lata.bash", "lata completion fish > lata.fish"),
 }

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import shlex
 import sys
+from itertools import pairwise
 
 from jsonargparse import ArgumentParser, Namespace
 
 from lata_lightning.cli.common import Command
 from lata_lightning.cli.examples import EXAMPLES
+from lata_lightning.cli.shipped import recipe
 
 _SUMMARY = "Fine-tune a model as a recipe says, and keep its task vector."
-HELP = f"""usage: lata fit --config RECIPE.yaml [options]
+HELP = f"""usage: lata fit --config RECIPE [options]
 
 {_SUMMARY}
 
 options that most runs use:
-  --config FILE                  Recipe, a YAML file; several are read in order, later ones win.
+  --config RECIPE                Name of a shipped recipe (lata recipes) or a YAML file; several are read in order, later ones win.
   --output DIR                   Directory for what the run leaves: lata/, checkpoints/ and logs/. Default: run.
   --model.model MODEL            Directory or hub id of the model to fine-tune.
   --data.data FILE               Conversations, prompts with completions, or texts: JSONL, CSV, Parquet or a data set of the hub.
@@ -46,7 +48,8 @@ def _run(options: Namespace, command: str) -> None:
     from lata_lightning.cli.fit_parser import FitParser
     from lata_lightning.training.command import FitCLI
 
-    FitCLI(["--help" if word == "--help-all" else word for word in words], FitParser)
+    words = ["--help" if word == "--help-all" else word for word in words]
+    FitCLI([recipe(word) if before in ("-c", "--config") else word for before, word in pairwise(["", *words])], FitParser)
 
 
 COMMANDS = {"fit": Command(_SUMMARY, _arguments, _run, parses_itself=True)}

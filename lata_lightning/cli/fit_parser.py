@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lata_lightning.cli.parsing import first_sentence, nearest
+from lata_lightning.cli.shipped import located
 
 # Sections whose options are all known; those of model and data depend on the classes that are named.
 _KNOWN = ("--trainer.", "--lata.")
@@ -25,7 +26,7 @@ class FitParser(LightningArgumentParser):
             known = [option for option in self._names() if "." in option]
             if name.startswith(_KNOWN) and not any(name == option or name.startswith(f"{option}.") for option in known):
                 self.error(f"there is no option {name}{nearest(name, known)}")
-        return super().parse_args(args, *rest, **settings)
+        return located(super().parse_args(args, *rest, **settings))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and exit with status 2."""

@@ -10,10 +10,24 @@ from textwrap import wrap
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lata_lightning.cli import completion, evaluate, exports, fit, linearity, merging, quickstart, regression, report, tune, vectors
+from lata_lightning.cli import (
+    completion,
+    evaluate,
+    exports,
+    fit,
+    linearity,
+    merging,
+    quickstart,
+    recipes,
+    regression,
+    report,
+    tune,
+    vectors,
+)
 from lata_lightning.cli.common import Command
 from lata_lightning.cli.examples import EXAMPLES
 from lata_lightning.cli.parsing import CommandParser, nearest
+from lata_lightning.cli.shipped import located
 from lata_lightning.errors import LataError
 
 COMMANDS = {
@@ -27,6 +41,7 @@ COMMANDS = {
     **tune.COMMANDS,
     **evaluate.COMMANDS,
     **report.COMMANDS,
+    **recipes.COMMANDS,
     **completion.COMMANDS,
 }
 _DESCRIPTION = "Layer-Aware Task Arithmetic: extract task vectors, measure their alignment, merge and forget them."
@@ -36,7 +51,12 @@ def parser_of(name: str) -> CommandParser:
     """The parser of one command."""
     command: Command = COMMANDS[name]
     parser = CommandParser(name, command.help, EXAMPLES[name])
-    parser.add_argument("--config", action="config", metavar="FILE", help="YAML file with the arguments of this command.")
+    parser.add_argument(
+        "--config",
+        action="config",
+        metavar="RECIPE",
+        help="YAML file with the arguments, or the name of a recipe (lata recipes).",
+    )
     command.add_arguments(parser)
     return parser
 
@@ -84,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of(name)
     try:
         # What a recipe may say depends on the classes it names, so `fit` is parsed where they are known.
-        options = Namespace({}) if command.parses_itself else parser.parse_args(parser.arranged(rest))  # type: ignore[no-untyped-call]
+        options = Namespace({}) if command.parses_itself else located(parser.parse_args(parser.arranged(rest)))  # type: ignore[no-untyped-call]
         command.run(options, shlex.join(["lata", *arguments]))
     except LataError as error:
         sys.stderr.write(f"lata: error: {error}\n")

@@ -13,6 +13,9 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import PositiveInt
 
+from lata_lightning.cli.shipped import recipe
+from lata_lightning.errors import LataError
+
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?(inf|nan)", re.IGNORECASE)
 _TRUTH = ("true", "false")
 _WANTED = {float: "a number", int: "a whole number", PositiveInt: "a whole number above 0", bool: "true or false", str: "a text"}
@@ -96,6 +99,8 @@ class CommandParser(ArgumentParser):
             if joined or action.nargs == 0 or action.dest in ("help", "print_config"):
                 continue
             values = list(self._values(action, arguments[number + 1 :]))
+            if action.dest == "config":
+                values = list(map(self._recipe, values))
             # A negative number with an exponent would be taken for an option.
             options += [f"{Decimal(value):f}" if value.startswith("-") and value[1:2].isdigit() else value for value in values]
             for _ in values:
@@ -163,6 +168,12 @@ class CommandParser(ArgumentParser):
         if key and key[1] == "config":
             return f"--config: {first_sentence(message.partition(':')[2])}"
         return first_sentence(message)
+
+    def _recipe(self, name: str) -> str:
+        try:
+            return recipe(name)
+        except LataError as error:
+            self.error(str(error))
 
     def _without_value(self, key: str) -> str:
         wanted = self._wanted(key)

@@ -52,9 +52,7 @@ def commands(name):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A fresh directory in which the paths of the recipes are found."""
-    for name in ("recipes", "lata_lightning"):
-        (tmp_path / name).symlink_to(ROOT / name)
+    """A fresh directory: recipes have to be found from anywhere."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -86,14 +84,14 @@ def on(models):
 
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_a_recipe_opens_with_the_command_that_runs_it_and_explains_every_key(name):
-    assert any(part == f"recipes/{name}.yaml" for command in commands(name) for part in command)
+    assert any(part == name for command in commands(name) for part in command)
     assert RECIPES[name].startswith("#")
     held = yaml.safe_load(RECIPES[name])
     assert held
     unexplained = [
         line
         for line in RECIPES[name].splitlines()
-        if re.match(r" *(- )?\w+: *[^ #]", line) and "class_path:" not in line and " # " not in line and not line.startswith("#")
+        if re.match(r" *(- )?\w+: +[^ #]", line) and "class_path:" not in line and " # " not in line and not line.startswith("#")
     ]
     assert unexplained == []
 

@@ -1,0 +1,75 @@
+"""Recipes, checkpoints and data that the package ships, by names that work in any directory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from lata_lightning.errors import LataError
+
+_PACKAGE = Path(str(files("lata_lightning")))
+RECIPES = _PACKAGE / "recipes"
+_FOLDERS = {"quickstart": _PACKAGE / "quickstart" / "checkpoints", "recipes": RECIPES / "data"}
+
+
+def recipes() -> dict[str, Path]:
+    """The shipped recipes by name."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+
+
+def recipe(name: str) -> str:
+    """Path of the shipped recipe of that name, which may end in ``.yaml``; a file that exists, and any other path, as it is.
+
+    Raises:
+        LataError: The name is no path, and there is no such recipe.
+    """
+    if Path(name).is_file() or "/" in name or "\\" in name:
+        return name
+    known = recipes()
+    path = known.get(name.removesuffix(".yaml"))
+    if path is None:
+        raise LataError(f"there is no file {name}, and no recipe of that name{_nearest(name, known)} The recipes are {', '.join(known)}.")
+    return str(path)
+
+
+def located(value: Any) -> Any:
+    """The same arguments with every ``quickstart:NAME`` and ``recipes:NAME`` in place of which the path of that checkpoint or data file stands.
+
+    Raises:
+        LataError: There is nothing of that name.
+    """
+    if isinstance(value, str):
+        return _path(value)
+    if isinstance(value, Namespace):
+        for key, entry in list(vars(value).items()):
+            setattr(value, key, located(entry))
+        return value
+    if isinstance(value, Mapping):
+        return {key: located(entry) for key, entry in value.items()}
+    return type(value)(map(located, value)) if type(value) in (list, tuple) else value
+
+
+def summary(path: Path) -> str:
+    """What a recipe is for: its first sentences, up to the commands."""
+    return path.read_text("utf-8").split("\n", 1)[0].lstrip("# ").rstrip(":")
+
+
+def _path(text: str) -> str:
+    kind, colon, name = text.partition(":")
+    if not colon or kind not in _FOLDERS:
+        return text
+    # By comparing names: nothing in a name becomes part of a path.
+    known = {path.name: path for path in sorted(_FOLDERS[kind].iterdir()) if not path.name.startswith((".", "_"))}
+    if name not in known:
+        raise LataError(f"the package ships no {text}{_nearest(name, known)} There are {', '.join(f'{kind}:{name}' for name in known)}.")
+    return str(known[name])
+
+
+def _nearest(name: str, known: Mapping[str, Path]) -> str:
+    near = get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]}?" if near else "."
