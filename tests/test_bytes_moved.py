@@ -9,7 +9,8 @@ from tiny_models import read_back, write_model
 from lata_lightning.merging.merge import Term, merge
 from lata_lightning.numerics.chunks import PIECE, in_parallel, worker_count
 from lata_lightning.vectors.aligning import align
-from lata_lightning.vectors.task_vector import TaskVector, verify
+from lata_lightning.vectors.artefact import verify
+from lata_lightning.vectors.task_vector import TaskVector
 
 ROWS, COLUMNS = 2000, 300
 NAMES = [f"model.layers.{block}.{part}.weight" for block in range(2) for part in ("self_attn.q_proj", "mlp.up_proj")]

@@ -21,18 +21,12 @@ from lata_lightning.exports.coefficients import export_coefficients
 from lata_lightning.layers import LayerMap, Place
 from lata_lightning.linearity.solution import Solution
 from lata_lightning.moments import Moments
-from lata_lightning.vectors.manifest import (
-    Derivation,
-    FactorEntry,
-    Identity,
-    Input,
-    Manifest,
-    Measured,
-    PrecisionLoss,
-    TensorEntry,
-    library_versions,
-)
-from lata_lightning.vectors.task_vector import verify
+from lata_lightning.store.meaning import Meaning
+from lata_lightning.store.seal import sealed
+from lata_lightning.store.tokens import Vocabulary
+from lata_lightning.vectors.artefact import verify
+from lata_lightning.vectors.entries import FactorEntry, PrecisionLoss, TensorEntry
+from lata_lightning.vectors.manifest import Derivation, Identity, Input, Manifest, Measured, library_versions
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -236,6 +230,8 @@ def test_the_example_of_the_format_is_what_is_written(ran):
     folder, _ = ran("docs/format.md")
     (shown,) = (json.loads(block.text) for block in blocks("docs/format.md") if block.language == "json")
     written = json.loads((folder / "example/task_vector.json").read_text("utf-8"))
+    # The hash of the file covers the versions.
+    assert shown.pop("self_hash")[:7] == written.pop("self_hash")[:7] == "blake3:"
     assert set(shown.pop("versions")) == set(written.pop("versions")) == set(library_versions())
     assert written == about(shown)
     # Keys in the order in which they stand in the file, too.
@@ -289,6 +285,7 @@ def keys(document, names=()):
 def manifest():
     """A manifest in which no field is empty."""
     stats = LayerStats(0.5, 0.25, 1.0, 4.0, 1.0)
+    vocabulary = {"tokens": 1, "hash": "blake3:04", "files": "blake3:05", "first_hash": "blake3:06", "last": {"0": "<s>"}}
     found = Manifest(
         kind="task",
         start="instruct",
@@ -300,6 +297,7 @@ def manifest():
         coefficients={"b": 1.0},
         alignment=Alignment("block", "instruct", {"b": stats}, {"e": stats}),
         instruction_identity=(Identity("base"), Identity("start")),
+        meaning=Meaning({"rope_theta": 1.0}, (Vocabulary.from_json(vocabulary),)),
         tied=(("e", "h"),),
         step=1,
         epoch=1,
@@ -323,11 +321,11 @@ def manifest():
     return found
 
 
-NAMES = ("coefficients", "layers", "outside", "settings", "facts", "tensors", "versions")
+NAMES = ("config", "last", "coefficients", "layers", "outside", "settings", "facts", "tensors", "versions")
 
 
 def test_the_format_names_every_key_of_the_manifest(manifest):
-    written = manifest.to_json()
+    written = json.loads(sealed(manifest.to_json()))
     named = named_keys("`task_vector.json`") | named_keys("The tensors")
     assert keys(written, NAMES) - set(library_versions()) <= named
     # Nothing is listed that is not written.

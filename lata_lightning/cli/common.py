@@ -60,7 +60,23 @@ def add_start(parser: ArgumentParser) -> None:
         type=Literal["instruct", "base"] | None,
         help="What the fine-tune started from; by default what the vector's manifest says.",
     )
+    add_checks(parser)
+
+
+def add_checks(parser: ArgumentParser) -> None:
+    """The switches for checks of where vectors come from."""
     parser.add_argument("--check-base", type=bool, default=True, help="Refuse vectors that are known to belong to different weights.")
+    add_check_config(parser)
+
+
+def add_check_config(parser: ArgumentParser) -> None:
+    """``--check-config``."""
+    parser.add_argument(
+        "--check-config",
+        type=bool,
+        default=True,
+        help="Refuse models whose configs describe different functions of the same weights, such as another rope_theta.",
+    )
 
 
 def add_workers(parser: ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lata_lightning.cli.common import Command, note, progress_bar
+from lata_lightning.cli.common import Command, add_checks, note, progress_bar
 from lata_lightning.errors import LataError
 
 
@@ -32,7 +32,7 @@ def _arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--rank", type=int | None, help="For peft: rank that dense differences are cut down to; 16 without --energy.")
     parser.add_argument("--energy", type=float | None, help="For peft: share of the squared norm of each dense matrix to keep, in (0, 1].")
-    parser.add_argument("--check-base", type=bool, default=True, help="Refuse a start model that is known to be another than the vector's.")
+    add_checks(parser)
 
 
 def _export(options: Namespace, command: str) -> None:
@@ -43,7 +43,9 @@ def _export(options: Namespace, command: str) -> None:
     scales = options.scale * len(options.vectors) if len(options.scale) == 1 else options.scale
     if len(scales) != len(options.vectors):
         raise LataError(f"give one scale for all vectors or one for each: got {len(scales)} scales for {len(options.vectors)} vectors")
-    terms = [Term(TaskVector.open(path), scale) for path, scale in zip(options.vectors, scales, strict=True)]
+    terms = [
+        Term(TaskVector.open(path, check_config=options.check_config), scale) for path, scale in zip(options.vectors, scales, strict=True)
+    ]
     with progress_bar("export") as progress:
         output = export_to(
             options.to,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lata_lightning.cli.common import Command, add_format, note, print_json, progress_bar
+from lata_lightning.cli.common import Command, add_checks, add_format, note, print_json, progress_bar
 from lata_lightning.cli.models import add_template, load_tokenizer
 from lata_lightning.errors import LataError
 
@@ -66,7 +66,7 @@ def add_samples(parser: ArgumentParser, data: str, *, required: bool = True) -> 
     add_template(parser)
     parser.add_argument("--max-tokens", type=int, default=512, help="Longer rows are cut, and so are rows longer than the model takes.")
     parser.add_argument("--batch-size", type=int, default=8, help="Rows that are run at once; makes no difference to the result.")
-    parser.add_argument("--check-base", type=bool, default=True, help="Refuse vectors that are known to belong to different weights.")
+    add_checks(parser)
 
 
 def _add_level(parser: ArgumentParser, level: str) -> None:
@@ -155,7 +155,11 @@ def vectors_of(options: Namespace) -> list[TaskVector]:
     from lata_lightning.store.directories import holds_vector
     from lata_lightning.vectors.task_vector import TaskVector
 
-    return [TaskVector.open(path) if holds_vector(path) else TaskVector.between(options.start_model, path) for path in options.vectors]
+    checks = {"check_config": options.check_config}
+    return [
+        TaskVector.open(path, **checks) if holds_vector(path) else TaskVector.between(options.start_model, path, **checks)
+        for path in options.vectors
+    ]
 
 
 def samples_of(options: Namespace, data: Sequence[str]) -> list[list[dict[str, Tensor]]]:

@@ -162,13 +162,14 @@ def _vector(options: Namespace, onto: str, path: str) -> tuple[TaskVector, str |
     from lata_lightning.vectors.task_vector import TaskVector
 
     tuned = None if holds_vector(path) else path
+    settings: dict[str, Any] = {"start_kind": options.start or "instruct", "check_config": options.check_config}
     if tuned is None:
-        vector = TaskVector.open(path)
+        vector = TaskVector.open(path, check_config=options.check_config)
     elif options.vocabulary is None:
-        vector = TaskVector.between(onto, tuned, start_kind=options.start or "instruct")
+        vector = TaskVector.between(onto, tuned, **settings)
     else:
         # What became of the rows is said by the merge, which knows all vectors.
-        vector, _ = between_vocabularies(onto, tuned, "start", start_kind=options.start or "instruct")
+        vector, _ = between_vocabularies(onto, tuned, "start", **settings)
     if options.start is not None:
         vector = TaskVector(vector.tensors, replace(vector.manifest, start=options.start))
     return vector, tuned
@@ -180,7 +181,7 @@ def _instruction(options: Namespace, onto: str, vector: TaskVector) -> TaskVecto
     from lata_lightning.store.opening import open_source
     from lata_lightning.vectors.task_vector import TaskVector
 
-    instruction = TaskVector.open(options.instruction)
+    instruction = TaskVector.open(options.instruction, check_config=options.check_config)
     return instruction if options.vocabulary is None else resized(instruction, vector, open_source(onto).config)
 
 

@@ -61,9 +61,9 @@ def _arguments(parser: ArgumentParser) -> None:
 
 def _regress(options: Namespace, command: str) -> None:
     from lata_lightning.display.tables import derivation_table, show
-    from lata_lightning.store.writer import check_free
+    from lata_lightning.store.writer import check_free_directory
 
-    check_free(Path(options.output))
+    check_free_directory(Path(options.output))
     found = _from_vectors(options) if options.data is None else _from_samples(options)
     with progress_bar("write") as progress:
         saved = found.save(options.output, dtype=options.dtype, workers=options.workers, progress=progress)
@@ -91,6 +91,7 @@ def _from_vectors(options: Namespace) -> TaskVector:
     from lata_lightning.store.opening import open_source
     from lata_lightning.store.pairing import pair
     from lata_lightning.store.sources import View
+    from lata_lightning.vectors.aligning import check_same_model
 
     unused = [f"--{name.replace('_', '-')}" for name, default in _ONLY_WITH_DATA.items() if options[name] != default]
     if unused:
@@ -103,12 +104,13 @@ def _from_vectors(options: Namespace) -> TaskVector:
             raise LataError(
                 f"--vocabulary compares the tokens of models, and {saved[0]} is a saved vector. Give the tuned model in its place."
             )
-        pairs = [between_vocabularies(options.start_model, path, "start") for path in options.vectors]
+        pairs = [between_vocabularies(options.start_model, path, "start", check_config=options.check_config) for path in options.vectors]
         vectors = [vector for vector, _ in pairs]
         for sentence in dict.fromkeys(sentence for _, sentences in pairs for sentence in sentences):
             note(sentence)
     start = open_source(options.start_model)
     pair(View(start, {name: name for name in start.names if start.dtype(name).is_floating_point}), vectors[0].tensors)
+    check_same_model(start, vectors, by_token=options.vocabulary is None)
     return regress(vectors, ridge=options.ridge, prior=options.prior, device=options.device, check_base=options.check_base)
 
 

@@ -78,17 +78,18 @@ def _run(options: Namespace, command: str) -> None:
     from lata_lightning.evaluation.questions import prepare, read_data
     from lata_lightning.evaluation.tuning import tune, under_rules
     from lata_lightning.store.opening import open_source
-    from lata_lightning.store.writer import atomic_directory, check_free, write_json
+    from lata_lightning.store.writer import atomic_directory, check_free_directory, write_json
+    from lata_lightning.vectors.aligning import check_same_model, check_same_start
     from lata_lightning.vectors.task_vector import TaskVector
 
     if options.forget != bool(options.control):
         raise LataError("--forget needs --control FILE: data whose score must not suffer, and --control is for --forget only")
     _check_figure(options)
-    check_free(Path(options.output))
+    check_free_directory(Path(options.output))
     rows = {path: read_data(path) for path in dict.fromkeys((*options.data, *options.control))}
     metric = _metric(options, rows)
     _note_few(options, rows)
-    instruction = None if options.instruction is None else TaskVector.open(options.instruction)
+    instruction = None if options.instruction is None else TaskVector.open(options.instruction, check_config=options.check_config)
     vectors = [_vector(options, path) for path in options.vectors]
     weighted = under_rules(
         vectors,
@@ -99,9 +100,8 @@ def _run(options: Namespace, command: str) -> None:
         outside=options.outside,
         check_base=options.check_base,
     )
+    check_same_model(open_source(options.onto), vectors)
     if options.check_base:
-        from lata_lightning.vectors.aligning import check_same_start
-
         check_same_start(weighted[next(iter(weighted))])
     model, tokenizer = load(options, options.onto, classifier=metric == "accuracy")
     scores = {
@@ -179,7 +179,10 @@ def _vector(options: Namespace, path: str) -> TaskVector:
     from lata_lightning.store.directories import holds_vector
     from lata_lightning.vectors.task_vector import TaskVector
 
-    vector = TaskVector.open(path) if holds_vector(path) else TaskVector.between(options.onto, path, start_kind=options.start or "instruct")
+    if holds_vector(path):
+        vector = TaskVector.open(path, check_config=options.check_config)
+    else:
+        vector = TaskVector.between(options.onto, path, start_kind=options.start or "instruct", check_config=options.check_config)
     return vector if options.start is None else TaskVector(vector.tensors, replace(vector.manifest, start=options.start))
 
 
@@ -224,7 +227,14 @@ def _next_command(options: Namespace, weighting: str, scale: float) -> str:
     words.append(f"--scale={-scale if options.forget and not one else scale:g}")
     if options.instruction is not None:
         words += ["--instruction", options.instruction]
-    for name, default in (("level", "block"), ("threshold", 0.95), ("outside", 0.0), ("start", None), ("check_base", True)):
+    for name, default in (
+        ("level", "block"),
+        ("threshold", 0.95),
+        ("outside", 0.0),
+        ("start", None),
+        ("check_base", True),
+        ("check_config", True),
+    ):
         if options[name] != default:
             words += [f"--{name.replace('_', '-')}", str(options[name]).lower()]
     return shlex.join([*words, "--output", "MODEL"])

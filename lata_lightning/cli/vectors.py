@@ -8,7 +8,17 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lata_lightning.cli.common import Command, add_format, add_weighting, add_workers, note, print_json, progress_bar
+from lata_lightning.cli.common import (
+    Command,
+    add_check_config,
+    add_checks,
+    add_format,
+    add_weighting,
+    add_workers,
+    note,
+    print_json,
+    progress_bar,
+)
 from lata_lightning.errors import WeightingError
 
 
@@ -28,6 +38,7 @@ def _extract_arguments(parser: ArgumentParser) -> None:
         "default such models are refused.",
     )
     parser.add_argument("--layers", type=str | None, help="Regular expression that finds the block in a tensor name, for unknown layouts.")
+    add_check_config(parser)
     add_workers(parser)
 
 
@@ -35,7 +46,7 @@ def _extract(options: Namespace, command: str) -> None:
     from lata_lightning.merging.vocabularies import between_vocabularies
     from lata_lightning.vectors.task_vector import TaskVector
 
-    settings = {"kind": options.kind, "start_kind": options.start, "layers": options.layers}
+    settings = {"kind": options.kind, "start_kind": options.start, "layers": options.layers, "check_config": options.check_config}
     if options.vocabulary is None:
         vector = TaskVector.between(options.start_model, options.tuned_model, **settings)
     else:
@@ -69,7 +80,7 @@ def _align(options: Namespace, command: str) -> None:
         raise LataError(
             "alignment is measured against an instruction vector: give --instruction VECTOR (lata extract BASE INSTRUCT makes one)"
         )
-    vector, instruction = TaskVector.open(options.vector), TaskVector.open(options.instruction)
+    vector, instruction = (TaskVector.open(path, check_config=options.check_config) for path in (options.vector, options.instruction))
     alignment = align(vector, instruction, options.level, options.start, check_base=options.check_base)
     rule: Weighting = "linear" if options.weighting is None else options.weighting
     try:
@@ -93,17 +104,17 @@ def _project_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="Precision to store the vector in."
     )
-    parser.add_argument("--check-base", type=bool, default=True, help="Refuse vectors that are known to belong to different weights.")
+    add_checks(parser)
     add_workers(parser)
 
 
 def _project(options: Namespace, command: str) -> None:
-    from lata_lightning.store.writer import check_free
+    from lata_lightning.store.writer import check_free_directory
     from lata_lightning.vectors.projection import project
     from lata_lightning.vectors.task_vector import TaskVector
 
-    check_free(Path(options.output))
-    vector, instruction = TaskVector.open(options.vector), TaskVector.open(options.instruction)
+    check_free_directory(Path(options.output))
+    vector, instruction = (TaskVector.open(path, check_config=options.check_config) for path in (options.vector, options.instruction))
     projected = project(vector, instruction, level=options.level, check_base=options.check_base)
     with progress_bar("project") as progress:
         saved = projected.save(options.output, dtype=options.dtype, workers=options.workers, progress=progress)
@@ -146,7 +157,7 @@ def _text(value: Any) -> str:
 def _verify(options: Namespace, command: str) -> None:
     from lata_lightning.store.directories import find_weights, holds_vector
     from lata_lightning.store.formats.table import find_format
-    from lata_lightning.vectors.task_vector import verify
+    from lata_lightning.vectors.artefact import verify
 
     path, _ = find_weights(options.path)
     count = verify(path) if holds_vector(path) else find_format(path).verify(path)

@@ -16,7 +16,7 @@ from lata_lightning.merging.merge import Term, merge
 from lata_lightning.merging.sum import Onto, Sum
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.sources import Source
-from lata_lightning.store.writer import Progress, atomic_directory, check_free
+from lata_lightning.store.writer import Progress, atomic_directory, check_free_directory
 from lata_lightning.vectors.task_vector import TaskVector
 
 # A plus means an adapter to mergekit, an at sign a revision.
@@ -52,7 +52,7 @@ def export_mergekit(
         LayoutMismatchError, CorruptFileError, OutputError: As ``merge``.
     """
     target = Path(output)
-    check_free(target)
+    check_free_directory(target)
     total = Sum(terms, onto, check_base=check_base)
     source = total.source
     start = start_for_mergekit(source)

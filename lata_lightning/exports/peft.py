@@ -19,7 +19,7 @@ from lata_lightning.exports.plan import Plan, plan_adapter
 from lata_lightning.exports.structure import Form, Held, Structure
 from lata_lightning.merging.merge import Term
 from lata_lightning.merging.sum import Onto, Sum
-from lata_lightning.store.writer import Progress, ShardWriter, atomic_directory, check_free, float_dtype, layout_size, write_json
+from lata_lightning.store.writer import Progress, ShardWriter, atomic_directory, check_free_directory, float_dtype, layout_size, write_json
 
 _STEM = "adapter_model"
 _PREFIX = "base_model.model."
@@ -69,7 +69,7 @@ def export_peft(
     Source: LoRA, arXiv:2106.09685.
     """
     target = Path(output)
-    check_free(target)
+    check_free_directory(target)
     truncation = Truncation(rank, energy)
     lower = None if dtype is None else float_dtype(dtype)
     total = Sum(terms, onto, check_base=check_base)

@@ -9,10 +9,12 @@ import torch
 from lata_lightning.errors import LataError
 from lata_lightning.linearity.matrix_merges import MATRIX_METHODS, NAMES, MatrixMerge, MatrixMethod
 from lata_lightning.numerics.matrix_regression import Settings
+from lata_lightning.store.meaning import check_all_mean_the_same
 from lata_lightning.store.pairing import pair
 from lata_lightning.store.sources import Source
 from lata_lightning.vectors.aligning import check_same_start
-from lata_lightning.vectors.manifest import Derivation, Identity, Input, Manifest, TensorEntry
+from lata_lightning.vectors.entries import TensorEntry
+from lata_lightning.vectors.manifest import Derivation, Identity, Input, Manifest
 from lata_lightning.vectors.task_vector import TaskVector
 
 
@@ -36,7 +38,7 @@ def merge_matrices(
 
     Raises:
         LataError: There is no vector, one is an instruction vector, or some count from instruct and some from base; the method is unknown.
-        LayoutMismatchError: The vectors do not hold the same tensors.
+        LayoutMismatchError: The vectors do not hold the same tensors, or belong to models of other tokens or of another function.
         BaseMismatchError: Two vectors start from different weights.
     """
     if method not in MATRIX_METHODS:
@@ -50,6 +52,7 @@ def merge_matrices(
         common, reader = pair(readers[-1], vector.tensors)
         readers[-1] = common
         readers.append(reader)
+    check_all_mean_the_same([(vector.label, vector.manifest.meaning) for vector in vectors])
     first = vectors[0].manifest
     merged = MatrixMerge(
         readers, [vector.label for vector in vectors], [vector.unchanged for vector in vectors], first.layers, method, settings
@@ -61,6 +64,7 @@ def merge_matrices(
         start=first.start,
         layers=first.layers,
         start_identity=known[0] if known else Identity(),
+        meaning=first.meaning,
         tied=first.tied,
         tensors={name: TensorEntry(merged.shape(name), "float32", unchanged=True) for name in merged.names if name in unchanged},
         derivation=derivation_of(merged, vectors, method, settings),

@@ -12,7 +12,8 @@ from lata_lightning.linearity.units import Blocks
 from lata_lightning.linearity.walk import Batch, StartModel, check_samples, opened, row_count
 from lata_lightning.numerics.matrix_regression import Prior, Settings
 from lata_lightning.store.writer import Progress
-from lata_lightning.vectors.manifest import Derivation, Identity, Input, Manifest, TensorEntry
+from lata_lightning.vectors.entries import TensorEntry
+from lata_lightning.vectors.manifest import Derivation, Identity, Input, Manifest
 from lata_lightning.vectors.task_vector import TaskVector
 
 DEFAULT_OFF_DIAGONAL = 0.9
@@ -116,6 +117,7 @@ def regress(
         start=first.start,
         layers=first.layers,
         start_identity=first.start_identity if first.start_identity != Identity() else Identity(source.location, source.revision),
+        meaning=first.meaning,
         tied=first.tied,
         tensors={name: TensorEntry(merged.shape(name), "float32", unchanged=True) for name in merged.names if name in unchanged},
         derivation=Derivation(

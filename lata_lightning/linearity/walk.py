@@ -25,7 +25,7 @@ from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import named_like, pair
 from lata_lightning.store.sources import Source, View
 from lata_lightning.store.writer import Progress
-from lata_lightning.vectors.aligning import check_same_start
+from lata_lightning.vectors.aligning import check_same_model, check_same_start
 from lata_lightning.vectors.task_vector import TaskVector
 
 Batch = Mapping[str, Tensor]
@@ -87,7 +87,7 @@ class Walker:
 
     Raises:
         SourceError: The start cannot be read, or does not say which model it is.
-        LayoutMismatchError: A vector does not hold the tensors of the model.
+        LayoutMismatchError: A vector does not hold the tensors of the model, or belongs to one of other tokens or of another function.
         BaseMismatchError: Two vectors start from different weights.
         WeightingError: No tensor belongs to a block.
         LataError: There is no vector, or one started from base.
@@ -279,7 +279,7 @@ def opened(start: StartModel, vectors: Sequence[TaskVector], *, check_base: bool
 
     Raises:
         SourceError: The start cannot be read, or does not say which model it is.
-        LayoutMismatchError: A vector does not hold the tensors of the model.
+        LayoutMismatchError: A vector does not hold the tensors of the model, or belongs to one of other tokens or of another function.
         BaseMismatchError: Two vectors start from different weights.
         LataError: There is no vector, or one started from base.
     """
@@ -336,6 +336,7 @@ def _match(source: Source, vectors: Sequence[TaskVector]) -> tuple[Source, list[
     for vector in vectors:
         weights, reader = pair(weights, vector.tensors)
         readers.append(reader)
+    check_same_model(source, vectors)
     return weights, readers
 
 

@@ -19,9 +19,12 @@ from lata_lightning.moments import Start
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.numerics.measure import same_values
 from lata_lightning.store.hashing import hash_values
+from lata_lightning.store.meaning import meaning_in_memory
 from lata_lightning.store.sources import Source
+from lata_lightning.store.tied_names import ties_of
 from lata_lightning.vectors.differences import Difference
-from lata_lightning.vectors.manifest import Identity, Manifest, TensorEntry
+from lata_lightning.vectors.entries import TensorEntry
+from lata_lightning.vectors.manifest import Identity, Manifest
 from lata_lightning.vectors.task_vector import TaskVector
 
 Side = Literal["start", "live"]
@@ -98,7 +101,14 @@ def _task_vector(tracker: Tracker, manifest: Manifest, still: Set[str], lost: Se
     known = {name: hash_values(sides["start"].read(name)) for name in unread}
     entries = {name: TensorEntry(live.shape(name), "float32", unchanged=True) for name in names if name in still}
     layers = LayerMap({name: manifest.layers.places[name] for name in names}, manifest.layers.blocks)
-    manifest = replace(manifest, layers=layers, start_identity=Identity(tracker.location), tensors=entries)
+    manifest = replace(
+        manifest,
+        layers=layers,
+        start_identity=Identity(tracker.location),
+        meaning=meaning_in_memory(live.config, tracker.location or live.location),
+        tied=ties_of(live.module, names),
+        tensors=entries,
+    )
     return TaskVector(_LiveDifference(tracker, sides["start"], sides["live"], known, still), manifest)
 
 

@@ -13,6 +13,7 @@ from lata_lightning.live.tracker import Tracker
 from lata_lightning.moments import Moments, Start
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.numerics.measure import moments_table, same_values, tensor_sums
+from lata_lightning.store.meaning import check_same_meaning, meaning_in_memory
 from lata_lightning.store.sources import Source
 from lata_lightning.vectors.task_vector import TaskVector
 
@@ -42,7 +43,7 @@ class Measurement:
             weighted: Whether every layer needs an alignment.
 
         Raises:
-            LayoutMismatchError: It lacks a parameter, or holds it in another shape.
+            LayoutMismatchError: It lacks a parameter, holds it in another shape, or belongs to a model of other tokens or another function.
             WeightingError: It is zero in a layer that is to be weighted.
         """
         if self.instruction is None:
@@ -50,6 +51,10 @@ class Measurement:
         tracker, ranks = self.tracker, self.tracker.ranks
         what = f"the instruction vector {self.instruction.label}"
         direction = self._direction = matched_to(tracker.live, self.instruction.tensors, what, tracker.root)
+        check_same_meaning(
+            (f"the model in training ({tracker.live.label})", meaning_in_memory(tracker.live.config, tracker.live.location)),
+            (what, self.instruction.manifest.meaning),
+        )
         names = [name for name in direction.names if name not in tracker.live.buffers]
         sums = torch.zeros(len(names), 3, dtype=torch.float64)
         for index, name in enumerate(names):

@@ -26,12 +26,12 @@ from lata_lightning.store.writer import (
     Progress,
     ShardWriter,
     atomic_directory,
-    check_free,
+    check_free_directory,
     float_dtype,
     layout_size,
     write_json,
 )
-from lata_lightning.vectors.aligning import check_same_start
+from lata_lightning.vectors.aligning import check_same_model, check_same_start
 from lata_lightning.vectors.cards import merge_card
 from lata_lightning.vectors.manifest import Identity, library_versions
 from lata_lightning.vectors.task_vector import TaskVector
@@ -124,7 +124,8 @@ def merge(
         The output directory. Nothing else changes.
 
     Raises:
-        LayoutMismatchError: A vector does not hold the tensors of ``onto``; or, with ``vocabulary``, a row is another token on each side, or a
+        LayoutMismatchError: A vector does not hold the tensors of ``onto``, or belongs to a model of other tokens or of another function; or, with
+            ``vocabulary``, a row is another token on each side, or a
             union would need rows that are not at hand.
         BaseMismatchError: Two vectors start from different weights.
         OutputError: The output exists, or the disk is full.
@@ -134,7 +135,7 @@ def merge(
     Source: LATA, arXiv:2502.20186, task learning; with all coefficients 1, task arithmetic, arXiv:2212.04089. Other methods: see the source of each.
     """
     target = Path(output)
-    check_free(target)
+    check_free_directory(target)
     cast_to = None if dtype is None else float_dtype(dtype)
     rows_of = None if vocabulary is None else check_vocabulary(vocabulary)
     threads = worker_count(workers)
@@ -145,6 +146,7 @@ def merge(
         check_same_start([term.vector for term in terms])
     source = named_like(open_source(onto), terms[0].vector.tensors)
     onto_weights, fitted = _match(source, terms, rows_of)
+    check_same_model(source, [term.vector for term in terms], by_token=rows_of is None)
     if note is not None:
         for sentence in fitted.notes:
             note(sentence)
@@ -231,4 +233,4 @@ def _match(source: Source, terms: Sequence[Term], vocabulary: Vocabulary | None)
     onto = Fingerprinted(weights)
     if vocabulary is None:
         return onto, Fitted(onto, readers, None, onto, source.config, ())
-    return onto, fit_vocabularies(onto, readers, models, vocabulary)
+    return onto, fit_vocabularies(onto, readers, models, [term.vector.manifest.meaning for term in terms], vocabulary)

@@ -16,7 +16,7 @@ from lata_lightning.store.hashing import content_hash
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import named_like, pair
 from lata_lightning.store.sources import Fingerprinted, Source, View
-from lata_lightning.vectors.aligning import check_same_start
+from lata_lightning.vectors.aligning import check_same_model, check_same_start
 
 Onto = str | Path | nn.Module | Mapping[str, Tensor] | Source
 
@@ -59,7 +59,7 @@ class Sum:
 
     Raises:
         BaseMismatchError: Two vectors started from different weights.
-        LayoutMismatchError: A vector does not hold the tensors of the start.
+        LayoutMismatchError: A vector does not hold the tensors of the start, or belongs to a model of other tokens or another function.
     """
 
     def __init__(self, terms: Sequence[Term], onto: Onto | None, *, check_base: bool = True) -> None:
@@ -77,6 +77,7 @@ class Sum:
         for term in terms:
             weights, reader = pair(weights, term.vector.tensors)
             self._readers.append(reader)
+        check_same_model(self.source, [term.vector for term in terms])
         self.weights = Fingerprinted(weights)
 
     @property

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from lata_lightning.errors import LataError, LayoutMismatchError, first_three
 from lata_lightning.layers import LayerRule
+from lata_lightning.merging.rows import Rows
 from lata_lightning.moments import Start
-from lata_lightning.numerics.chunks import Load
-from lata_lightning.numerics.chunks import slices as in_memory
-from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.store.hashing import content_hash
+from lata_lightning.store.meaning import Meaning, check_same_tokens, meaning_of, refuse_tokens, stated_sizes
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import pair_names
-from lata_lightning.store.sources import Fingerprinted, Source, View
-from lata_lightning.store.vocabulary import (
-    Comparison,
-    Tokens,
-    check_same_meaning,
-    compare,
-    read_tokens,
-    resized_config,
-    stated_sizes,
-    vocabulary_axes,
-    within,
-)
+from lata_lightning.store.sources import Fingerprinted, Source
+from lata_lightning.store.tokens import Tokens, read_tokens, within
+from lata_lightning.store.vocabulary import Comparison, compare, resized_config
 from lata_lightning.vectors.differences import Difference
 from lata_lightning.vectors.manifest import Kind
 from lata_lightning.vectors.task_vector import TaskVector
@@ -62,59 +51,6 @@ class Fitted:
     notes: tuple[str, ...]
 
 
-class Rows(View):
-    """A source in which some tensors are put together from rows of several sources, one tensor at a time.
-
-    Args:
-        source: Whose other tensors are taken as they are.
-        axes: Axis of the rows by tensor name.
-        size: Number of rows to hold.
-        pieces: Sources, each with the rows to take from it; later ones win. Rows that none gives are zero.
-    """
-
-    def __init__(self, source: Source, axes: Mapping[str, int], size: int, pieces: Sequence[tuple[Source, Iterable[int]]]) -> None:
-        super().__init__(source, {name: name for name in source.names})
-        self._axes, self._size = axes, size
-        self._pieces = [(piece, torch.tensor(sorted(rows), dtype=torch.int64)) for piece, rows in pieces]
-
-    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
-        shape = super().shape(name)
-        axis = self._axes.get(name)
-        return shape if axis is None else (*shape[:axis], self._size, *shape[axis + 1 :])
-
-    def dtype(self, name: str) -> torch.dtype:  # noqa: D102
-        found = super().dtype(name)
-        for piece, _ in self._pieces if name in self._axes else ():
-            found = torch.promote_types(found, piece.dtype(name))
-        return found
-
-    def read(self, name: str) -> Tensor:  # noqa: D102
-        axis = self._axes.get(name)
-        if axis is None:
-            return super().read(name)
-        found = torch.zeros(self.shape(name), dtype=self.dtype(name))
-        for piece, rows in self._pieces:
-            found.index_copy_(axis, rows, piece.read(name).index_select(axis, rows).to(found.dtype))
-        return found
-
-    def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:  # noqa: D102
-        if name in self._axes:
-            return self.read(name) if slices is None else self.read(name)[slices]
-        return super().read_slice(name, slices)
-
-    def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
-        return None if name in self._axes else super().low_rank(name)
-
-    def load(self, name: str) -> Load:  # noqa: D102
-        return in_memory(self.read(name)) if name in self._axes else super().load(name)
-
-    def place(self, name: str) -> Hashable:  # noqa: D102
-        return None if name in self._axes else super().place(name)
-
-    def sides(self, name: str) -> tuple[Source, Source, str] | None:  # noqa: D102
-        return None if name in self._axes else super().sides(name)
-
-
 class _SharedDifference(Difference):
     """A difference over shared rows, which still identifies its two sides by all the rows they have."""
 
@@ -136,6 +72,7 @@ def between_vocabularies(
     kind: Kind = "task",
     start_kind: Start = "instruct",
     layers: LayerRule | str | None = None,
+    check_config: bool = True,
 ) -> tuple[TaskVector, tuple[str, ...]]:
     """The difference of two models of different vocabularies, over the rows they share.
 
@@ -145,6 +82,7 @@ def between_vocabularies(
         kind: ``"task"`` or ``"instruction"``.
         start_kind: Whether ``start`` is the instruct model or the base model.
         layers: Rule that names the blocks.
+        check_config: As for ``TaskVector.between``.
         vocabulary: Whose rows the vector has. A row that is not shared has no difference: it is zero, or left out if it is not a row of this side.
 
     Returns:
@@ -157,15 +95,16 @@ def between_vocabularies(
     if vocabulary not in SIDES:
         raise LataError(f"unknown vocabulary {vocabulary!r}; choose one of {', '.join(SIDES)}")
     one, other = pair_names(open_source(start), open_source(tuned))
-    found = compare(one, other, (read_tokens(one), read_tokens(other)))
+    found = compare(one, other, (read_tokens(one.directory, one.label), read_tokens(other.directory, other.label)))
     if not found.axes:
-        return TaskVector.between(start, tuned, kind=kind, start_kind=start_kind, layers=layers), ()
+        return TaskVector.between(start, tuned, kind=kind, start_kind=start_kind, layers=layers, check_config=check_config), ()
     sides = Fingerprinted(one), Fingerprinted(other)
     frame, patched = sides if vocabulary == "start" else sides[::-1]
     size = found.rows[SIDES.index(vocabulary)]
     mixed = Rows(patched, found.axes, size, [(frame, range(size)), (patched, found.shared)])
     ready: tuple[Source, Source] = (frame, mixed) if vocabulary == "start" else (mixed, frame)
-    vector = TaskVector.between(*ready, kind=kind, start_kind=start_kind, layers=layers)
+    vector = TaskVector.between(*ready, kind=kind, start_kind=start_kind, layers=layers, check_config=check_config)
+    meaning = Meaning(vector.manifest.meaning.config, meaning_of(one).vocabularies + meaning_of(other).vocabularies, check_config)
     notes = [_by_number(found)] if found.unknown else []
     for side, rows in ((other, found.extra), (one, found.own)):
         if rows:
@@ -173,11 +112,14 @@ def between_vocabularies(
             notes.append(
                 f"only {side.label} has {_described(rows, found.tokens)}: no difference is known there, they are {what} in the vector"
             )
-    return TaskVector(_SharedDifference(*ready, vector.tensors.names, sides), vector.manifest), tuple(notes)
+    found_vector = TaskVector(_SharedDifference(*ready, vector.tensors.names, sides), replace(vector.manifest, meaning=meaning))
+    return found_vector, tuple(notes)
 
 
 def resized(vector: TaskVector, like: TaskVector, config: Mapping[str, Any] | None) -> TaskVector:
-    """A vector with the rows of another one: rows it lacks are zero, rows the other lacks are left out; rows are matched by number.
+    """A vector with the rows of another one: rows it lacks are zero, rows the other lacks are left out.
+
+    Rows are matched by token where both record theirs, and by number otherwise.
 
     Args:
         vector: To measure with, as an instruction vector.
@@ -185,37 +127,50 @@ def resized(vector: TaskVector, like: TaskVector, config: Mapping[str, Any] | No
         config: Of a model with the vocabulary of one of them.
 
     Raises:
-        LayoutMismatchError: Something else than the vocabulary differs.
+        LayoutMismatchError: Something else than the vocabulary differs, or a row is another token in each.
     """
     if set(vector) != set(like):
         return vector
-    axes, (size, held) = vocabulary_axes(like.tensors, vector.tensors, config)
-    if not axes:
+    mine, theirs = (side.manifest.meaning.vocabularies for side in (vector, like))
+    shared = not mine or not theirs or any(side in mine for side in theirs)
+    tokens = Tokens(None), Tokens(None)
+    if not shared:
+        tokens = Tokens(theirs[0].beside(mine[0])), Tokens(mine[0].beside(theirs[0]))
+        if None in (tokens[0].by_row, tokens[1].by_row):
+            refuse_tokens(like.label, theirs[0], vector.label, mine[0])
+    found = compare(like.tensors, vector.tensors, tokens, config)
+    if shared and not found.axes:
         return vector
-    frozen = {name: replace(entry, shape=like.shape(name)) for name, entry in vector.manifest.tensors.items() if entry.unchanged}
-    source = Rows(vector.tensors, axes, size, [(vector.tensors, range(min(size, held)))])
-    return TaskVector(source, replace(vector.manifest, tensors=frozen))
+    manifest = replace(vector.manifest, meaning=replace(vector.manifest.meaning, vocabularies=theirs or mine))
+    if not found.axes:
+        return TaskVector(vector.tensors, manifest)
+    frozen = {name: replace(entry, shape=like.shape(name)) for name, entry in manifest.tensors.items() if entry.unchanged}
+    source = Rows(vector.tensors, found.axes, found.rows[0], [(vector.tensors, found.shared)])
+    return TaskVector(source, replace(manifest, tensors=frozen))
 
 
-def fit_vocabularies(onto: Source, vectors: Sequence[Source], tuned: Sequence[Source | None], vocabulary: Vocabulary) -> Fitted:
+def fit_vocabularies(
+    onto: Source, vectors: Sequence[Source], tuned: Sequence[Source | None], meanings: Sequence[Meaning], vocabulary: Vocabulary
+) -> Fitted:
     """Onto and vectors with one set of rows, as a merge needs them.
 
     Args:
         onto: Weights to add to; vectors and tuned models are under its names.
         vectors: With the rows of ``onto``, of the tuned model, or of another size.
         tuned: The tuned model of each vector, where it is at hand.
+        meanings: What each vector records of its tokens.
         vocabulary: ``"onto"`` keeps the rows of ``onto``; ``"union"`` adds those that only a tuned model has, with its values.
 
     Raises:
         LayoutMismatchError: A row is another token on each side, something else than the vocabulary differs, or a union needs rows of a tuned
             model that is not at hand.
     """
-    own = read_tokens(onto)
-    known = [own if model is None else read_tokens(model) for model in tuned]
+    own = read_tokens(onto.directory, onto.label)
+    known = [own if model is None else read_tokens(model.directory, model.label) for model in tuned]
     found = []
-    for vector, model, tokens in zip(vectors, tuned, known, strict=True):
-        saved = Tokens(None, f"{vector.label} is a vector, which holds no tokenizer")
-        comparison = compare(onto, vector, (own, saved)) if model is None else compare(onto, model, (own, tokens))
+    for vector, model, tokens, meaning in zip(vectors, tuned, known, meanings, strict=True):
+        other = _tokens_of(vector.label, meaning, onto) if model is None else tokens
+        comparison = compare(onto, vector if model is None else model, (own, other))
         if vocabulary == "union" and model is None and comparison.extra:
             raise LayoutMismatchError(
                 f"{vector.label} has {comparison.rows[1]} rows and {onto.label} {comparison.rows[0]}: a vector holds differences, so a union cannot take "
@@ -230,7 +185,7 @@ def fit_vocabularies(onto: Source, vectors: Sequence[Source], tuned: Sequence[So
     sides += [(model, tokens, size.rows[1] or before) for model, tokens, size in zip(tuned, known, found, strict=True) if model is not None]
     tokenizers = [(side, within(tokens.by_row, size)) for side, tokens, size in sides if tokens.by_row is not None]
     if vocabulary == "union":
-        check_same_meaning([(side.label, by_row) for side, by_row in tokenizers])
+        check_same_tokens([(side.label, by_row) for side, by_row in tokenizers])
     added_rows = {row for comparison in found for row in comparison.extra}
     beyond = [comparison.rows[1] for comparison in found if comparison.extra and comparison.extra[-1] >= before]
     after = max([before, *beyond]) if vocabulary == "union" else before
@@ -259,6 +214,24 @@ def fit_vocabularies(onto: Source, vectors: Sequence[Source], tuned: Sequence[So
             f"{onto.label} and the vectors must have the same shapes but for the vocabulary; different are {first_three(wrong)}"
         )
     return Fitted(weights, list(readers), (before, after), tokenizer, config, notes)
+
+
+def _tokens_of(label: str, meaning: Meaning, onto: Source) -> Tokens:
+    """The tokens of a saved vector, as far as those of the model it is added to tell them.
+
+    Raises:
+        LayoutMismatchError: They are other tokens, or nothing tells which.
+    """
+    own = meaning_of(onto).vocabularies
+    if not own or own[0].tokens.by_row is None or not meaning.vocabularies:
+        return Tokens(None, f"{label} is a vector, which holds no tokenizer")
+    if own[0] in meaning.vocabularies:
+        # Rows that only one of its sides has are zero in it.
+        return Tokens(None)
+    known = meaning.vocabularies[-1].beside(own[0])
+    if known is None:
+        refuse_tokens(onto.label, own[0], label, meaning.vocabularies[-1])
+    return Tokens(known)
 
 
 def check_vocabulary(vocabulary: str) -> Vocabulary:

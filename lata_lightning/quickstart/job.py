@@ -57,7 +57,7 @@ def run(output: str | Path, *, experts: Mapping[str, Any] = EXPERTS) -> Results:
         OutputError: The directory exists and is not one of a quickstart, or the disk is full.
     """
     directory = Path(output)
-    if directory.exists() and not (directory / MARKER).is_file():
+    if directory.exists() and any(directory.iterdir()) and not (directory / MARKER).is_file():
         raise OutputError(f"{directory} exists already and is not the output of a quickstart. Choose another --output, or remove it first.")
     finished = Results.load(directory)
     if finished is not None:

@@ -95,6 +95,18 @@ def find_directory(weights: str | Path) -> tuple[Path, str | None]:
     return path, revision
 
 
+def local_directory(location: str | None) -> Path | None:
+    """Where the files of a model lie on this machine: a directory, or a snapshot that the hub's cache holds; None for anything else."""
+    if location is None or Path(location).is_dir():
+        return None if location is None else Path(location)
+    if not _HUB_ID.match(location):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(location, "config.json")
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
 class Files(NamedTuple):
     """The files with the weights of a model.
 

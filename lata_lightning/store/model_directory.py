@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +12,10 @@ from lata_lightning.errors import CorruptFileError, SourceError, first_three
 from lata_lightning.store.directories import MANIFEST_NAME, MERGE_RECORD, shard_files
 from lata_lightning.store.file_source import open_safetensors
 from lata_lightning.store.sources import Source, hashes_of
-from lata_lightning.store.writer import write_json
+from lata_lightning.store.tokens import tokenizer_files
+from lata_lightning.store.writer import write_config
 
 _COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
-_TOKENIZER = re.compile(
-    r"^(tokenizer|vocab|merges|special_tokens_map|added_tokens|chat_template)[\w-]*\.|^normalizer\.json$|\.(model|tiktoken)$"
-)
 
 
 def copy_companions(
@@ -54,12 +51,7 @@ def copy_companions(
     if written is not None and (dtype is not None or written != source.config):
         if dtype is not None:
             written = {**{key: value for key, value in written.items() if key != "torch_dtype"}, "dtype": dtype}
-        write_json(directory / "config.json", written)
-
-
-def tokenizer_files(directory: Path) -> list[Path]:
-    """The files of a model directory that are its tokenizer and chat template, in order."""
-    return sorted(file for file in directory.iterdir() if file.is_file() and _TOKENIZER.search(file.name))
+        write_config(directory / "config.json", written)
 
 
 def verify_merged(path: Path) -> int:

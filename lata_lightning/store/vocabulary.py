@@ -6,26 +6,19 @@ both; where one has none, if its number exists on both.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from lata_lightning.errors import LayoutMismatchError, first_three
 from lata_lightning.layers import layer_map, skeleton
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
-from lata_lightning.store.model_directory import tokenizer_files
+from lata_lightning.store.meaning import check_same_tokens, stated_sizes
 from lata_lightning.store.sources import Source
+from lata_lightning.store.tokens import Tokens, within
 
-_KEY = "vocab_size"
 _ROLES = ("embedding", "head", "other")
-
-
-class Tokens(NamedTuple):
-    """What the tokenizer of a model says: token by row, or None and why that is not known."""
-
-    by_row: Mapping[int, str] | None
-    unknown: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,22 +42,6 @@ class Comparison:
     own: tuple[int, ...] = ()
     tokens: Mapping[int, str] | None = None
     unknown: str = ""
-
-
-def read_tokens(source: Source) -> Tokens:
-    """Token by row, from the tokenizer files beside the weights."""
-    if source.directory is None or not tokenizer_files(source.directory):
-        return Tokens(None, f"{source.label} has no tokenizer files")
-    from transformers import AutoTokenizer
-
-    try:
-        # Code that comes with a tokenizer is never run.
-        tokenizer = AutoTokenizer.from_pretrained(source.directory, local_files_only=True, trust_remote_code=False)
-        return Tokens({row: token for token, row in tokenizer.get_vocab().items()})
-    except Exception as error:
-        # Every library below raises errors of its own kind; what was not understood is told to the user.
-        reason = str(error).strip().partition("\n")[0]
-        return Tokens(None, f"the tokenizer of {source.label} cannot be read ({type(error).__name__}: {reason})")
 
 
 def vocabulary_axes(one: Source, other: Source, config: Mapping[str, Any] | None = None) -> tuple[dict[str, int], tuple[int, int]]:
@@ -103,11 +80,12 @@ def vocabulary_axes(one: Source, other: Source, config: Mapping[str, Any] | None
     for label, length, own in stated:
         if length not in stated_sizes(own).values():
             raise LayoutMismatchError(
-                f"{first_three(odd)} differ in size, and {length} is not the {_KEY} in the config of {label}, so it is not their vocabulary that differs"
+                f"{first_three(odd)} differ in size, and {length} is not the vocab_size in the config of {label}, so it is not their "
+                "vocabulary that differs"
             )
     if not stated and not set(size) & set(stated_sizes(config or {}).values()):
         raise LayoutMismatchError(
-            f"no config.json of {one.label} or {other.label} names {size[0]} or {size[1]} as {_KEY}, so nothing tells that the vocabulary is what "
+            f"no config.json of {one.label} or {other.label} names {size[0]} or {size[1]} as vocab_size, so nothing tells that the vocabulary is what "
             f"differs in {first_three(odd)}. Give one of them as a Hugging Face directory."
         )
     return axes, size
@@ -135,54 +113,18 @@ def compare(one: Source, other: Source, tokens: tuple[Tokens, Tokens], config: M
         return Comparison(axes, rows, tuple(range(both)), tuple(extra), tuple(own), known, unknown if axes else "")
     if axes:
         left, right = within(left, rows[0]), within(right, rows[1])
-    check_same_meaning([(one.label, left), (other.label, right)])
+    check_same_tokens([(one.label, left), (other.label, right)])
     if not axes:
         if set(left) == set(right):
             return Comparison({})
         # Both have room for the token that only one knows, so no shape tells where the vocabulary lies.
-        axes, length = _probed_axes(one, other)
+        axes, length = _probed_axes(one, other, config)
         rows = (length, length)
     extra_rows = {row for row in right if row < rows[1]} - set(left)
     own_rows = {row for row in left if row < rows[0]} - set(right)
     lone = extra_rows | own_rows
     shared = tuple(row for row in range(min(rows)) if row not in lone)
     return Comparison(axes, rows, shared, tuple(sorted(extra_rows)), tuple(sorted(own_rows)), {**left, **right})
-
-
-def within(by_row: Mapping[int, str], size: int) -> dict[int, str]:
-    """The tokens that a model of so many rows has a row for; tokenizers may know more."""
-    return {row: token for row, token in by_row.items() if row < size}
-
-
-def check_same_meaning(sides: Sequence[tuple[str, Mapping[int, str]]]) -> None:
-    """Refuse tokenizers in which one row is two tokens.
-
-    Args:
-        sides: Name and token by row of each model.
-    """
-    seen: dict[int, tuple[str, str]] = {}
-    for label, tokens in sides:
-        clashes = [row for row, token in tokens.items() if row in seen and seen[row][1] != token]
-        if clashes:
-            first = min(clashes)
-            shown = ", ".join(f"{row} is {seen[row][1]!r} and {tokens[row]!r}" for row in sorted(clashes)[:3])
-            raise LayoutMismatchError(
-                f"{seen[first][0]} and {label} must mean the same token by the same row; {len(clashes)} rows differ, first: {shown}. Rows are not "
-                "moved: give both models the same tokens at the same rows before training them."
-            )
-        for row, token in tokens.items():
-            seen.setdefault(row, (label, token))
-
-
-def stated_sizes(config: Mapping[str, Any]) -> dict[tuple[str, ...], int]:
-    """Every vocabulary size in a config, by where it stands: at the top, or in the config of a part such as the text model."""
-    found: dict[tuple[str, ...], int] = {}
-    for key, value in config.items():
-        if key == _KEY and isinstance(value, int):
-            found[(key,)] = value
-        elif isinstance(value, Mapping):
-            found |= {(key, *rest): size for rest, size in stated_sizes(value).items()}
-    return found
 
 
 def resized_config(config: Mapping[str, Any], places: Iterable[tuple[str, ...]], size: int) -> dict[str, Any]:
@@ -196,9 +138,9 @@ def resized_config(config: Mapping[str, Any], places: Iterable[tuple[str, ...]],
     return changed
 
 
-def _probed_axes(one: Source, other: Source) -> tuple[dict[str, int], int]:
+def _probed_axes(one: Source, other: Source, config: Mapping[str, Any] | None) -> tuple[dict[str, int], int]:
     """Axis of the vocabulary by tensor name, from what changes in the empty model when its config asks for one row more; and the rows."""
-    config = one.config or other.config or {}
+    config = one.config or other.config or config or {}
     stated = stated_sizes(config)
     if len(set(stated.values())) == 1:
         length = next(iter(stated.values()))

@@ -35,9 +35,30 @@ Progress = Callable[[int, int], None]
 
 
 def check_free(path: Path) -> None:
-    """Refuse an output path that exists, before any work is done."""
+    """Refuse an output file that exists, before any work is done."""
     if path.exists() or path.is_symlink():
         raise OutputError(f"{path} exists already. Choose another output path, or remove it first.")
+
+
+def check_free_directory(path: Path) -> None:
+    """Refuse an output directory that holds anything, before any work is done; one that is missing or empty is free.
+
+    Raises:
+        OutputError: The path is a file or a link, the directory holds something, cannot be read, or cannot be replaced because it is a mount point.
+    """
+    if path.is_symlink() or not path.is_dir():
+        check_free(path)
+        return
+    try:
+        held = sorted(entry.name for entry in path.iterdir())
+    except OSError as error:
+        raise _output_error(path, error) from error
+    if held:
+        raise OutputError(
+            f"{path} exists already and is not empty, it holds {first_three(held)}. Choose another output path, or remove it first."
+        )
+    if path.is_mount():
+        raise OutputError(f"{path} is a mount point, which cannot be replaced by the finished output. Name a new folder below it.")
 
 
 @contextmanager
@@ -45,16 +66,16 @@ def atomic_directory(path: Path, size: int = 0) -> Iterator[Path]:
     """A new directory that appears under its name only when the block has ended well.
 
     Args:
-        path: The final name; it must not exist, its parents are made.
+        path: The final name; nothing or an empty directory may have it, its parents are made.
         size: Bytes about to be written, checked against the free space of the disk.
 
     Yields:
         An empty directory beside ``path``, on the same file system, to write into.
 
     Raises:
-        OutputError: The path exists, cannot be written, or the disk is (or becomes) full. Nothing is left behind.
+        OutputError: The path holds something, cannot be written, or the disk is (or becomes) full. Nothing is left behind.
     """
-    check_free(path)
+    check_free_directory(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path.parent).free
@@ -67,7 +88,7 @@ def atomic_directory(path: Path, size: int = 0) -> Iterator[Path]:
     try:
         yield partial
         partial.chmod(0o777 & ~_umask())
-        check_free(path)
+        check_free_directory(path)
         partial.rename(path)
         _sync(path.parent)
     except OSError as error:
@@ -246,6 +267,11 @@ def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
 
 
+def write_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Write a config.json; numbers that are not finite become ``Infinity`` and ``NaN``, which transformers reads."""
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
 def _split(layout: Layout, max_shard_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = []
     room = 0
@@ -270,7 +296,7 @@ def _tensor_size(dtype: torch.dtype, shape: Iterable[int]) -> int:
 def _output_error(path: Path, error: OSError) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(f"the disk is full while writing {path}. Make room, or write elsewhere; nothing was left behind.")
-    if error.errno in (errno.EEXIST, errno.ENOTEMPTY) and path.exists():
+    if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR) and path.exists():
         return OutputError(f"{path} exists already. Choose another output path, or remove it first.")
     return OutputError(f"{path} cannot be written: {error.strerror or error}")
 

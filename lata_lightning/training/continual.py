@@ -171,8 +171,8 @@ class _Record:
     def open(cls, directory: Path, settings: Mapping[str, Any]) -> _Record:
         """That of an earlier call with the same settings, or a new one."""
         path = directory / ACCURACIES_NAME
-        if not directory.exists():
-            directory.mkdir(parents=True)
+        if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+            directory.mkdir(parents=True, exist_ok=True)
             found = cls(path, settings, [], [])
             found.save()
             return found

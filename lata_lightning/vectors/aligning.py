@@ -13,18 +13,19 @@ from lata_lightning.layers import Level, check_level
 from lata_lightning.moments import Moments, Start, check_start
 from lata_lightning.numerics.chunks import in_parallel, worker_count
 from lata_lightning.numerics.measure import moments_table, streamed_sums, tensor_sums
-from lata_lightning.store.pairing import check_same_tensors
-from lata_lightning.vectors.task_vector import TaskVector
+from lata_lightning.store.meaning import check_all_mean_the_same, meaning_of
+from lata_lightning.store.sources import Source
+from lata_lightning.vectors.task_vector import TaskVector, check_comparable
 
 
 def measure(task_vector: TaskVector, instruction_vector: TaskVector, start: Start = "instruct") -> dict[str, Moments]:
     """Moments by tensor name; the tensors are read piece by piece, by several threads.
 
     Raises:
-        LayoutMismatchError: A tensor is on one side only, or has two shapes.
+        LayoutMismatchError: A tensor is on one side only, or has two shapes; or the models have other tokens or compute another function.
         CorruptFileError: NaN or infinite weights.
     """
-    check_same_tensors(task_vector.tensors, instruction_vector.tensors)
+    check_comparable(task_vector, instruction_vector)
 
     def sums_of(name: str) -> Tensor:
         if task_vector.low_rank(name) is not None or instruction_vector.low_rank(name) is not None:
@@ -69,6 +70,22 @@ def align(
     if check_base:
         check_matching_instruction(task_vector, instruction_vector, start)
     return alignment_of(measure(task_vector, instruction_vector, start), task_vector.layers, level, start)
+
+
+def check_same_model(model: Source, vectors: Sequence[TaskVector], *, by_token: bool = True) -> None:
+    """Refuse vectors that belong to models of other tokens, or of another function, than the weights they are used with; the unknown passes.
+
+    Args:
+        model: The weights.
+        vectors: They are compared with the weights and with each other.
+        by_token: Whether to compare tokenizers.
+
+    Raises:
+        LayoutMismatchError: A key of the configs differs that changes what the weights compute, or a row is another token in each.
+    """
+    check_all_mean_the_same(
+        [(model.label, meaning_of(model)), *((vector.label, vector.manifest.meaning) for vector in vectors)], by_token=by_token
+    )
 
 
 def check_same_start(vectors: Sequence[TaskVector]) -> None:

@@ -13,7 +13,8 @@ from lata_lightning.numerics.low_rank import Factors, LowRank
 from lata_lightning.numerics.measure import difference
 from lata_lightning.store.hashing import content_hash
 from lata_lightning.store.sources import Fingerprinted, Source
-from lata_lightning.vectors.manifest import Manifest, PrecisionLoss, factor_names
+from lata_lightning.vectors.entries import PrecisionLoss, factor_names
+from lata_lightning.vectors.manifest import Manifest
 
 
 class Difference(Source):

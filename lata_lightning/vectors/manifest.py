@@ -15,12 +15,16 @@ from lata_lightning.errors import CorruptFileError, SourceError
 from lata_lightning.layers import LEVELS, LayerMap, Level, Place
 from lata_lightning.moments import STARTS, Start
 from lata_lightning.store.directories import MANIFEST_NAME
+from lata_lightning.store.meaning import Meaning
+from lata_lightning.store.seal import check_seal, sealed
+from lata_lightning.vectors.entries import FactorEntry, PrecisionLoss, TensorEntry
 from lata_lightning.weighting import DEFAULT_THRESHOLD, ORIGINS, Origin
 
 Kind = Literal["task", "instruction"]
 FORMAT = "lata_lightning.task_vector"
-FORMAT_VERSION = 2
-"""Version 2 has tensors that are stored as factors; version 1 is read as well."""
+FORMAT_VERSION = 3
+"""Version 2 has tensors that are stored as factors, version 3 a hash of the manifest and what the tensors mean; older ones are read as well."""
+_FIRST_SEALED = 3
 OUTSIDE = "outside the layers"
 """Stands for the tensors that belong to no layer, where a derivation gives numbers by layer."""
 PROJECTED = "times the instruction vector"
@@ -40,72 +44,6 @@ class Identity:
     location: str | None = None
     revision: str | None = None
     content_hash: str | None = None
-
-
-def factor_names(name: str, index: int) -> tuple[str, str]:
-    """Names under which the left and right factor of a part of a tensor are stored."""
-    return f"{name}.left.{index}", f"{name}.right.{index}"
-
-
-@dataclass(frozen=True)
-class FactorEntry:
-    """One part scale · left @ right of a tensor that is stored as factors.
-
-    Attributes:
-        rank: Columns of the left factor.
-        scale: Its multiplier.
-        left_hash, right_hash: Hashes of the stored bytes of both factors.
-    """
-
-    rank: int
-    scale: float
-    left_hash: str
-    right_hash: str
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """One tensor of the artefact.
-
-    Attributes:
-        shape: Its shape.
-        dtype: Name of the dtype it is stored in, such as ``float32``.
-        hash: Hash of its stored bytes; None if it is not stored, or stored as factors.
-        unchanged: The tensor was frozen: its difference is zero, and it takes no room in the file.
-        factors: The parts it is stored as, if it is a sum of products of factors (of a LoRA run).
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    hash: str | None = None
-    unchanged: bool = False
-    factors: tuple[FactorEntry, ...] | None = None
-
-    def stored(self, name: str) -> dict[str, tuple[tuple[int, ...], str | None]]:
-        """Shape and hash by the names under which the tensor of this name lies in the files."""
-        if self.unchanged:
-            return {}
-        if self.factors is None:
-            return {name: (self.shape, self.hash)}
-        found: dict[str, tuple[tuple[int, ...], str | None]] = {}
-        for index, part in enumerate(self.factors):
-            left, right = factor_names(name, index)
-            found[left] = ((self.shape[0], part.rank), part.left_hash)
-            found[right] = ((part.rank, math.prod(self.shape[1:])), part.right_hash)
-        return found
-
-
-@dataclass(frozen=True)
-class PrecisionLoss:
-    """What storing a difference below float32 cost.
-
-    Attributes:
-        zero_fraction: Share of the nonzero entries that became zero.
-        cosine: Cosine between the stored and the full-precision difference; None for a zero vector.
-    """
-
-    zero_fraction: float
-    cosine: float | None
 
 
 @dataclass(frozen=True)
@@ -201,6 +139,7 @@ class Manifest:
         coefficients: By layer; None as long as no rule has been applied.
         alignment: What was measured, of which a rule makes coefficients.
         instruction_identity: Hash of the instruction vector that was measured against, by its two sides.
+        meaning: What config and tokenizers say about the tensors, as far as it is known.
         tied: Groups of names that are one tensor in the model.
         step, epoch: When it was taken, in optimizer steps and finished epochs; None for vectors extracted from files.
         precision_loss: Measured cost of a stored precision below float32.
@@ -220,6 +159,7 @@ class Manifest:
     coefficients: Mapping[str, float] | None = None
     alignment: Alignment | None = None
     instruction_identity: tuple[Identity, Identity] | None = None
+    meaning: Meaning = field(default_factory=Meaning)
     tied: tuple[tuple[str, ...], ...] = ()
     step: int | None = None
     epoch: int | None = None
@@ -238,6 +178,7 @@ class Manifest:
             "instruction_vector": None
             if self.instruction_identity is None
             else {"base": asdict(self.instruction_identity[0]), "instruct": asdict(self.instruction_identity[1])},
+            "model": self.meaning.to_json(),
             "step": self.step,
             "epoch": self.epoch,
             "level": self.level,
@@ -301,6 +242,7 @@ class Manifest:
             coefficients=coefficients,
             alignment=None if data["alignment"] is None else Alignment.from_json(data["alignment"]),
             instruction_identity=None if instruction is None else (Identity(**instruction["base"]), Identity(**instruction["instruct"])),
+            meaning=Meaning.from_json(data["model"]) if "model" in data else Meaning(),
             tied=tuple(tuple(group) for group in data["tied"]),
             step=data["step"],
             epoch=data["epoch"],
@@ -319,12 +261,16 @@ class Manifest:
         )
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(directory: Path, *, sealed_only: bool = False) -> Manifest:
     """The manifest of a saved task vector.
+
+    Args:
+        directory: Of the vector.
+        sealed_only: Whether to compare the manifest with the hash it holds of itself. Those of versions 1 and 2 hold none.
 
     Raises:
         SourceError: The directory holds none, or one of a newer format.
-        CorruptFileError: The manifest cannot be understood.
+        CorruptFileError: The manifest cannot be understood, or was edited.
     """
     path = directory / MANIFEST_NAME
     if not path.is_file():
@@ -332,16 +278,24 @@ def read_manifest(directory: Path) -> Manifest:
             f"{directory} is no task vector: it holds no {MANIFEST_NAME}. Make one with: lata extract START TUNED --output {directory}"
         )
     try:
-        data = json.loads(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        data = json.loads(text)
         if data["format"] != FORMAT:
             raise SourceError(f"{path} is of format {data['format']!r}, expected {FORMAT!r}")
         if data["format_version"] > FORMAT_VERSION:
             raise SourceError(
                 f"{path} is of format version {data['format_version']}, this lata_lightning reads up to {FORMAT_VERSION}. Upgrade it."
             )
+        if sealed_only and data["format_version"] >= _FIRST_SEALED:
+            check_seal(text, path)
         return Manifest.from_json(data)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptFileError(f"{path} is no valid task vector manifest ({error!r})") from error
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write the manifest of a task vector, with a hash of itself."""
+    (directory / MANIFEST_NAME).write_text(sealed(manifest.to_json()), "utf-8")
 
 
 def library_versions() -> dict[str, str]:

@@ -2,56 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lata_lightning.alignment import Alignment
-from lata_lightning.errors import CorruptFileError, LataError, LayoutMismatchError, WeightingError, first_three
+from lata_lightning.errors import LataError, LayoutMismatchError, WeightingError, first_three
 from lata_lightning.layers import DeferredLayerMap, LayerMap, LayerRule, Level, check_level, layer_map, skeleton
 from lata_lightning.moments import Start, check_start
-from lata_lightning.numerics.chunks import Load, in_parallel, pieces_of, slices, worker_count
 from lata_lightning.numerics.low_rank import LowRank
-from lata_lightning.numerics.measure import all_finite
-from lata_lightning.store.adapters import AdapterDifference
-from lata_lightning.store.directories import MANIFEST_NAME, shard_files
-from lata_lightning.store.file_source import open_safetensors
+from lata_lightning.store.meaning import check_same_meaning, difference_meaning
 from lata_lightning.store.opening import open_difference, open_source
 from lata_lightning.store.pairing import check_same_tensors, pair
-from lata_lightning.store.sources import Source, hashes_of
-from lata_lightning.store.writer import (
-    MAX_SHARD_BYTES,
-    Progress,
-    ShardWriter,
-    atomic_directory,
-    check_free,
-    float_dtype,
-    layout_size,
-    write_json,
-)
-from lata_lightning.vectors.cards import vector_card
-from lata_lightning.vectors.differences import Difference, LossMeter, Scaled, Stored
-from lata_lightning.vectors.manifest import (
-    Derivation,
-    FactorEntry,
-    Identity,
-    Kind,
-    Manifest,
-    Measured,
-    TensorEntry,
-    factor_names,
-    read_manifest,
-)
+from lata_lightning.store.sources import Source
+from lata_lightning.store.tied_names import ties_by_alias, ties_of
+from lata_lightning.store.writer import MAX_SHARD_BYTES, Progress
+from lata_lightning.vectors.artefact import derivation_of, open_stored, save_vector
+from lata_lightning.vectors.differences import Difference, Scaled
+from lata_lightning.vectors.entries import TensorEntry
+from lata_lightning.vectors.manifest import Derivation, Identity, Kind, Manifest
 from lata_lightning.weighting import CLOSED_FORM, DEFAULT_THRESHOLD, ORIGINS, Origin, Weighting, coefficients
-
-STEM = "delta"
 
 
 class TaskVector(Mapping[str, Tensor]):
@@ -79,6 +54,7 @@ class TaskVector(Mapping[str, Tensor]):
         kind: Kind = "task",
         start_kind: Start = "instruct",
         layers: LayerRule | str | None = None,
+        check_config: bool = True,
     ) -> TaskVector:
         """The difference of two sets of weights; nothing is read before a tensor is asked for.
 
@@ -89,16 +65,19 @@ class TaskVector(Mapping[str, Tensor]):
             kind: ``"task"``, or ``"instruction"`` for instruct − base.
             start_kind: Whether ``start`` is the instruct model or the base model.
             layers: Rule that names the blocks, for modules of no known layout (see ``layer_map``).
+            check_config: Compare the configs of the two sides, and of what the vector is used with. Without it, models that compute different functions
+                of their weights are taken for one.
 
         Returns:
             A vector over all floating tensors of the model. Tensors of integers are no weights; they must be equal on both sides.
 
         Raises:
-            LayoutMismatchError: The two sides differ in names, shapes, vocabulary or integer tensors.
+            LayoutMismatchError: The two sides differ in names, shapes, integer tensors, tokens, or in a key of the config that changes what the weights
+                compute.
             SourceError, CorruptFileError: One side cannot be read.
         """
         start_source = open_source(start)
-        added = open_difference(tuned, start_source)
+        added, aliases = open_difference(tuned, start_source), start_source.tied
         tuned_source: Source
         difference: Source
         if added is not None:
@@ -106,6 +85,8 @@ class TaskVector(Mapping[str, Tensor]):
         else:
             start_source, tuned_source = pair(start_source, open_source(tuned))
             difference, unchanged = Difference(start_source, tuned_source, _floating(start_source, tuned_source)), frozenset()
+
+        meaning = difference_meaning(start_source, tuned_source, compared=check_config)
 
         def place() -> LayerMap:
             structure = start if isinstance(start, nn.Module) else skeleton(start_source.config) if start_source.config else None
@@ -119,29 +100,26 @@ class TaskVector(Mapping[str, Tensor]):
             layers=places,
             start_identity=Identity(start_source.location, start_source.revision),
             tuned_identity=Identity(tuned_source.location, tuned_source.revision),
+            meaning=meaning,
+            tied=ties_of(start, difference.names) if isinstance(start, nn.Module) else ties_by_alias(aliases, difference.names),
             tensors={name: TensorEntry(difference.shape(name), "float32", unchanged=True) for name in unchanged},
         )
         return cls(difference, manifest)
 
     @classmethod
-    def open(cls, path: str | Path) -> TaskVector:
+    def open(cls, path: str | Path, *, check_config: bool = True) -> TaskVector:
         """A saved task vector; its tensors stay on disk until they are asked for.
+
+        Args:
+            path: Its directory.
+            check_config: As for ``between``.
 
         Raises:
             SourceError: The path is no task vector.
             CorruptFileError: A file is truncated, or is not what the manifest says.
         """
-        directory = Path(path)
-        manifest = read_manifest(directory)
-        stored = open_safetensors(shard_files(directory, STEM), path)
-        expected = {held: shape for name, entry in manifest.tensors.items() for held, (shape, _) in entry.stored(name).items()}
-        wrong = set(stored.names) ^ set(expected)
-        wrong |= {name for name in expected if name in stored.names and stored.shape(name) != expected[name]}
-        if wrong:
-            raise CorruptFileError(
-                f"the tensors of {directory} are not those of its manifest; different are {first_three(wrong)}. Copy it again."
-            )
-        return cls(Stored(stored, manifest), manifest)
+        tensors, manifest = open_stored(path)
+        return cls(tensors, replace(manifest, meaning=replace(manifest.meaning, compared=check_config)))
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._known:
@@ -284,9 +262,7 @@ class TaskVector(Mapping[str, Tensor]):
 
     def derivation(self) -> Derivation | None:
         """How the vector was made of others, with what was measured while its tensors were read; None if it was not."""
-        found = self.manifest.derivation
-        measured = tuple(Measured(name, layers, vector) for (name, vector), layers in self.tensors.measured().items())
-        return replace(found, measured=measured) if found is not None and measured else found
+        return derivation_of(self.tensors, self.manifest)
 
     def unweighted(self) -> TaskVector:
         """The same vector without coefficients, as plain task arithmetic takes it."""
@@ -317,11 +293,11 @@ class TaskVector(Mapping[str, Tensor]):
 
         Raises:
             LataError: The vector did not start from base.
-            LayoutMismatchError: The two do not hold the same tensors.
+            LayoutMismatchError: The two do not hold the same tensors, or belong to models of other tokens or another function.
         """
         if self.start != "base":
             raise LataError(f"{self.label} started from instruct: there is no instruction vector in it to take off")
-        check_same_tensors(self.tensors, instruction_vector.tensors)
+        check_comparable(self, instruction_vector)
         manifest = replace(self.manifest, start="instruct", start_identity=instruction_vector.manifest.tuned_identity, tensors={})
         return TaskVector(Difference(instruction_vector.tensors, self.tensors, self, identify=False), manifest)
 
@@ -337,7 +313,7 @@ class TaskVector(Mapping[str, Tensor]):
         """Write the vector to a directory, piece by piece, and return it opened from there.
 
         Args:
-            path: A directory that does not exist yet. It appears complete or not at all.
+            path: A directory that does not exist yet, or is empty. It appears complete or not at all.
             dtype: Precision to store: ``float32``, ``bfloat16`` or ``float16``. What a lower one costs is measured and recorded.
             max_shard_bytes: Bytes of tensors per file.
             workers: Threads that write a tensor each; by default one for each processor, up to four. The result does not depend on it.
@@ -348,77 +324,20 @@ class TaskVector(Mapping[str, Tensor]):
             CorruptFileError: The difference is not finite, or does not fit the dtype.
             LataError: The dtype is unknown.
         """
-        target, stored = Path(path), float_dtype(dtype)
-        check_free(target)
-        frozen = self.unchanged
-        factors = {name: found for name in self if name not in frozen and (found := self.low_rank(name)) is not None}
-        layout = {name: (stored, self.shape(name)) for name in self if name not in frozen and name not in factors}
-        parts: dict[str, Tensor] = {}
-        for name, found in factors.items():
-            for index, part in enumerate(found.parts):
-                parts.update(zip(factor_names(name, index), (part.left, part.right), strict=True))
-        layout |= {name: (stored, tuple(side.shape)) for name, side in parts.items()}
-        threads = worker_count(workers)
-        losses = {name: LossMeter() for name in layout}
-        with atomic_directory(target, layout_size(layout)) as directory:
-            metadata = {"format": "pt"}
-            with ShardWriter(directory, STEM, layout, max_shard_bytes=max_shard_bytes, metadata=metadata, progress=progress) as writer:
-
-                def write(name: str) -> None:
-                    load = slices(parts[name].cpu()) if name in parts else self.tensors.load(name)
-                    meter = None if name in parts else losses[name]
-                    writer.stream(name, self._lowered(name, load, math.prod(layout[name][1]), stored, meter))
-
-                in_parallel(write, writer.order, threads if self.tensors.parallel else 1)
-            loss = LossMeter()
-            for name in layout:
-                loss.take(losses[name])
-            for found in factors.values():
-                if any(torch.promote_types(side.dtype, stored) != stored for part in found.parts for side in (part.left, part.right)):
-                    loss.add_factors(found, found.stored_as(stored))
-            entries = {
-                name: TensorEntry(
-                    self.shape(name),
-                    dtype,
-                    writer.hashes.get(name),
-                    unchanged=name in frozen,
-                    factors=_factor_entries(name, factors[name], writer.hashes) if name in factors else None,
-                )
-                for name in self
-            }
-            manifest = replace(
-                self.manifest, tensors=entries, precision_loss=loss.result(), derivation=self.derivation(), **self._identities()
-            )
-            write_json(directory / MANIFEST_NAME, manifest.to_json())
-            (directory / "README.md").write_text(vector_card(manifest, target.name), "utf-8")
+        save_vector(
+            self.tensors, self.manifest, Path(path), dtype=dtype, max_shard_bytes=max_shard_bytes, workers=workers, progress=progress
+        )
         return TaskVector.open(path)
 
-    def _lowered(self, name: str, load: Load, count: int, stored: torch.dtype, loss: LossMeter | None) -> Iterator[Tensor]:
-        """The pieces of a tensor in the precision they are stored in."""
-        for begin, end in pieces_of(count):
-            full = load(begin, end)
-            lower = full.to(stored)
-            self._check_stored(name, full, lower)
-            if loss is not None and full.dtype != stored:
-                loss.add(full, lower)
-            yield lower
 
-    def _check_stored(self, name: str, full: Tensor, lower: Tensor) -> None:
-        if all_finite(lower):
-            return
-        held = str(lower.dtype).removeprefix("torch.")
-        what = "holds NaN or infinite values" if not all_finite(full) else f"does not fit {held}; use bfloat16 or float32"
-        raise CorruptFileError(f"{name} of {self.label} {what}")
+def check_comparable(one: TaskVector, other: TaskVector) -> None:
+    """Refuse two vectors that do not hold the same tensors, or that belong to models of other tokens or another function.
 
-    def _identities(self) -> dict[str, Any]:
-        """Identities of both sides with the hashes that reading them has brought."""
-        if not isinstance(self.tensors, Difference | AdapterDifference):
-            return {}
-        start, tuned = self.tensors.content_hashes()
-        return {
-            "start_identity": replace(self.manifest.start_identity, content_hash=self.manifest.start_identity.content_hash or start),
-            "tuned_identity": replace(self.manifest.tuned_identity, content_hash=self.manifest.tuned_identity.content_hash or tuned),
-        }
+    Raises:
+        LayoutMismatchError: They do not.
+    """
+    check_same_tensors(one.tensors, other.tensors)
+    check_same_meaning((one.label, one.manifest.meaning), (other.label, other.manifest.meaning))
 
 
 def _floating(start: Source, tuned: Source) -> list[str]:
@@ -428,29 +347,3 @@ def _floating(start: Source, tuned: Source) -> list[str]:
         if not torch.equal(start.read(name), tuned.read(name)):
             raise LayoutMismatchError(f"{name} holds integers, which must be equal in {start.label} and {tuned.label}")
     return found
-
-
-def _factor_entries(name: str, factors: LowRank, hashes: Mapping[str, str]) -> tuple[FactorEntry, ...]:
-    entries = []
-    for index, part in enumerate(factors.parts):
-        left, right = factor_names(name, index)
-        entries.append(FactorEntry(part.rank, part.scale, hashes[left], hashes[right]))
-    return tuple(entries)
-
-
-def verify(path: str | Path) -> int:
-    """Compare the bytes of a saved task vector with the hashes in its manifest; the number of tensors compared.
-
-    Raises:
-        CorruptFileError: A tensor is not what was written.
-    """
-    vector = TaskVector.open(path)
-    stored = open_safetensors(shard_files(Path(path), STEM), path)
-    expected = {held: digest for name, entry in vector.manifest.tensors.items() for held, (_, digest) in entry.stored(name).items()}
-    found = hashes_of(stored, list(expected))
-    wrong = [name for name, digest in expected.items() if found[name] != digest]
-    if wrong:
-        raise CorruptFileError(
-            f"{path} is not what was written: other bytes in {first_three(wrong)}. Copy it again from where it was whole."
-        )
-    return len(expected)

@@ -21,7 +21,7 @@ from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaF
 
 from lata_lightning import LATACallback, LataError, TaskVector, align
 from lata_lightning.numerics.low_rank import LowRank
-from lata_lightning.vectors.task_vector import verify
+from lata_lightning.vectors.artefact import verify
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),

@@ -159,6 +159,7 @@ def test_another_start_than_that_of_the_vector_is_refused(tmp_path, models):
 
 
 def test_an_output_that_exists_is_refused(tmp_path):
+    (tmp_path / "theirs").write_text("")
     with pytest.raises(OutputError, match="exists already"):
         export_mergekit([], tmp_path)
 

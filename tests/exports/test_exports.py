@@ -173,9 +173,17 @@ def test_coefficients_of_two_rules_do_not_share_a_file(tmp_path, models):
 @pytest.mark.parametrize("kind", EXPORTS)
 def test_no_export_writes_over_what_is_there(tmp_path, models, kind):
     (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/theirs").write_text("")
     with pytest.raises(OutputError, match="exists already"):
         export_to(kind, [Term(vector_of(models))], tmp_path / "taken")
-    assert not any((tmp_path / "taken").iterdir())
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["theirs"]
+
+
+@pytest.mark.parametrize("kind", ["pure", "hf", "mergekit", "coefficients"])
+def test_an_empty_directory_may_be_written_to(tmp_path, models, kind):
+    (tmp_path / "out").mkdir()
+    export_to(kind, [Term(vector_of(models))], tmp_path / "out")
+    assert any((tmp_path / "out").iterdir())
 
 
 def test_a_vector_from_base_with_coefficients_is_refused(models):

@@ -34,7 +34,7 @@ from lata_lightning.merging.merge import Term, forget, merge
 from lata_lightning.numerics.combine import combine
 from lata_lightning.store import writer
 from lata_lightning.vectors.aligning import align
-from lata_lightning.vectors.manifest import TensorEntry
+from lata_lightning.vectors.entries import TensorEntry
 from lata_lightning.vectors.task_vector import TaskVector
 
 GRID = 2.0**-10
@@ -500,6 +500,7 @@ def test_an_unknown_dtype_is_refused_with_the_choices(tmp_path):
 
 def test_an_output_that_exists_is_refused_before_anything_is_read(tmp_path):
     (tmp_path / "out").mkdir()
+    (tmp_path / "out/theirs").write_text("")
     with pytest.raises(OutputError, match="out exists already"):
         merge(tmp_path / "no such model", [Term(vector(weights(1)))], tmp_path / "out")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")

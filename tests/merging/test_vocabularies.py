@@ -19,7 +19,8 @@ from transformers import (
 
 from lata_lightning.errors import LataError, LayoutMismatchError
 from lata_lightning.merging.merge import Term, forget, merge
-from lata_lightning.merging.vocabularies import Rows, between_vocabularies, resized
+from lata_lightning.merging.rows import Rows
+from lata_lightning.merging.vocabularies import between_vocabularies, resized
 from lata_lightning.numerics.low_rank import Factors, LowRank
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.sources import StateDictSource, View
@@ -181,8 +182,8 @@ def test_a_difference_between_a_token_and_padding_is_none(tmp_path, onto_tokens,
     expected[24] = 0
     for side in ("start", "tuned"):
         np.testing.assert_array_equal(between_vocabularies(onto, tuned, side)[0][HEAD].numpy(), expected)
-    # Nor does a vector count there that was saved without regard to tokens.
-    saved = TaskVector.between(onto, tuned).save(tmp_path / "vector")
+    # Nor does a vector count there that was saved without regard to tokens, as one of files alone is.
+    saved = TaskVector.between(onto / "model.safetensors", tuned / "model.safetensors").save(tmp_path / "vector")
     for vocabulary in ("union", "onto"):
         output = tmp_path / f"out-{vocabulary}"
         merge(onto, [Term(saved, 0.5, tuned)], output, vocabulary=vocabulary)
@@ -311,8 +312,7 @@ def test_a_saved_vector_with_more_rows_gives_what_onto_has_room_for(tmp_path):
     for name in one:
         np.testing.assert_array_equal(found[name], one[name] + 0.5 * (second[name] - first[name])[: len(one[name])])
     assert said == [
-        f"{tmp_path / 'vector'} is a vector, which holds no tokenizer: rows are taken to be the same token where they have the same number",
-        f"only {tmp_path / 'vector'} has row 24: they are dropped",
+        f"only {tmp_path / 'vector'} has row 24 ('<call>'): they are dropped",
     ]
     with pytest.raises(
         LayoutMismatchError, match=r"vector has 25 rows and .*onto 24: a vector holds differences, so a union cannot take the new rows"

@@ -18,7 +18,7 @@ from lata_lightning.cli.main import main
 from lata_lightning.errors import BaseMismatchError, CorruptFileError, LataError, LayoutMismatchError, SourceError
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.store.opening import open_source
-from lata_lightning.vectors.task_vector import verify
+from lata_lightning.vectors.artefact import verify
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -372,7 +372,7 @@ def test_a_saved_vector_holds_the_factors_bit_for_bit_and_nothing_else(tmp_path)
         name = re.sub(r"^base_model\.model\.(.*)\.lora_(A|B)\.weight$", r"\1.weight", key)
         assert torch.equal(stored[f"{name}.{'right' if '.lora_A.' in key else 'left'}.0"], tensor)
     entries = json.loads((tmp_path / "vector/task_vector.json").read_text())
-    assert entries["format_version"] == 2
+    assert entries["format_version"] == 3
     assert entries["tensors"]["model.layers.0.self_attn.q_proj.weight"]["factors"][0]["rank"] == 3
     again = saved.save(tmp_path / "again")
     assert same_bits(read_back(tmp_path / "again"), stored)

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,15 @@ from tiny_models import leftovers, same_bits, weights
 from lata_lightning.errors import LataError, OutputError
 from lata_lightning.store import writer
 from lata_lightning.store.hashing import hash_stored
-from lata_lightning.store.writer import ShardWriter, atomic_directory, check_free, float_dtype, layout_size, write_json
+from lata_lightning.store.writer import (
+    ShardWriter,
+    atomic_directory,
+    check_free,
+    check_free_directory,
+    float_dtype,
+    layout_size,
+    write_json,
+)
 
 
 def layout_of(tensors):
@@ -189,20 +198,44 @@ def test_an_unknown_dtype_is_refused_with_the_choices():
         float_dtype("float64")
 
 
-@pytest.mark.parametrize("kind", ["directory", "file", "dangling link"])
+@pytest.mark.parametrize("kind", ["directory", "file", "dangling link", "link to an empty directory"])
 def test_a_path_that_exists_in_any_form_is_refused(tmp_path, kind):
     path = tmp_path / "out"
     if kind == "directory":
         path.mkdir()
+        (path / "theirs").write_text("")
     elif kind == "file":
         path.write_text("")
-    else:
+    elif kind == "dangling link":
         path.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(OutputError, match="exists already. Choose another output path, or remove it first"):
-        check_free(path)
+    else:
+        (tmp_path / "empty").mkdir()
+        path.symlink_to(tmp_path / "empty")
+    for check in (check_free, check_free_directory):
+        with pytest.raises(OutputError, match="exists already.* Choose another output path, or remove it first"):
+            check(path)
     with pytest.raises(OutputError, match="exists already"), atomic_directory(path):
         pytest.fail("the block must not be entered")
     check_free(tmp_path / "other")
+    check_free_directory(tmp_path / "other")
+
+
+def test_an_empty_directory_is_free_for_a_directory_and_not_for_a_file(tmp_path):
+    (tmp_path / "out").mkdir()
+    check_free_directory(tmp_path / "out")
+    with pytest.raises(OutputError, match="exists already"):
+        check_free(tmp_path / "out")
+    with atomic_directory(tmp_path / "out") as partial:
+        (partial / "file").write_text("written")
+    assert (tmp_path / "out/file").read_text() == "written"
+    assert leftovers(tmp_path) == []
+
+
+def test_a_mount_point_is_refused_before_any_work_as_nothing_can_be_renamed_onto_it(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "out")
+    with pytest.raises(OutputError, match="out is a mount point.*Name a new folder below it"), atomic_directory(tmp_path / "out"):
+        pytest.fail("the block must not be entered")
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
@@ -280,7 +313,8 @@ def test_too_little_room_is_noticed_before_the_block_is_entered(tmp_path):
 def test_a_directory_that_someone_else_made_meanwhile_is_not_overwritten(tmp_path):
     with pytest.raises(OutputError, match="exists already"), atomic_directory(tmp_path / "out"):
         (tmp_path / "out").mkdir()
-    assert list((tmp_path / "out").iterdir()) == []
+        (tmp_path / "out/theirs").write_text("theirs")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs"]
     assert leftovers(tmp_path) == []
 
 

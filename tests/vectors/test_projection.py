@@ -11,7 +11,7 @@ from lata_lightning import TaskVector, Term, align, merge, project
 from lata_lightning.errors import BaseMismatchError, LataError, LayoutMismatchError
 from lata_lightning.layers import LEVELS
 from lata_lightning.moments import STARTS
-from lata_lightning.vectors.task_vector import verify
+from lata_lightning.vectors.artefact import verify
 
 BASE = weights(0)
 INSTRUCT = plus(BASE, weights(1), 0.3)

@@ -16,10 +16,11 @@ from lata_lightning.errors import CorruptFileError, LataError, LayoutMismatchErr
 from lata_lightning.store.model_directory import copy_companions, verify_merged
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.writer import write_json
-from lata_lightning.vectors import task_vector as module
 from lata_lightning.vectors.aligning import align
-from lata_lightning.vectors.manifest import Identity, Manifest, TensorEntry, library_versions, read_manifest
-from lata_lightning.vectors.task_vector import TaskVector, verify
+from lata_lightning.vectors.artefact import verify
+from lata_lightning.vectors.entries import TensorEntry
+from lata_lightning.vectors.manifest import Identity, Manifest, library_versions, read_manifest
+from lata_lightning.vectors.task_vector import TaskVector
 
 
 def vector(tensors, **options):
@@ -246,7 +247,7 @@ def test_everything_in_the_manifest_survives_the_round_trip(tmp_path):
     again = TaskVector.open(tmp_path / "vector").save(tmp_path / "again")
     assert again.manifest == manifest
     data = json.loads((tmp_path / "vector" / "task_vector.json").read_text())
-    assert (data["format"], data["format_version"]) == ("lata_lightning.task_vector", 2)
+    assert (data["format"], data["format_version"]) == ("lata_lightning.task_vector", 3)
     assert data["alignment_too_flat_to_rank"] == manifest.alignment.flat
     assert data["alignment_spread"] == manifest.alignment.spread
     assert data["tensors"]["lm_head.weight"]["part"] == "head"
@@ -423,8 +424,8 @@ def test_a_directory_without_a_manifest_is_no_task_vector(tmp_path):
 
 
 def test_a_manifest_of_a_newer_version_or_another_format_is_refused(tmp_path, saved):
-    edit(tmp_path / "vector", lambda data: data.update(format_version=3))
-    with pytest.raises(SourceError, match=r"format version 3, this lata_lightning reads up to 2. Upgrade it"):
+    edit(tmp_path / "vector", lambda data: data.update(format_version=4))
+    with pytest.raises(SourceError, match=r"format version 4, this lata_lightning reads up to 3. Upgrade it"):
         TaskVector.open(tmp_path / "vector")
     edit(tmp_path / "vector", lambda data: data.update(format="safetensors"))
     with pytest.raises(SourceError, match="is of format 'safetensors', expected 'lata_lightning.task_vector'"):
@@ -591,14 +592,15 @@ def test_a_save_that_is_interrupted_leaves_nothing_behind(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["write_json", "vector_card", "_write_at"])
+@pytest.mark.parametrize("name", ["write_manifest", "vector_card", "_write_at"])
 def test_a_save_that_fails_at_its_end_leaves_nothing_behind(tmp_path, monkeypatch, name):
     from lata_lightning.store import writer
+    from lata_lightning.vectors import artefact
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(writer if name == "_write_at" else module, name, full)
+    monkeypatch.setattr(writer if name == "_write_at" else artefact, name, full)
     with pytest.raises(OutputError, match="the disk is full while writing"):
         vector(weights(1)).save(tmp_path / "vector")
     assert list(tmp_path.iterdir()) == []

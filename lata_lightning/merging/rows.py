@@ -1,0 +1,68 @@
+"""Tensors put together from rows of several sources."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lata_lightning.numerics.chunks import Load
+from lata_lightning.numerics.chunks import slices as in_memory
+from lata_lightning.numerics.low_rank import LowRank
+from lata_lightning.store.sources import Source, View
+
+
+class Rows(View):
+    """A source in which some tensors are put together from rows of several sources, one tensor at a time.
+
+    Args:
+        source: Whose other tensors are taken as they are.
+        axes: Axis of the rows by tensor name.
+        size: Number of rows to hold.
+        pieces: Sources, each with the rows to take from it; later ones win. Rows that none gives are zero.
+    """
+
+    def __init__(self, source: Source, axes: Mapping[str, int], size: int, pieces: Sequence[tuple[Source, Iterable[int]]]) -> None:
+        super().__init__(source, {name: name for name in source.names})
+        # Rows of several models have no tokenizer of their own.
+        self.directory = None
+        self._axes, self._size = axes, size
+        self._pieces = [(piece, torch.tensor(sorted(rows), dtype=torch.int64)) for piece, rows in pieces]
+
+    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
+        shape = super().shape(name)
+        axis = self._axes.get(name)
+        return shape if axis is None else (*shape[:axis], self._size, *shape[axis + 1 :])
+
+    def dtype(self, name: str) -> torch.dtype:  # noqa: D102
+        found = super().dtype(name)
+        for piece, _ in self._pieces if name in self._axes else ():
+            found = torch.promote_types(found, piece.dtype(name))
+        return found
+
+    def read(self, name: str) -> Tensor:  # noqa: D102
+        axis = self._axes.get(name)
+        if axis is None:
+            return super().read(name)
+        found = torch.zeros(self.shape(name), dtype=self.dtype(name))
+        for piece, rows in self._pieces:
+            found.index_copy_(axis, rows, piece.read(name).index_select(axis, rows).to(found.dtype))
+        return found
+
+    def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:  # noqa: D102
+        if name in self._axes:
+            return self.read(name) if slices is None else self.read(name)[slices]
+        return super().read_slice(name, slices)
+
+    def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
+        return None if name in self._axes else super().low_rank(name)
+
+    def load(self, name: str) -> Load:  # noqa: D102
+        return in_memory(self.read(name)) if name in self._axes else super().load(name)
+
+    def place(self, name: str) -> Hashable:  # noqa: D102
+        return None if name in self._axes else super().place(name)
+
+    def sides(self, name: str) -> tuple[Source, Source, str] | None:  # noqa: D102
+        return None if name in self._axes else super().sides(name)

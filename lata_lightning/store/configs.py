@@ -1,0 +1,129 @@
+"""Whether two configs describe one function of the weights: every key counts but those that are known not to."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_FLOAT_TAG = "__float__"
+_NOT_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+_LENGTH = re.compile(r"(^|\.)(max_position_embeddings|n_positions|n_ctx|max_sequence_length|max_seq_len|seq_length|model_max_length)$")
+# Rotary embeddings that do not depend on it, or record beside their settings the length they were made for.
+_FIXED_ROPE = ("default", "linear", "axial", "proportional", "llama3", "yarn", None)
+_IRRELEVANT = re.compile(
+    # Where it comes from, and by whom it was written or loaded.
+    r"_.*|name_or_path|transformers_version|architectures|auto_map|torch_dtype|dtype|use_bfloat16|torchscript|unsloth_.*|tokenizer_class|"
+    r"attn_implementation|experts_implementation|use_flash_attn|use_flash_attention_2|pretraining_tp|gradient_checkpointing|quantization_config|"
+    r"chunk_size_feed_forward|tf_legacy_loss|"
+    # What a call returns.
+    r"use_cache|return_dict|return_dict_in_generate|output_.*|"
+    # Whose rows there are, and what they are for: tokenizers are compared token by token, heads by their shapes.
+    r"vocab_size|num_labels|id2label|label2id|problem_type|finetuning_task|task_specific_params|prefix|"
+    r"(bos|eos|pad|sep|cls|mask|unk|decoder_start|forced_bos|forced_eos)_token_id|"
+    # How text is generated.
+    r"max_length|min_length|max_new_tokens|do_sample|early_stopping|num_beams|num_beam_groups|num_return_sequences|diversity_penalty|top_p|typical_p|"
+    r"repetition_penalty|length_penalty|no_repeat_ngram_size|encoder_no_repeat_ngram_size|bad_words_ids|remove_invalid_values|"
+    r"exponential_decay_length_penalty|suppress_tokens|begin_suppress_tokens|"
+    # How the model is initialised and trained.
+    r"initializer_range|initializer_factor|initializer_cutoff_factor|init_std|init_xavier_std|layer_scale_init_value|"
+    r".*dropout.*|.*pdrop|drop_path_rate|.*layerdrop|label_smoothing|.*loss.*|router_jitter_noise|aux_loss_alpha|seq_aux|"
+    r"apply_spec_augment|mask_(time|feature)_.*"
+)
+
+
+def relevant(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a config without the keys that do not change what the weights compute, in plain JSON types.
+
+    Numbers that are not finite are written as transformers writes them: ``{"__float__": "Infinity"}``.
+    """
+    return {key: _plain(value) for key, value in config.items() if not _IRRELEVANT.fullmatch(key)}
+
+
+def config_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Both values by dotted key, where two configs describe different functions of the same weights.
+
+    Where transformers knows the type of the model, each config is completed by its defaults first, so that an old spelling and a new one, or a default
+    that is written down and one that is not, are equal. Other configs are compared as they are; None and False are the same as nothing there.
+
+    Args:
+        one: Content of config.json, of a config's ``to_dict()``, or what ``relevant`` keeps of it.
+        other: The same of the other model.
+    """
+    if relevant(one) == relevant(other):
+        return {}
+    if one.get("model_type") != other.get("model_type"):
+        return {"model_type": (one.get("model_type"), other.get("model_type"))}
+    left, right = (dict(_leaves(relevant(_completed(config)))) for config in (one, other))
+    keys = dict.fromkeys([*left, *right])
+    found = {key: (left.get(key), right.get(key)) for key in keys if not _same(left.get(key), right.get(key))}
+    if _length_is_capacity(left) and _length_is_capacity(right):
+        return {key: values for key, values in found.items() if not _LENGTH.search(key)}
+    return found
+
+
+def _same(one: Any, other: Any) -> bool:
+    absent = (None, False)
+    return one == other or (any(one is nothing for nothing in absent) and any(other is nothing for nothing in absent))
+
+
+def _length_is_capacity(leaves: Mapping[str, Any]) -> bool:
+    """Whether the longest input that is allowed has no part in what shorter ones give: no rotary scaling is derived from it."""
+    return all(kind in _FIXED_ROPE for key, kind in leaves.items() if key.endswith(("rope_type", "rope_scaling.type")))
+
+
+def _completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config with the defaults of its class; as it is where transformers has none for it."""
+    plain: dict[str, Any] = _decoded(config)
+    import transformers
+
+    kind = plain.pop("model_type", None)
+    if kind not in transformers.CONFIG_MAPPING:
+        return config
+    log = transformers.utils.logging
+    level = log.get_verbosity()
+    # What it remarks on are token ids, which are not compared here.
+    log.set_verbosity_error()
+    try:
+        made: dict[str, Any] = transformers.AutoConfig.for_model(
+            kind, **{key: value for key, value in plain.items() if key[:1] != "_"}
+        ).to_dict()
+    except Exception:
+        # Whatever this release refuses in a config that another one wrote: it is compared as it is.
+        return config
+    finally:
+        log.set_verbosity(level)
+    return made
+
+
+def _leaves(value: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, entry in value.items():
+        # Kept beside what is made of them: the old name of rope_type, and the layer from which on a window slides, if any does.
+        if (key == "type" and "rope_type" in value) or (key == "max_window_layers" and value.get("layer_types")):
+            continue
+        if isinstance(entry, Mapping) and set(entry) != {_FLOAT_TAG}:
+            yield from _leaves(entry, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", entry
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        if set(value) == {_FLOAT_TAG}:
+            return dict(value)
+        return {str(key): _plain(entry) for key, entry in value.items() if not _IRRELEVANT.fullmatch(str(key))}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_FLOAT_TAG: "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _decoded(value: Any) -> Any:
+    """The inverse of how numbers that are not finite are written."""
+    if isinstance(value, Mapping):
+        if set(value) == {_FLOAT_TAG}:
+            return _NOT_FINITE.get(value[_FLOAT_TAG], value)
+        return {key: _decoded(entry) for key, entry in value.items()}
+    return [_decoded(entry) for entry in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,181 @@
+"""Writing a task vector to its directory, and comparing what lies there with what was written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lata_lightning.errors import CorruptFileError, first_three
+from lata_lightning.layers import skeleton
+from lata_lightning.numerics.chunks import Load, in_parallel, pieces_of, slices, worker_count
+from lata_lightning.numerics.low_rank import LowRank
+from lata_lightning.numerics.measure import all_finite
+from lata_lightning.store.adapters import AdapterDifference
+from lata_lightning.store.directories import shard_files
+from lata_lightning.store.file_source import open_safetensors
+from lata_lightning.store.sources import Source, hashes_of
+from lata_lightning.store.tied_names import TiedNames, ties_of
+from lata_lightning.store.writer import Progress, ShardWriter, atomic_directory, check_free_directory, float_dtype, layout_size
+from lata_lightning.vectors.cards import vector_card
+from lata_lightning.vectors.differences import Difference, LossMeter, Stored
+from lata_lightning.vectors.entries import FactorEntry, TensorEntry, factor_names
+from lata_lightning.vectors.manifest import Derivation, Manifest, Measured, read_manifest, write_manifest
+
+STEM = "delta"
+
+
+def open_stored(path: str | Path) -> tuple[Stored, Manifest]:
+    """The tensors of a saved vector, which stay on disk until they are asked for, and its manifest.
+
+    Raises:
+        SourceError: The path is no task vector.
+        CorruptFileError: A file is truncated, or is not what the manifest says.
+    """
+    directory = Path(path)
+    manifest = read_manifest(directory)
+    stored = open_safetensors(shard_files(directory, STEM), path)
+    expected = _expected(manifest)
+    wrong = set(stored.names) ^ set(expected)
+    wrong |= {name for name, (shape, _) in expected.items() if name in stored.names and stored.shape(name) != shape}
+    if wrong:
+        raise CorruptFileError(
+            f"the tensors of {directory} are not those of its manifest; different are {first_three(wrong)}. Copy it again."
+        )
+    return Stored(stored, manifest), manifest
+
+
+def verify(path: str | Path) -> int:
+    """Compare the bytes of a saved task vector with the hashes in its manifest, and the manifest with its own; the number of tensors compared.
+
+    Raises:
+        SourceError: The path is no task vector.
+        CorruptFileError: A tensor is not what was written, or the manifest was edited.
+    """
+    read_manifest(Path(path), sealed_only=True)
+    _, manifest = open_stored(path)
+    stored = open_safetensors(shard_files(Path(path), STEM), path)
+    expected = {name: digest for name, (_, digest) in _expected(manifest).items()}
+    found = hashes_of(stored, list(expected))
+    wrong = [name for name, digest in expected.items() if found[name] != digest]
+    if wrong:
+        raise CorruptFileError(
+            f"{path} is not what was written: other bytes in {first_three(wrong)}. Copy it again from where it was whole."
+        )
+    return len(expected)
+
+
+def _expected(manifest: Manifest) -> dict[str, tuple[tuple[int, ...], str | None]]:
+    """Shape and hash of every tensor in the files of a vector."""
+    return {held: known for name, entry in manifest.tensors.items() for held, known in entry.stored(name).items()}
+
+
+def save_vector(
+    tensors: Source, manifest: Manifest, target: Path, *, dtype: str, max_shard_bytes: int, workers: int | None, progress: Progress | None
+) -> None:
+    """Write differences and what is known of them (see ``TaskVector.save``, which says what the arguments mean and what is raised)."""
+    stored = float_dtype(dtype)
+    check_free_directory(target)
+    frozen = frozenset(name for name, entry in manifest.tensors.items() if entry.unchanged)
+    factors = {name: found for name in tensors.names if name not in frozen and (found := tensors.low_rank(name)) is not None}
+    layout = {name: (stored, tensors.shape(name)) for name in tensors.names if name not in frozen and name not in factors}
+    parts: dict[str, Tensor] = {}
+    for name, found in factors.items():
+        for index, part in enumerate(found.parts):
+            parts.update(zip(factor_names(name, index), (part.left, part.right), strict=True))
+    layout |= {name: (stored, tuple(side.shape)) for name, side in parts.items()}
+    threads = worker_count(workers)
+    losses = {name: LossMeter() for name in layout}
+    with atomic_directory(target, layout_size(layout)) as directory:
+        metadata = {"format": "pt"}
+        with ShardWriter(directory, STEM, layout, max_shard_bytes=max_shard_bytes, metadata=metadata, progress=progress) as writer:
+
+            def write(name: str) -> None:
+                load = slices(parts[name].cpu()) if name in parts else tensors.load(name)
+                meter = None if name in parts else losses[name]
+                writer.stream(name, _lowered(tensors.label, name, load, math.prod(layout[name][1]), stored, meter))
+
+            in_parallel(write, writer.order, threads if tensors.parallel else 1)
+        loss = LossMeter()
+        for name in layout:
+            loss.take(losses[name])
+        for found in factors.values():
+            if any(torch.promote_types(side.dtype, stored) != stored for part in found.parts for side in (part.left, part.right)):
+                loss.add_factors(found, found.stored_as(stored))
+        entries = {
+            name: TensorEntry(
+                tensors.shape(name),
+                dtype,
+                writer.hashes.get(name),
+                unchanged=name in frozen,
+                factors=_factor_entries(name, factors[name], writer.hashes) if name in factors else None,
+            )
+            for name in tensors.names
+        }
+        manifest = replace(
+            manifest,
+            tensors=entries,
+            precision_loss=loss.result(),
+            derivation=derivation_of(tensors, manifest),
+            tied=_tied(tensors, manifest),
+            **_identities(tensors, manifest),
+        )
+        write_manifest(directory, manifest)
+        (directory / "README.md").write_text(vector_card(manifest, target.name), "utf-8")
+
+
+def derivation_of(tensors: Source, manifest: Manifest) -> Derivation | None:
+    """How a vector was made of others, with what was measured while its tensors were read; None if it was not."""
+    found = manifest.derivation
+    measured = tuple(Measured(name, layers, vector) for (name, vector), layers in tensors.measured().items())
+    return replace(found, measured=measured) if found is not None and measured else found
+
+
+def _lowered(label: str, name: str, load: Load, count: int, stored: torch.dtype, loss: LossMeter | None) -> Iterator[Tensor]:
+    """The pieces of a tensor in the precision they are stored in."""
+    for begin, end in pieces_of(count):
+        full = load(begin, end)
+        lower = full.to(stored)
+        _check_stored(label, name, full, lower)
+        if loss is not None and full.dtype != stored:
+            loss.add(full, lower)
+        yield lower
+
+
+def _check_stored(label: str, name: str, full: Tensor, lower: Tensor) -> None:
+    if all_finite(lower):
+        return
+    held = str(lower.dtype).removeprefix("torch.")
+    what = "holds NaN or infinite values" if not all_finite(full) else f"does not fit {held}; use bfloat16 or float32"
+    raise CorruptFileError(f"{name} of {label} {what}")
+
+
+def _tied(tensors: Source, manifest: Manifest) -> TiedNames:
+    """Groups of names that are one tensor in the model, which its config tells where the vector does not know them yet."""
+    config = manifest.meaning.config
+    model = skeleton(config) if config is not None and not manifest.tied else None
+    return manifest.tied if model is None else ties_of(model, set(tensors.names))
+
+
+def _identities(tensors: Source, manifest: Manifest) -> dict[str, Any]:
+    """Identities of both sides with the hashes that reading them has brought."""
+    if not isinstance(tensors, Difference | AdapterDifference):
+        return {}
+    start, tuned = tensors.content_hashes()
+    return {
+        "start_identity": replace(manifest.start_identity, content_hash=manifest.start_identity.content_hash or start),
+        "tuned_identity": replace(manifest.tuned_identity, content_hash=manifest.tuned_identity.content_hash or tuned),
+    }
+
+
+def _factor_entries(name: str, factors: LowRank, hashes: Mapping[str, str]) -> tuple[FactorEntry, ...]:
+    entries = []
+    for index, part in enumerate(factors.parts):
+        left, right = factor_names(name, index)
+        entries.append(FactorEntry(part.rank, part.scale, hashes[left], hashes[right]))
+    return tuple(entries)
