@@ -50,7 +50,9 @@ def write_exports(vector: TaskVector, kinds: Sequence[str], directory: Path, *, 
         else:
             counted = vector.start == "base" and vector.manifest.coefficients is not None and instruction is not None
             term = Term(vector.without(instruction) if counted and instruction is not None else vector)
-            export_to(kind, [term], made, dtype=dtype if kind == "pure" else None)
+            export_to(
+                kind, [term], made, dtype=dtype if kind == "pure" else None, note=lambda remark: rank_zero_info(f"LATACallback: {remark}")
+            )
         replace_directory(made, directory / folder(kind))
         workshop.rmdir()
         rank_zero_info(f"LATACallback: {kind}: {directory / folder(kind)}")

@@ -58,6 +58,7 @@ def _export(options: Namespace, command: str) -> None:
             check_base=options.check_base,
             command=command,
             progress=progress,
+            note=note,
         )
     sys.stdout.write(f"{options.output}\n")
     if options.to == "pure":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -31,6 +31,7 @@ def export_to(
     check_base: bool = True,
     command: str | None = None,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Path:
     """Write vectors in the form another tool reads.
 
@@ -45,6 +46,7 @@ def export_to(
         check_base: Refuse a start model that is known to be another than the one the vectors started from.
         command: Recorded in the card as how the output was made.
         progress: Called after each tensor with the bytes written so far and the bytes in all.
+        note: For ``"peft"``: called with each sentence about an adapter that is large beside the model, or loses much of the vectors.
 
     Returns:
         The output directory. Nothing else changes.
@@ -85,5 +87,14 @@ def export_to(
     from lata_lightning.exports.peft import export_peft
 
     return export_peft(
-        terms, output, onto=onto, dtype=dtype, rank=rank, energy=energy, check_base=check_base, command=command, progress=progress
+        terms,
+        output,
+        onto=onto,
+        dtype=dtype,
+        rank=rank,
+        energy=energy,
+        check_base=check_base,
+        command=command,
+        progress=progress,
+        note=note,
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lata_lightning.errors import CorruptFileError, LataError
+from lata_lightning.exports.remarks import ENOUGH
 from lata_lightning.numerics.low_rank import Factors, LowRank
 
 DEFAULT_RANK = 16
@@ -59,14 +60,19 @@ class Factored:
         shape: Of the tensor.
         left, right: In the dtype they are stored in.
         scale: The multiplier that the adapter's configuration stands for.
-        cut: Whether a part of it was cut down.
+        enough: Where a part of it was cut down, the smallest rank of that part that keeps ``ENOUGH`` of its squared norm; None for exact ones.
     """
 
     shape: tuple[int, ...]
     left: Tensor
     right: Tensor
     scale: float
-    cut: bool
+    enough: int | None = None
+
+    @property
+    def cut(self) -> bool:
+        """Whether a part of it was cut down."""
+        return self.enough is not None
 
     @property
     def rank(self) -> int:
@@ -129,8 +135,9 @@ def factored(
                 left, right = part.left.double(), part.right.double()
                 lefts.append(left * multiplier if scaled_side == "left" else left)
                 rights.append(right * multiplier if scaled_side == "right" else right)
+    enough = None
     if dense:
-        left, right = _truncated(_sum(dense).reshape(shape[0], -1), truncation)
+        left, right, enough = _truncated(_sum(dense).reshape(shape[0], -1), truncation)
         # Where one vector acts, its factor is applied here and not to every entry.
         multiplier = (dense[0][1] if len(dense) == 1 else 1.0) / scale
         lefts.append(left * multiplier if scaled_side == "left" else left)
@@ -138,7 +145,7 @@ def factored(
     left, right = torch.cat(lefts, dim=1).to(dtype), torch.cat(rights, dim=0).to(dtype)
     if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
         raise CorruptFileError(f"its factors do not fit {dtype}, or are not finite")
-    return Factored(shape, left, right, scale, bool(dense))
+    return Factored(shape, left, right, scale, enough)
 
 
 def squares(parts: Sequence[Part], added: Iterable[tuple[int, int, Tensor]]) -> tuple[float, float]:
@@ -181,8 +188,8 @@ def _sum(dense: Sequence[tuple[Tensor, float]]) -> Tensor:
     return total
 
 
-def _truncated(matrix: Tensor, truncation: Truncation) -> tuple[Tensor, Tensor]:
-    """Left and right factor of the best approximation of a rank, in float64."""
+def _truncated(matrix: Tensor, truncation: Truncation) -> tuple[Tensor, Tensor, int]:
+    """Left and right factor of the best approximation of a rank, in float64, and the rank that would be enough."""
     turned = matrix.shape[0] < matrix.shape[1]
     tall = matrix.T if turned else matrix
     blocks = torch.split(tall, max(1, tall.shape[1]))
@@ -201,7 +208,8 @@ def _truncated(matrix: Tensor, truncation: Truncation) -> tuple[Tensor, Tensor]:
     norms = long.norm(dim=0)
     roots = norms.sqrt()
     long, short = torch.where(norms > 0, long / roots, 0.0), short * roots
-    return (short, long.T) if turned else (long, short.T)
+    enough = Truncation(energy=ENOUGH).kept(squared)
+    return (short, long.T, enough) if turned else (long, short.T, enough)
 
 
 def relative(error: float, norm: float) -> float | None:

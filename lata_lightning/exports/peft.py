@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from math import inf, nextafter
 from pathlib import Path
@@ -16,6 +16,7 @@ from lata_lightning.errors import CorruptFileError, LataError, first_three
 from lata_lightning.exports.cards import RECONSTRUCTION, adapter_card, reconstruction
 from lata_lightning.exports.factors import Factored, Truncation, common_scale, factored, rows_between, squares
 from lata_lightning.exports.plan import Plan, plan_adapter
+from lata_lightning.exports.remarks import loss_remark, size_remark
 from lata_lightning.exports.structure import Form, Held, Structure
 from lata_lightning.merging.merge import Term
 from lata_lightning.merging.sum import Onto, Sum
@@ -36,6 +37,7 @@ def export_peft(
     check_base: bool = True,
     command: str | None = None,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Path:
     """Write Σ scale · coefficient · vector as a LoRA adapter for the start model.
 
@@ -55,6 +57,8 @@ def export_peft(
         check_base: Refuse a start that is known to be another than the one a vector comes from; the start is read once for it.
         command: Recorded in the card.
         progress: Called after each tensor that is written.
+        note: Called with a sentence, before anything is written, if the adapter is large beside the model; and with one if it loses more than a
+            tenth of the norm.
 
     Returns:
         The output directory. In memory are one dense tensor at a time and the factors of the adapter.
@@ -80,6 +84,7 @@ def export_peft(
         total.check_start()
     layout = adapter.layout()
     size = layout_size(layout)
+    _tell(note, adapter.size_remark(size))
     with atomic_directory(target, size) as directory:
         with ShardWriter(directory, _STEM, layout, max_shard_bytes=size + 1, metadata={"format": "pt"}) as writer:
             for key in writer.order:
@@ -88,6 +93,7 @@ def export_peft(
                     progress(writer.written, size)
         write_json(directory / "adapter_config.json", adapter.config())
         record = reconstruction(adapter.figures, terms[0].vector.layers, truncation, dtype)
+        _tell(note, loss_remark(record, adapter.enough))
         write_json(directory / RECONSTRUCTION, record)
         revision = terms[0].vector.manifest.start_identity.revision
         card = adapter_card(target.name, total.source.location, total.source.revision or revision, terms, record, command)
@@ -251,10 +257,31 @@ class _Adapter:
             self.figures[name] = ("whole", None, *squares(parts, rows_between(self._total.weights.read(name), merged)))
         return merged
 
+    @property
+    def enough(self) -> dict[str, int]:
+        """By module that was cut down, the rank that would keep nearly all of it."""
+        return {path: found.enough for path, found in self._factors.items() if found.enough is not None}
+
+    def size_remark(self, size: int) -> str | None:
+        """Whether the adapter, of so many bytes, is large beside the model."""
+        start = self._total.source
+        model_size = layout_size({name: (start.dtype(name), start.shape(name)) for name in start.names})
+        whole: dict[str, int] = {}
+        for key, entry in self.layout().items():
+            if key not in self._tensors:
+                module = key.removeprefix(_PREFIX).rpartition(".")[0]
+                whole[module] = whole.get(module, 0) + layout_size({key: entry})
+        return size_remark(size, model_size, whole)
+
     def config(self) -> dict[str, Any]:
         """What ``adapter_config.json`` holds, lists in order."""
         found = self._config.to_dict()
         return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(found.items())}
+
+
+def _tell(note: Callable[[str], None] | None, remark: str | None) -> None:
+    if note is not None and remark is not None:
+        note(remark)
 
 
 def _alpha(scale: float, rank: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -142,6 +142,21 @@ class LowRank:
         (left, right), (other_left, other_right) = self.joined(), other.joined()
         device = left.device
         return ((left.T @ other_left.to(device)) * (right @ other_right.to(device).T)).sum()
+
+    def inner_and_square(self, other: Callable[[int, int], Tensor]) -> tuple[Tensor, Tensor]:
+        """⟨self, other⟩ and ‖other‖² of a dense tensor on the CPU that is given piece by piece, each entry once; float64 scalars.
+
+        Args:
+            other: Gives the entries from one number to another of the flattened tensor, of any floating dtype; asked for in order.
+        """
+        left, right = (side.cpu() for side in self.joined())
+        turned, columns = right.T.contiguous(), self.columns
+        inner, square = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for begin, end in self.blocks():
+            block = other(begin * columns, end * columns).double()
+            square += torch.dot(block, block)
+            inner += ((block.reshape(-1, columns) @ turned) * left[begin:end]).sum()
+        return inner, square
 
     def inner_dense(self, other: Tensor) -> Tensor:
         """⟨self, other⟩ with a tensor of the same shape and any floating dtype, a float64 scalar; rank · elements multiplications."""

@@ -113,6 +113,24 @@ def streamed_sums(
     return torch.tensor(found, dtype=torch.float64)
 
 
+def factored_sums(vector: LowRank | Load, instruction: LowRank | Load, *, start: Start = "instruct") -> Tensor:
+    """The three sums of a tensor of which at least one side is given as factors; as ``tensor_sums``, on the CPU.
+
+    A dense side is given piece by piece, and each of its entries is asked for once.
+    """
+    if isinstance(vector, LowRank) and isinstance(instruction, LowRank):
+        return tensor_sums(vector, instruction, start=start)
+    if isinstance(vector, LowRank):
+        task = vector.square().cpu()
+        inner, square = vector.inner_and_square(instruction)  # type: ignore[arg-type]
+    elif isinstance(instruction, LowRank):
+        square = instruction.square().cpu()
+        inner, task = instruction.inner_and_square(vector)
+    else:
+        raise TypeError("one side must be given as factors")
+    return _from_start(inner, task, square, start)
+
+
 def all_finite(values: Tensor) -> bool:
     """Whether a tensor on the CPU, of a floating dtype and contiguous, holds neither NaN nor infinite values."""
     integers, infinite = _INFINITE[values.dtype]
@@ -173,6 +191,11 @@ def _factored_sums(
         inner = vector.inner(instruction) if isinstance(instruction, LowRank) else vector.inner_dense(instruction)
     elif isinstance(instruction, LowRank):
         inner = instruction.inner_dense(vector).to(task.device)
+    return _from_start(inner, task, square, start)
+
+
+def _from_start(inner: Tensor, task: Tensor, square: Tensor, start: Start) -> Tensor:
+    """The three sums of the task vector, from those of the vector as it is given."""
     if start == "base":
         # Of the complex vector v and the instruction vector i: ‖v − i‖² and ⟨v − i, i⟩.
         inner, task = inner - square, (task - 2 * inner + square).clamp_min(0.0)

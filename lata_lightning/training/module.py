@@ -139,7 +139,8 @@ class CausalLMModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave frozen weights out where adapters are trained: they are on disk already."""
         if self.adapted:
-            frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+            # Tied weights have a name at each place.
+            frozen = {name for name, parameter in self.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
             checkpoint["state_dict"] = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name not in frozen}
 
 

@@ -12,7 +12,7 @@ from lata_lightning.errors import BaseMismatchError
 from lata_lightning.layers import Level, check_level
 from lata_lightning.moments import Moments, Start, check_start
 from lata_lightning.numerics.chunks import in_parallel, worker_count
-from lata_lightning.numerics.measure import moments_table, streamed_sums, tensor_sums
+from lata_lightning.numerics.measure import factored_sums, moments_table, streamed_sums
 from lata_lightning.store.meaning import check_all_mean_the_same, meaning_of
 from lata_lightning.store.sources import Source
 from lata_lightning.vectors.task_vector import TaskVector, check_comparable
@@ -28,8 +28,9 @@ def measure(task_vector: TaskVector, instruction_vector: TaskVector, start: Star
     check_comparable(task_vector, instruction_vector)
 
     def sums_of(name: str) -> Tensor:
-        if task_vector.low_rank(name) is not None or instruction_vector.low_rank(name) is not None:
-            return tensor_sums(task_vector.held(name), instruction_vector.held(name), start=start)
+        task, instruction = task_vector.low_rank(name), instruction_vector.low_rank(name)
+        if task is not None or instruction is not None:
+            return factored_sums(task or task_vector.tensors.load(name), instruction or instruction_vector.tensors.load(name), start=start)
         sides = task_vector.tensors.load(name), instruction_vector.tensors.load(name)
         return streamed_sums(math.prod(task_vector.shape(name)), *sides, start=start)
 

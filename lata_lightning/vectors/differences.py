@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from lata_lightning.numerics.chunks import Load
+from lata_lightning.numerics.chunks import Load, zeros
 from lata_lightning.numerics.kernels import loss
 from lata_lightning.numerics.low_rank import Factors, LowRank
 from lata_lightning.numerics.measure import difference
@@ -100,13 +100,17 @@ class Stored(Source):
         return torch.zeros(entry.shape) if entry.unchanged else self._files.read(name).float()
 
     def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:  # noqa: D102
-        if slices is None or self._entries[name].unchanged or self._entries[name].factors is not None:
+        if self._entries[name].unchanged:
+            return torch.zeros(()).expand(self.shape(name))[slices or ...].contiguous()
+        if slices is None or self._entries[name].factors is not None:
             return super().read_slice(name, slices)
         return self._files.read_slice(name, slices).float()
 
     def load(self, name: str) -> Load:  # noqa: D102
         entry = self._entries[name]
-        if entry.unchanged or entry.factors is not None:
+        if entry.unchanged:
+            return zeros(torch.float32)
+        if entry.factors is not None:
             return super().load(name)
         stored = self._files.load(name)
         return lambda begin, end: stored(begin, end).float()
@@ -149,6 +153,44 @@ class Scaled(Source):
     def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
         factors = self._source.low_rank(name)
         return None if factors is None else factors.scaled(self._factor_of(name))
+
+
+class Chosen(Source):
+    """Tensors of several sources, each read from the source that is chosen for its name.
+
+    Args:
+        source_of: The source of each tensor, which knows it by the same name.
+        location: What they are together, for messages.
+    """
+
+    def __init__(self, source_of: Mapping[str, Source], location: str) -> None:
+        self._source_of = dict(source_of)
+        self.location, self.parallel = location, all(source.parallel for source in source_of.values())
+
+    @property
+    def names(self) -> tuple[str, ...]:  # noqa: D102
+        return tuple(self._source_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
+        return self._source_of[name].shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:  # noqa: D102
+        return self._source_of[name].dtype(name)
+
+    def read(self, name: str) -> Tensor:  # noqa: D102
+        return self._source_of[name].read(name)
+
+    def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:  # noqa: D102
+        return self._source_of[name].read_slice(name, slices)
+
+    def load(self, name: str) -> Load:  # noqa: D102
+        return self._source_of[name].load(name)
+
+    def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
+        return self._source_of[name].low_rank(name)
+
+    def sides(self, name: str) -> tuple[Source, Source, str] | None:  # noqa: D102
+        return self._source_of[name].sides(name)
 
 
 class LossMeter:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from lata_lightning.errors import BaseMismatchError
 from lata_lightning.layers import Level, check_level
 from lata_lightning.moments import STARTS, total
+from lata_lightning.store.sources import Source
 from lata_lightning.vectors.aligning import check_matching_instruction, measure
-from lata_lightning.vectors.differences import Difference, Scaled
+from lata_lightning.vectors.differences import Chosen, Difference, Scaled
+from lata_lightning.vectors.entries import TensorEntry
 from lata_lightning.vectors.manifest import OUTSIDE, PROJECTED, Derivation, Input, Measured
 from lata_lightning.vectors.task_vector import TaskVector
 
@@ -29,7 +31,8 @@ def project(vector: TaskVector, instruction_vector: TaskVector, *, level: Level 
 
     Returns:
         A vector that counts from instruct, computed when it is read; no input changes. Its manifest holds the shares that were taken off. A layer in
-        which the instruction vector is zero stays as it is.
+        which the instruction vector is zero stays as it is. Tensors in factors, as those of LoRA, stay in factors where nothing is taken off or
+        the instruction vector is in factors too; otherwise they become dense. What neither vector changes is stored by neither.
 
     Raises:
         LayoutMismatchError: The vectors do not hold the same tensors.
@@ -52,9 +55,12 @@ def project(vector: TaskVector, instruction_vector: TaskVector, *, level: Level 
     shares = {layer: share(names) for layer, names in places.items()}
     share_outside = share(vector.layers.outside())
     share_of = {name: shares[layer] for layer, names in places.items() for name in names}
-    along = Scaled(
-        instruction_vector.tensors, lambda name: share_of.get(name, share_outside), f"its projection on {instruction_vector.label}"
-    )
+
+    def taken(name: str) -> float:
+        """Multiple of the instruction vector that is taken off a tensor; 0 where that is zero itself."""
+        return 0.0 if name in instruction_vector.unchanged else share_of.get(name, share_outside)
+
+    unchanged = {name for name in vector.unchanged if not taken(name)}
     sides, origin = instruction_vector.manifest, vector.manifest.start_identity
     # Known weights say more than what the vector calls its start: who merges the result is asked for the model that it now counts from.
     from_base = vector.start == "base" or (origin.content_hash is not None and origin.content_hash == sides.start_identity.content_hash)
@@ -71,9 +77,23 @@ def project(vector: TaskVector, instruction_vector: TaskVector, *, level: Level 
             measured=(Measured(PROJECTED, {**shares, OUTSIDE: share_outside}),),
         ),
         precision_loss=None,
-        tensors={},
+        tensors={name: TensorEntry(vector.shape(name), "float32", unchanged=True) for name in unchanged},
     )
-    return TaskVector(Difference(along, vector.tensors, tuple(vector), identify=False), manifest)
+    return TaskVector(_across(vector, instruction_vector, taken), manifest)
+
+
+def _across(vector: TaskVector, instruction_vector: TaskVector, taken: Callable[[str], float]) -> Source:
+    """The vector less a multiple of the instruction vector in each tensor; factors stay factors where both sides allow it."""
+    along = f"its projection on {instruction_vector.label}"
+    less = Scaled(instruction_vector.tensors, lambda name: -taken(name), f"minus {along}")
+    both = Difference(Scaled(instruction_vector.tensors, taken, along), vector.tensors, tuple(vector), identify=False)
+
+    def source_of(name: str) -> Source:
+        if not taken(name):
+            return vector.tensors
+        return less if name in vector.unchanged else both
+
+    return Chosen({name: source_of(name) for name in vector}, both.label)
 
 
 def _check_either_side(vector: TaskVector, instruction_vector: TaskVector) -> None:

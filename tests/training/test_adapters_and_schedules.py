@@ -117,6 +117,17 @@ def test_a_checkpoint_of_adapters_holds_nothing_else_and_resumes(directory, tmp_
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_checkpoint_of_adapters_on_a_tied_model_holds_neither_the_embedding_nor_the_head(tmp_path):
+    llama(tied=True).save_pretrained(tmp_path / "start")
+    module = CausalLMModule(str(tmp_path / "start"), lora={"r": 2, "target_modules": ["q_proj"]})
+    trainer = Trainer(max_epochs=1, **QUIET)
+    trainer.fit(module, batches())
+    assert any(name.endswith("lm_head.weight") for name in module.state_dict())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    kept = torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"]
+    assert {name for name, parameter in module.named_parameters() if parameter.requires_grad} == set(kept)
+
+
 def test_checkpointed_gradients_are_those_of_kept_activations(directory):
     gradients = []
     for checkpointing in (False, True):

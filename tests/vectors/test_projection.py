@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny_models import BLOCKS, plus, weights, write_model
+from in_factors import random_factors, vector_in_factors
+from tiny_models import BLOCKS, plus, read_back, weights, write_model
 
 from lata_lightning import TaskVector, Term, align, merge, project
 from lata_lightning.errors import BaseMismatchError, LataError, LayoutMismatchError
@@ -39,7 +40,7 @@ def across(vector, along, level):
     for layer in {group(name, level) for name in one}:
         names = [name for name in one if group(name, level) == layer]
         flat, direction = (np.concatenate([side[name].ravel() for name in names]) for side in (one, other))
-        shares[layer] = flat @ direction / (direction @ direction)
+        shares[layer] = flat @ direction / (direction @ direction) if direction.any() else 0.0
     return {name: one[name] - shares[group(name, level)] * other[name] for name in one}, shares
 
 
@@ -149,6 +150,44 @@ def test_an_instruction_vector_of_other_models_is_refused_unless_the_check_is_of
     for sides in (("a", "c"), ("c", "a")):
         path = tmp_path / "".join(sides)
         assert project(vector, TaskVector.between(*(paths[side] for side in sides), kind="instruction").save(path)) is not None
+
+
+def lora_vector(directory, seed, targets=("q_proj", "up_proj")):
+    """A vector in factors, and what they add in float64."""
+    factors = random_factors(BASE, [name for name in BASE if any(target in name for target in targets)], seed=seed)
+    return vector_in_factors(directory, BASE, factors), {name: left.double() @ right.double() for name, (left, right) in factors.items()}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("low_instruction", [False, True])
+def test_what_is_left_of_a_lora_vector_is_the_part_across_by_numpy(tmp_path, level, low_instruction):
+    vector, added = lora_vector(tmp_path / "lora", 3)
+    along = lora_vector(tmp_path / "along", 4, targets=("q_proj", "lm_head"))[0] if low_instruction else instruction()
+    expected, _ = across({name: added.get(name, torch.zeros(BASE[name].shape)) for name in BASE}, along, level)
+    found = project(vector, along, level=level)
+    saved = found.save(tmp_path / "across")
+    for name in vector:
+        for side in (found, saved):
+            assert np.allclose(side[name].numpy(), expected[name], rtol=0, atol=1e-5), name
+
+
+def test_what_a_lora_vector_leaves_alone_is_stored_by_its_projection_neither(tmp_path):
+    vector, added = lora_vector(tmp_path / "lora", 3)
+    saved = project(vector, instruction()).save(tmp_path / "across")
+    assert set(saved) - saved.unchanged == set(added)
+    assert set(read_back(tmp_path / "across")) == set(added)
+
+
+def test_factors_stay_factors_beside_an_instruction_vector_in_factors(tmp_path):
+    vector, added = lora_vector(tmp_path / "lora", 3)
+    along, _ = lora_vector(tmp_path / "along", 4, targets=("q_proj", "lm_head"))
+    saved = project(vector, along).save(tmp_path / "across")
+    ranks = {name: held.rank for name in saved if (held := saved.low_rank(name)) is not None}
+    assert ranks == {name: 4 if "q_proj" in name else 2 for name in added}
+    assert saved.unchanged == set(BASE) - set(added)
+    # Where the instruction vector is zero, the factors are those of the vector, bit for bit.
+    name = next(name for name in added if "up_proj" in name)
+    assert saved.low_rank(name).equals(vector.low_rank(name))
 
 
 def test_vectors_of_other_tensors_and_unknown_levels_are_refused():

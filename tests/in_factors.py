@@ -1,0 +1,40 @@
+"""A saved vector of which some tensors are factors and all others are unchanged, as that of a LoRA run."""
+
+from dataclasses import replace
+
+import torch
+
+from lata_lightning import TaskVector
+from lata_lightning.numerics.chunks import products
+from lata_lightning.numerics.low_rank import Factors, LowRank
+from lata_lightning.store.sources import View
+from lata_lightning.vectors.entries import TensorEntry
+
+
+class _InFactors(View):
+    def __init__(self, vector, factors):
+        super().__init__(vector.tensors, {name: name for name in vector})
+        self._factors = {name: LowRank(vector.shape(name), (Factors(*pair),)) for name, pair in factors.items()}
+
+    def low_rank(self, name):
+        return self._factors.get(name)
+
+    def load(self, name):
+        return products(self._factors[name]) if name in self._factors else super().load(name)
+
+
+def vector_in_factors(directory, weights, factors):
+    """The saved vector; factors are pairs of left and right by the name of the tensor."""
+    zero = TaskVector.between(weights, {name: tensor.clone() for name, tensor in weights.items()})
+    entries = {name: TensorEntry(tuple(weights[name].shape), "float32", unchanged=True) for name in weights if name not in factors}
+    return TaskVector(_InFactors(zero, factors), replace(zero.manifest, tensors=entries)).save(directory)
+
+
+def random_factors(weights, names, *, rank=2, seed=0):
+    """Random factors for some of the tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {name: tuple(weights[name].shape) for name in names}
+    return {
+        name: (torch.randn(rows, rank, generator=generator), torch.randn(rank, columns, generator=generator))
+        for name, (rows, columns) in shapes.items()
+    }
