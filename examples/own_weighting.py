@@ -1,11 +1,10 @@
 """A weighting rule of one's own, merged like any other: python examples/own_weighting.py [OUTPUT]
 
-This one weights a layer by how far it has moved for the length of its instruction vector, without ranks: a control that any rule by alignment
-should be held against.
+This one weights a layer by how far it has moved for the length of its instruction vector, without ranks: a control to compare any rule by alignment with.
+LATACallback(weighting=by_relative_norm) would weight the exports of a run by it.
 """
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -38,8 +37,8 @@ def main(output: Path) -> None:
     own, linear = by_relative_norm(alignment), linear_drop_by_rank(alignment)
     for layer in own:
         print(f"{layer}: by relative norm {own[layer]:.3f}, linear {linear[layer]:.3f}")
-    # A rule is nothing but a coefficient for every layer; tensors outside the layers take `outside`.
-    weighted = TaskVector(vector.tensors, replace(vector.manifest, level=alignment.level, coefficients=own, outside=0.0))
+    # The rule is recorded by its name; tensors outside the layers take `outside`.
+    weighted = vector.weighted(alignment, by_relative_norm, outside=0.0)
     print(merge(str(INSTRUCT), [Term(weighted, scale=0.8)], output / "merged"))
 
 

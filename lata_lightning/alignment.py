@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,6 +14,12 @@ from lata_lightning.moments import Moments, Start, check_start, total
 FLAT_SPREAD = 0.05
 """Alignments that span less than this are too close to rank by: in experiments on small models spans of 0.02 to 0.1 gave ranks that did no
 better than random ones."""
+NORM_CORRELATION = 0.9
+"""From this absolute rank correlation on, ranking by alignment is ranking by relative norm."""
+RANKING = ("alignment_spread", "alignment_too_flat_to_rank", "alignment_norm_correlation", "alignment_ranks_by_relative_norm")
+"""Keys of what a ranking is worth."""
+_FEWEST_RANKED = 4
+"""With fewer layers than this, so high a rank correlation comes about by chance more often than once in ten times."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,42 @@ class Alignment:
         """Whether the alignments spread too little to rank by (see FLAT_SPREAD)."""
         return len(self.values) > 1 and self.spread < FLAT_SPREAD
 
+    @property
+    def norm_correlation(self) -> float | None:
+        """Spearman's rank correlation between alignment and −relative norm over the layers.
+
+        Returns:
+            In [-1, 1]; 1 where the layer that moved least for the length of its instruction vector is always the better aligned one. None where fewer than
+            two layers have both figures, or all layers have the same of one.
+        """
+        pairs = [
+            (stats.alignment, -stats.relative_norm)
+            for stats in self.layers.values()
+            if stats.alignment is not None and stats.relative_norm is not None
+        ]
+        return _correlation(_average_ranks([one for one, _ in pairs]), _average_ranks([other for _, other in pairs]))
+
+    @property
+    def by_relative_norm(self) -> bool:
+        """Whether ranking by alignment is ranking by relative norm: an absolute rank correlation of NORM_CORRELATION or more over four layers or more."""
+        correlation = self.norm_correlation
+        return correlation is not None and abs(correlation) >= NORM_CORRELATION and len(self.values) >= _FEWEST_RANKED
+
+    def ranking(self) -> dict[str, float | bool | None]:
+        """What a ranking by these alignments is worth, as plain types for JSON."""
+        return dict(zip(RANKING, (self.spread, self.flat, self.norm_correlation, self.by_relative_norm), strict=True))
+
+    def cautions(self) -> list[str]:
+        """What to know before ranking the layers, a sentence each; none where nothing speaks against it."""
+        sentences = []
+        if self.flat:
+            sentences.append(f"The alignments spread by {self.spread:.4f}, less than {FLAT_SPREAD}: too little to rank the layers by.")
+        if self.by_relative_norm:
+            sentences.append(
+                f"The ranking is one by relative norm: the rank correlation of alignment with −relative norm is {self.norm_correlation:.2f}."
+            )
+        return sentences
+
     def with_coefficients(self, coefficients: Mapping[str, float] | None, outside: float = 0.0) -> Alignment:
         """The same measurement with coefficients written in: by layer, and one for all tensors outside."""
         layers = {
@@ -97,6 +141,22 @@ class Alignment:
         """The inverse of ``to_json``."""
         layers, outside = ({name: LayerStats(**stats) for name, stats in data[key].items()} for key in ("layers", "outside"))
         return cls(data["level"], data["start"], layers, outside)
+
+
+def _average_ranks(values: Sequence[float]) -> list[float]:
+    """Rank of each value by rising size, from 1; equal values share the mean of their ranks."""
+    rising = sorted(values)
+    return [(bisect_left(rising, value) + bisect_right(rising, value) + 1) / 2 for value in values]
+
+
+def _correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Pearson's correlation; None where a side does not vary."""
+    middles = sum(one) / max(len(one), 1), sum(other) / max(len(other), 1)
+    pairs = [(a - middles[0], b - middles[1]) for a, b in zip(one, other, strict=True)]
+    squares = sum(a * a for a, _ in pairs), sum(b * b for _, b in pairs)
+    if not all(squares):
+        return None
+    return max(-1.0, min(1.0, sum(a * b for a, b in pairs) / math.sqrt(squares[0] * squares[1])))
 
 
 def alignment_of(table: Mapping[str, Moments], layers: LayerMap, level: Level = "block", start: Start = "instruct") -> Alignment:

@@ -7,18 +7,25 @@ falling alignment, rank 1 for the highest; equal alignments are ranked in layer 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Literal, get_args
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal, get_args
 
 from lata_lightning.alignment import Alignment
 from lata_lightning.errors import WeightingError, first_three
 
 Weighting = Literal["linear", "log", "threshold", "none"]
 WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
-# Coefficients may also come from samples instead of alignments (``lata_lightning.linearity``); then this stands in the place of the rule.
+Rule = Callable[[Alignment], Mapping[str, float]]
+"""A rule of one's own: coefficient by layer, from a measurement."""
+# Coefficients may also come from samples instead of alignments (``lata_lightning.linearity``); then this is recorded as their rule.
 CLOSED_FORM: Literal["closed-form"] = "closed-form"
-Origin = Literal["linear", "log", "threshold", "none", "closed-form"]
-ORIGINS: tuple[Origin, ...] = get_args(Origin)
+ORIGINS: tuple[str, ...] = (*WEIGHTINGS, CLOSED_FORM)
+"""What coefficients come from, besides rules of one's own."""
+STORED: Literal["stored"] = "stored"
+"""Asks for the coefficients that a vector stores, whatever rule made them."""
+_OWN_NAME = re.compile(r"[A-Za-z_][\w.-]*")
 DEFAULT_THRESHOLD = 0.95
 
 
@@ -81,12 +88,22 @@ def drop_with_threshold(alignment: Alignment | Mapping[str, float], threshold: f
     return {layer: 0.0 if value >= threshold else 1.0 for layer, value in _values(alignment).items()}
 
 
-def coefficients(alignment: Alignment, weighting: Weighting, threshold: float = DEFAULT_THRESHOLD) -> dict[str, float]:
-    """Coefficient by layer under a rule given by name; ``"none"`` gives 1 to every layer.
+def coefficients(alignment: Alignment, weighting: Weighting | Rule, threshold: float = DEFAULT_THRESHOLD) -> dict[str, float]:
+    """Compute the coefficient of each layer under a rule.
+
+    Args:
+        alignment: A measurement.
+        weighting: Name of a rule (``"none"`` gives 1 to every layer), or a function from the measurement to the coefficient by layer.
+        threshold: For the rule ``"threshold"``.
+
+    Returns:
+        Dimensionless, in layer order.
 
     Raises:
-        WeightingError: The rule is unknown, or cannot be applied to this alignment.
+        WeightingError: The rule is unknown, cannot be applied to this alignment, or does not give one finite number for each layer.
     """
+    if not isinstance(weighting, str):
+        return _by_own_rule(alignment, weighting)
     check_weighting(weighting)
     if weighting == "linear":
         return linear_drop_by_rank(alignment)
@@ -102,6 +119,58 @@ def check_weighting(weighting: str) -> Weighting:
     if weighting not in WEIGHTINGS:
         raise WeightingError(f"unknown weighting {weighting!r}; choose one of {', '.join(WEIGHTINGS)}")
     return weighting
+
+
+def rule_name(rule: Weighting | Rule) -> str:
+    """Name under which a rule is recorded: its own, or that of the function.
+
+    Raises:
+        WeightingError: The rule is unknown, or is a function without a name of its own, as a lambda.
+    """
+    if isinstance(rule, str):
+        return check_weighting(rule)
+    named: Any = rule
+    while isinstance(named, partial):
+        named = named.func
+    name = str(getattr(named, "__name__", type(named).__name__))
+    if not is_own_name(name):
+        raise WeightingError(
+            f"a rule of your own is recorded by the name of its function, and {name!r} cannot be one: define it with def, under another name than "
+            f"{', '.join((*ORIGINS, STORED))}"
+        )
+    return name
+
+
+def is_own_name(name: str) -> bool:
+    """Whether coefficients can be recorded as coming from a rule of this name that is none of the package's."""
+    return name not in (*ORIGINS, STORED) and _OWN_NAME.fullmatch(name) is not None
+
+
+def follows_alignment(name: str) -> bool:
+    """Whether the rule recorded under a name makes coefficients of alignments; ``"none"`` and closed-form coefficients do not look at them."""
+    return name not in ("none", CLOSED_FORM)
+
+
+def _by_own_rule(alignment: Alignment, rule: Rule) -> dict[str, float]:
+    name, given = rule_name(rule), rule(alignment)
+    if not isinstance(given, Mapping):
+        raise WeightingError(f"the rule {name!r} must give a coefficient by layer, a mapping, and gave {type(given).__name__}")
+    other = set(given) ^ set(alignment.layers)
+    if other:
+        raise WeightingError(
+            f"the rule {name!r} must give one coefficient for each of the {len(alignment.layers)} layers; on one side only are {first_three(other)}"
+        )
+    odd = [layer for layer in alignment.layers if not _is_finite(given[layer])]
+    if odd:
+        raise WeightingError(f"the rule {name!r} must give finite numbers; it does not in {first_three(odd)}")
+    return {layer: float(given[layer]) for layer in alignment.layers}
+
+
+def _is_finite(number: Any) -> bool:
+    try:
+        return math.isfinite(number)
+    except TypeError:
+        return False
 
 
 def _values(alignment: Alignment | Mapping[str, float]) -> dict[str, float]:

@@ -386,3 +386,66 @@ def test_the_metric_refuses_sums_that_are_not_finite():
     metric.update(task, weights(2))
     with pytest.raises(CorruptFileError, match=r"\['model.layers.0'\]"):
         metric.compute()
+
+
+# --- what a ranking is worth ---------------------------------------------------------------------------------------------------------------
+
+
+def ranked(alignments, norms):
+    layers = {f"h.{number}": LayerStats(one, norm, 1.0, 1.0) for number, (one, norm) in enumerate(zip(alignments, norms, strict=True))}
+    return Alignment("block", "instruct", layers, {})
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("grid", [None, 3])
+def test_the_rank_correlation_is_that_of_scipy_also_with_ties(seed, grid):
+    stats = pytest.importorskip("scipy.stats")
+    values = np.random.default_rng(seed).normal(size=(2, 12))
+    if grid is not None:
+        values = np.round(values * grid) / grid
+    expected = stats.spearmanr(values[0], -values[1]).statistic
+    assert ranked(*values.tolist()).norm_correlation == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_ranking_by_relative_norm_is_recognised_in_either_direction():
+    # cos = 1 / √(1 + ρ²) where task vector and instruction vector are orthogonal: the smaller ρ, the better aligned.
+    norms = [0.1, 0.4, 0.2, 0.8, 0.6]
+    by_norm = ranked([1 / math.sqrt(1 + norm**2) for norm in norms], norms)
+    assert by_norm.norm_correlation == pytest.approx(1)
+    assert by_norm.by_relative_norm
+    assert by_norm.cautions() == ["The ranking is one by relative norm: the rank correlation of alignment with −relative norm is 1.00."]
+    turned = ranked(norms, norms)
+    assert turned.norm_correlation == pytest.approx(-1)
+    assert turned.by_relative_norm
+
+
+def test_a_ranking_of_its_own_is_not_called_one_by_relative_norm():
+    # Ranks 1 2 3 4 5 against 2 1 4 3 5: Σ d² = 4, ρ = 1 − 6 · 4 / (5 · 24) = 0.8.
+    found = ranked([0.1, 0.2, 0.3, 0.4, 0.5], [-2.0, -1.0, -4.0, -3.0, -5.0])
+    assert found.norm_correlation == pytest.approx(0.8)
+    assert not found.by_relative_norm
+    assert found.cautions() == []
+
+
+def test_three_layers_are_too_few_to_call_a_ranking_one_by_relative_norm():
+    found = ranked([0.9, 0.6, 0.3], [0.1, 0.2, 0.3])
+    assert found.norm_correlation == pytest.approx(1)
+    assert not found.by_relative_norm
+
+
+def test_a_rank_correlation_needs_two_layers_that_differ():
+    assert ranked([0.5], [0.1]).norm_correlation is None
+    assert ranked([], []).norm_correlation is None
+    assert ranked([0.5, 0.5], [0.1, 0.2]).norm_correlation is None
+    assert ranked([0.5, None, 0.25], [0.1, None, 0.2]).norm_correlation == pytest.approx(1)
+
+
+def test_both_cautions_are_given_and_carried_by_json():
+    found = ranked([0.91, 0.92, 0.93, 0.94], [0.4, 0.3, 0.2, 0.1])
+    assert [sentence.split()[1] for sentence in found.cautions()] == ["alignments", "ranking"]
+    assert found.ranking() == {
+        "alignment_spread": pytest.approx(0.03),
+        "alignment_too_flat_to_rank": True,
+        "alignment_norm_correlation": pytest.approx(1),
+        "alignment_ranks_by_relative_norm": True,
+    }

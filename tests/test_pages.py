@@ -313,6 +313,7 @@ def manifest():
             "w": TensorEntry((2, 2), "float32", None, False, (FactorEntry(1, 2.0, "blake3:02", "blake3:03"),)),
             "e": TensorEntry((2,), "float32"),
         },
+        asked_for=False,
     )
     empty = Manifest(kind="task", start="instruct", layers=found.layers)
     assert [field.name for field in fields(found) if getattr(found, field.name) == getattr(empty, field.name)] == [

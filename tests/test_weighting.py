@@ -1,6 +1,9 @@
 import math
+from functools import partial
 
+import numpy as np
 import pytest
+import torch
 
 from lata_lightning.alignment import Alignment, LayerStats
 from lata_lightning.errors import WeightingError
@@ -8,8 +11,11 @@ from lata_lightning.weighting import (
     check_weighting,
     coefficients,
     drop_with_threshold,
+    follows_alignment,
+    is_own_name,
     linear_drop_by_rank,
     log_drop_by_rank,
+    rule_name,
 )
 
 
@@ -119,3 +125,78 @@ def test_an_unknown_rule_is_refused_with_the_choices():
         check_weighting("square")
     with pytest.raises(WeightingError, match="unknown weighting"):
         coefficients(measured(**FOUR), "square")
+
+
+# --- rules of one's own --------------------------------------------------------------------------------------------------------------------
+
+
+def halves(alignment, least=0.5):
+    return {layer: max(value / 2, least) for layer, value in alignment.values.items()}
+
+
+class Doubled:
+    def __call__(self, alignment):
+        return {layer: 2 * value for layer, value in alignment.values.items()}
+
+
+def test_a_function_gives_the_coefficients_in_the_order_of_the_layers():
+    found = coefficients(measured(b=0.5, a=0.25), in_reverse)
+    assert found == {"b": 0.25, "a": 0.5}
+    assert list(found) == ["b", "a"]
+    assert coefficients(measured(a=0.5), Doubled()) == {"a": 1.0}
+
+
+def in_reverse(alignment):
+    return {"a": np.float32(0.5), "b": torch.tensor(0.25)}
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        ("log", "log"),
+        (halves, "halves"),
+        (partial(halves, least=0.1), "halves"),
+        (partial(partial(halves)), "halves"),
+        (Doubled(), "Doubled"),
+    ],
+)
+def test_a_rule_is_recorded_by_its_name(rule, name):
+    assert rule_name(rule) == name
+
+
+def test_a_function_without_a_name_of_its_own_is_refused():
+    def linear(alignment):
+        return halves(alignment)
+
+    for rule, name in ((lambda alignment: {}, "<lambda>"), (linear, "linear")):
+        with pytest.raises(WeightingError, match=f"recorded by the name of its function, and '{name}' cannot be one"):
+            coefficients(measured(a=0.5), rule)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([0.5, 0.5], "'own' must give a coefficient by layer, a mapping, and gave list"),
+        ({"a": 1.0}, r"'own' must give one coefficient for each of the 2 layers; on one side only are 1: \['b'\]"),
+        ({"a": 1.0, "b": 1.0, "c": 1.0}, r"on one side only are 1: \['c'\]"),
+        ({"a": 1.0, "b": float("nan")}, r"'own' must give finite numbers; it does not in 1: \['b'\]"),
+        ({"a": None, "b": "0.5"}, r"it does not in 2: \['a', 'b'\]"),
+    ],
+)
+def test_a_rule_of_ones_own_must_give_one_finite_number_for_each_layer(given, message):
+    def own(alignment):
+        return given
+
+    with pytest.raises(WeightingError, match=message):
+        coefficients(measured(a=0.5, b=0.6), own)
+
+
+@pytest.mark.parametrize("name", ["", "7up", "thin air", "a/b", "none", "closed-form", "stored", "<lambda>"])
+def test_names_that_say_something_else_are_no_names_of_own_rules(name):
+    assert not is_own_name(name)
+
+
+def test_only_rules_by_alignment_follow_it():
+    assert [name for name in ("linear", "log", "threshold", "none", "closed-form", "mine") if not follows_alignment(name)] == [
+        "none", "closed-form",
+    ]  # fmt: skip

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lata_lightning.errors import LataError
 from lata_lightning.exports import EXPORTS, export_to
 from lata_lightning.merging.merge import Term
+from lata_lightning.merging.weigh import from_instruct, weigh
 from lata_lightning.store.writer import PARTIAL_MARK, replace_directory
 from lata_lightning.vectors.task_vector import TaskVector
+from lata_lightning.weighting import STORED, WEIGHTINGS, Rule, Weighting, follows_alignment
 
 VECTOR_NAME = "task_vector"
+DEFAULT_RULE: Weighting = "linear"
+"""What coefficients are stored if no rule is asked for."""
 
 
 def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
@@ -30,11 +36,43 @@ def folder(kind: str) -> str:
     return VECTOR_NAME if kind == "vector" else kind
 
 
-def write_exports(vector: TaskVector, kinds: Sequence[str], directory: Path, *, dtype: str, instruction: TaskVector | None) -> None:
+def weigh_run(
+    vector: TaskVector, weighting: Weighting | Rule | None, instruction: TaskVector | None, *, threshold: float, outside: float
+) -> tuple[TaskVector, TaskVector]:
+    """Give the vector of a run its coefficients, which never ends the run: what was trained is saved also where a rule fails.
+
+    Args:
+        vector: With the alignment that was measured, if any was.
+        weighting: The rule that was asked for, if any was.
+        instruction: What the alignment was measured with.
+        threshold: For the rule ``"threshold"``.
+        outside: Coefficient of the tensors that belong to no layer.
+
+    Returns:
+        The vector with the coefficients to store, and with those to apply in exports: 1 for every tensor where nobody asked for a rule and the
+        alignments are too flat to rank by, or where the rule failed.
+    """
+    alignment = vector.manifest.alignment
+    if alignment is None:
+        return vector, vector
+    settings: dict[str, Any] = {"alignment": alignment, "threshold": threshold, "outside": outside}
+    plain = weigh(vector, "none", instruction, **settings)
+    try:
+        weighted = weigh(vector, weighting or DEFAULT_RULE, instruction, **settings)
+    except Exception as error:  # A rule of one's own may raise anything.
+        rank_zero_warn(f"the vector is exported without coefficients: {str(error) or repr(error)}")
+        return vector, plain
+    return weighted, plain if weighting is None and alignment.flat else weighted
+
+
+def write_exports(
+    vector: TaskVector, handed_over: TaskVector, kinds: Sequence[str], directory: Path, *, dtype: str, instruction: TaskVector | None
+) -> None:
     """Write a vector in every form that is wanted, each whole or not at all.
 
     Args:
-        vector: With its coefficients.
+        vector: With the coefficients to store.
+        handed_over: The same vector with the coefficients to apply in all other forms.
         kinds: From ``check_kinds``.
         directory: Output directory of the run; what stands there under the same name is replaced.
         dtype: Precision of the vector and the pure vector.
@@ -48,11 +86,58 @@ def write_exports(vector: TaskVector, kinds: Sequence[str], directory: Path, *, 
         if kind == "vector":
             vector.save(made, dtype=dtype)
         else:
-            counted = vector.start == "base" and vector.manifest.coefficients is not None and instruction is not None
-            term = Term(vector.without(instruction) if counted and instruction is not None else vector)
+            counted = handed_over.manifest.coefficients is not None
+            term = Term(from_instruct(handed_over, instruction) if counted else handed_over)
             export_to(
                 kind, [term], made, dtype=dtype if kind == "pure" else None, note=lambda remark: rank_zero_info(f"LATACallback: {remark}")
             )
         replace_directory(made, directory / folder(kind))
         workshop.rmdir()
-        rank_zero_info(f"LATACallback: {kind}: {directory / folder(kind)}")
+
+
+def closing_lines(
+    vector: TaskVector, handed_over: TaskVector, kinds: Sequence[str], directory: Path, *, instruction: str | None
+) -> list[str]:
+    """Say what a run has written, and which commands go on from there.
+
+    Args:
+        vector: As it was stored.
+        handed_over: As it was written in other forms.
+        kinds: What was written.
+        directory: Output directory of the run.
+        instruction: Path of the instruction vector, if it is a saved one.
+
+    Returns:
+        Lines for the log.
+    """
+    lines = [f"{kind}: {directory / folder(kind)}" for kind in kinds]
+    others = [kind for kind in kinds if kind != "vector"]
+    if others and vector is not handed_over and vector.manifest.coefficients is not None:
+        lines.append(
+            f"no weighting was asked for (weighting=…) and the alignments are too flat to rank by: coefficient 1 for every tensor in {', '.join(others)}"
+        )
+    if "vector" in kinds:
+        lines += [f"next: {command}" for command in _next_commands(vector, directory, instruction)]
+    return lines
+
+
+def _next_commands(vector: TaskVector, directory: Path, instruction: str | None) -> list[str]:
+    manifest = vector.manifest
+    weighted = manifest.coefficients is not None and follows_alignment(manifest.weighting)
+    flat = weighted and manifest.alignment is not None and manifest.alignment.flat
+    if manifest.start == "base" and manifest.coefficients is not None:
+        # The coefficients belong to what is left of the vector without the instruction vector in it.
+        merge = ["INSTRUCT", str(directory / VECTOR_NAME), "--instruction", instruction or "INSTRUCTION"]
+    else:
+        merge = [manifest.start_identity.location or "START", str(directory / VECTOR_NAME)]
+    if flat or not weighted:
+        merge += ["--weighting", "none"]
+    line = shlex.join(["lata", "merge", *merge, "--output", "MERGED"])
+    return [
+        f"{line} (plain task arithmetic; to rank the layers all the same: --weighting {_asking_for(manifest.weighting)})" if flat else line,
+        shlex.join(["lata", "report", str(directory), "--output", "report.html"]),
+    ]
+
+
+def _asking_for(rule: str) -> str:
+    return rule if rule in WEIGHTINGS else STORED

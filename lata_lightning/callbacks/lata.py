@@ -9,16 +9,24 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from lata_lightning.alignment import Alignment, alignment_of
 from lata_lightning.callbacks.export_checks import check_exports
 from lata_lightning.callbacks.figures import log_heat_map
-from lata_lightning.callbacks.handover import VECTOR_NAME, check_kinds, folder, write_exports
+from lata_lightning.callbacks.handover import (
+    DEFAULT_RULE,
+    VECTOR_NAME,
+    check_kinds,
+    closing_lines,
+    folder,
+    weigh_run,
+    write_exports,
+)
 from lata_lightning.callbacks.history import HISTORY_NAME, append_history, cut_history, log_figures, read_history, summary
 from lata_lightning.callbacks.run_directory import begin_output, check_output, end_output, remove_partial_output
-from lata_lightning.display.tables import alignment_table, flat_warning, show
-from lata_lightning.errors import LataError, OutputError, first_three
+from lata_lightning.display.tables import alignment_table, show
+from lata_lightning.errors import LataError, OutputError
 from lata_lightning.layers import LayerRule, Level, check_level
 from lata_lightning.live.gathering import export, manifest_of
 from lata_lightning.live.measuring import Measurement
@@ -26,7 +34,7 @@ from lata_lightning.live.tracker import Fingerprint, Tracker
 from lata_lightning.moments import Start, check_start, total
 from lata_lightning.store.writer import float_dtype
 from lata_lightning.vectors.task_vector import TaskVector
-from lata_lightning.weighting import DEFAULT_THRESHOLD, Weighting, check_weighting
+from lata_lightning.weighting import DEFAULT_THRESHOLD, Rule, Weighting, follows_alignment, rule_name
 
 STATE_VERSION = 1
 
@@ -41,7 +49,9 @@ class LATACallback(pl.Callback):
         instruction_vector: A saved instruction vector, or a pair (base, instruct) of models to take the difference of. Without one only norms
             are measured, and alignment can be computed from the exported vector later (``lata align``).
         start: What the fine-tune starts from: ``"instruct"`` or ``"base"``.
-        weighting: Rule for the coefficients: ``"linear"``, ``"log"``, ``"threshold"`` or ``"none"``.
+        weighting: Rule for the coefficients: ``"linear"``, ``"log"``, ``"threshold"`` or ``"none"``, or a function from the alignment to the coefficient
+            by layer. If none is given, ``"linear"`` is stored in the vector, and exports are weighted by it unless the alignments are too flat to
+            rank by.
         level: Unit of the coefficients: ``"block"``, ``"submodule"`` or ``"tensor"``.
         every_n_epochs: Measure at the end of every n-th epoch; 0 for the end of training only.
         every_n_train_steps: Measure whenever another n optimizer steps are done, too.
@@ -117,7 +127,7 @@ class LATACallback(pl.Callback):
         self,
         instruction_vector: tuple[str, str] | str | Path | TaskVector | None = None,
         start: Start = "instruct",
-        weighting: Weighting = "linear",
+        weighting: Weighting | Rule | None = None,
         level: Level = "block",
         every_n_epochs: int = 1,
         every_n_train_steps: int | None = None,
@@ -139,7 +149,8 @@ class LATACallback(pl.Callback):
             )
         float_dtype(dtype)
         self.instruction_vector = instruction_vector
-        self.start, self.weighting, self.level = check_start(start), check_weighting(weighting), check_level(level)
+        self.start, self.weighting, self.level = check_start(start), weighting, check_level(level)
+        rule_name(weighting or DEFAULT_RULE)
         self.every_n_epochs, self.every_n_train_steps = every_n_epochs, every_n_train_steps
         self.base_weights, self.output_dir, self.export = base_weights, output_dir, check_kinds(export)
         self.threshold, self.outside, self.model, self.layers, self.dtype, self.table, self.name = (
@@ -371,23 +382,23 @@ class LATACallback(pl.Callback):
         return self._directory is None or all((self._directory / folder(kind)).exists() for kind in self.export)
 
     def _write(self, vector: TaskVector) -> None:
-        """On rank zero: weight the vector, show it, and write it."""
+        """On rank zero: weight the vector, show it, write it, and say what to do with it."""
         alignment, instruction = vector.manifest.alignment, self._require_measurement().instruction
-        if alignment is not None and alignment.undefined and self.weighting != "none":
-            rank_zero_warn(
-                f"the alignment is undefined in {first_three(alignment.undefined)} layers; the vector is exported without coefficients"
-            )
-        elif alignment is not None:
-            vector = vector.weighted(
-                alignment, self.weighting, threshold=self.threshold, outside=self.outside, instruction_vector=instruction
-            )
+        vector, handed_over = weigh_run(vector, self.weighting, instruction, threshold=self.threshold, outside=self.outside)
+        if alignment is not None:
             self.alignment = vector.manifest.alignment
-            if alignment.flat:
-                rank_zero_info(f"LATACallback: {flat_warning(alignment)}")
+            ranked = vector.manifest.coefficients is not None and follows_alignment(vector.manifest.weighting)
             if self.table and self.alignment is not None:
-                show(alignment_table(self.alignment, f"{self.name}: alignment at step {vector.manifest.step}"))
+                title = f"{self.name}: alignment at step {vector.manifest.step}"
+                show(alignment_table(self.alignment, title, cautions=ranked))
+            elif ranked:
+                for sentence in alignment.cautions():
+                    rank_zero_info(f"LATACallback: {sentence}")
         if self._directory is not None:
-            write_exports(vector, self.export, self._directory, dtype=self.dtype, instruction=instruction)
+            write_exports(vector, handed_over, self.export, self._directory, dtype=self.dtype, instruction=instruction)
+            saved = str(self.instruction_vector) if isinstance(self.instruction_vector, str | Path) else None
+            for line in closing_lines(vector, handed_over, self.export, self._directory, instruction=saved):
+                rank_zero_info(f"LATACallback: {line}")
 
 
 def _refuse_flattened(strategy: Strategy) -> None:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from time import monotonic
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
+
+from lata_lightning.errors import LataError
+
+if TYPE_CHECKING:
+    from lata_lightning.merging.merge import Term
+    from lata_lightning.vectors.task_vector import TaskVector
+    from lata_lightning.weighting import Weighting
 
 Format = Literal["table", "json"]
 _SECONDS_BETWEEN = 0.1
@@ -39,18 +46,53 @@ def add_format(parser: ArgumentParser) -> None:
 
 
 def add_weighting(parser: ArgumentParser, default: str) -> None:
-    """The arguments that turn an instruction vector into coefficients."""
-    # Spelled out here because the modules that define them import torch; a test holds both lists together.
+    """Add the arguments that decide which coefficients a vector is applied with.
+
+    Args:
+        parser: Of the command.
+        default: Rule that is used with ``--instruction`` if none is asked for.
+    """
     parser.add_argument("--instruction", type=str | None, help="Instruction vector (instruct − base) to measure the alignment with.")
-    parser.add_argument("--weighting", type=Literal["linear", "log", "threshold", "none"] | None, help=default)
-    parser.add_argument("--level", type=Literal["block", "submodule", "tensor"], default="block", help="Unit of the coefficients.")
+    # Spelled out here because the modules that define them import torch; a test compares both lists.
     parser.add_argument(
-        "--threshold", type=float, default=0.95, help="For the rule 'threshold': layers aligned this far get coefficient 0."
+        "--weighting",
+        type=Literal["linear", "log", "threshold", "none", "stored"] | None,
+        help="Rule for the coefficients; 'none' for plain task arithmetic, 'stored' for those that the vector stores. If no rule is asked for, "
+        f"'{default}' with --instruction; without, what the vector stores, which is refused where its alignments are too flat to rank by.",
     )
     parser.add_argument(
-        "--outside", type=float, default=0.0, help="Coefficient of embeddings, final norm, head and whatever is in no layer."
+        "--level", type=Literal["block", "submodule", "tensor"] | None, help="Unit of the coefficients; 'block' if not given."
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float | None,
+        help="For the rule 'threshold': layers aligned this far get coefficient 0; 0.95 if not given.",
+    )
+    parser.add_argument(
+        "--outside",
+        type=float | None,
+        help="Coefficient of embeddings, final norm, head and whatever is in no layer, under a rule; 0 if not given.",
     )
     add_start(parser)
+
+
+def weighed(options: Namespace, vector: TaskVector, instruction: TaskVector | None, default: Weighting) -> TaskVector:
+    """Return a vector with the coefficients that the arguments of ``add_weighting`` ask for, counted from instruct.
+
+    Raises:
+        LataError: An argument has no effect on what is applied; or as ``lata_lightning.merging.weigh.weigh``.
+    """
+    from lata_lightning.merging.weigh import from_instruct, weigh
+
+    rule = options.weighting or (default if instruction is not None else "stored")
+    given = [name for name in ("level", "threshold", "outside") if options[name] is not None]
+    if given and rule in ("none", "stored"):
+        plain = rule == "none" or vector.manifest.coefficients is None
+        what = "every tensor has coefficient 1" if plain else "the stored coefficients are applied as they are"
+        raise LataError(f"--{given[0]} has no effect where {what}: leave it out, or ask for a rule it belongs to (--weighting linear)")
+    settings = {name: options[name] for name in given}
+    weighted = weigh(vector, options.weighting, instruction, default=default, check_base=options.check_base, **settings)
+    return from_instruct(weighted, instruction)
 
 
 def add_start(parser: ArgumentParser) -> None:
@@ -96,6 +138,15 @@ def print_json(data: Any) -> None:
 def note(text: str) -> None:
     """One line on standard error."""
     sys.stderr.write(f"lata: {text}\n")
+
+
+def note_applied(terms: Iterable[Term]) -> None:
+    """Say on standard error which coefficients the vectors of a merge were applied with, and what the ranking behind them is worth."""
+    from lata_lightning.merging.weigh import applied
+
+    for term in terms:
+        for sentence in applied(term.vector):
+            note(sentence)
 
 
 @contextmanager

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lata_lightning.cli.common import Command, add_checks, note, progress_bar
+from lata_lightning.cli.common import Command, add_weighting, note, note_applied, progress_bar, weighed
 from lata_lightning.errors import LataError
+
+if TYPE_CHECKING:
+    from lata_lightning.vectors.task_vector import TaskVector
 
 
 def _arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("vectors", metavar="VECTOR", nargs="+", help="Saved vectors; the coefficients they store weight their layers.")
+    parser.add_argument("vectors", metavar="VECTOR", nargs="+", help="Saved vectors.")
     parser.add_argument(
         "--to",
         type=Literal["pure", "hf", "peft", "mergekit", "coefficients"],
@@ -32,20 +36,24 @@ def _arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--rank", type=int | None, help="For peft: rank that dense differences are cut down to; 16 without --energy.")
     parser.add_argument("--energy", type=float | None, help="For peft: share of the squared norm of each dense matrix to keep, in (0, 1].")
-    add_checks(parser)
+    add_weighting(parser, "linear")
 
 
 def _export(options: Namespace, command: str) -> None:
     from lata_lightning.exports import export_to
     from lata_lightning.merging.merge import Term
+    from lata_lightning.merging.weigh import weigh
     from lata_lightning.vectors.task_vector import TaskVector
 
     scales = options.scale * len(options.vectors) if len(options.scale) == 1 else options.scale
     if len(scales) != len(options.vectors):
         raise LataError(f"give one scale for all vectors or one for each: got {len(scales)} scales for {len(options.vectors)} vectors")
-    terms = [
-        Term(TaskVector.open(path, check_config=options.check_config), scale) for path, scale in zip(options.vectors, scales, strict=True)
-    ]
+    instruction = None if options.instruction is None else TaskVector.open(options.instruction, check_config=options.check_config)
+    vectors = [weighed(options, _vector(options, path), instruction, "linear") for path in options.vectors]
+    if options.to == "pure" and options.weighting == "none":
+        # A pure vector needs coefficients, even if all of them are 1.
+        vectors = [weigh(vector, "none", alignment=vector.manifest.alignment) for vector in vectors]
+    terms = [Term(vector, scale) for vector, scale in zip(vectors, scales, strict=True)]
     with progress_bar("export") as progress:
         output = export_to(
             options.to,
@@ -60,6 +68,7 @@ def _export(options: Namespace, command: str) -> None:
             progress=progress,
             note=note,
         )
+    note_applied(terms)
     sys.stdout.write(f"{options.output}\n")
     if options.to == "pure":
         loss = TaskVector.open(output).manifest.precision_loss
@@ -70,6 +79,13 @@ def _export(options: Namespace, command: str) -> None:
         error = json.loads((Path(output) / "reconstruction.json").read_text("utf-8"))["all"]
         if error is not None:
             note(f"the adapter differs from the weighted vectors by {error:.3g} of their norm; by layer in reconstruction.json")
+
+
+def _vector(options: Namespace, path: str) -> TaskVector:
+    from lata_lightning.vectors.task_vector import TaskVector
+
+    vector = TaskVector.open(path, check_config=options.check_config)
+    return vector if options.start is None else TaskVector(vector.tensors, replace(vector.manifest, start=options.start))
 
 
 COMMANDS = {

@@ -152,14 +152,9 @@ def check_data(options: Namespace) -> None:
 
 def vectors_of(options: Namespace) -> list[TaskVector]:
     """The vectors that a command names, saved ones or of tuned models."""
-    from lata_lightning.store.directories import holds_vector
-    from lata_lightning.vectors.task_vector import TaskVector
+    from lata_lightning.merging.open_vector import open_vector
 
-    checks = {"check_config": options.check_config}
-    return [
-        TaskVector.open(path, **checks) if holds_vector(path) else TaskVector.between(options.start_model, path, **checks)
-        for path in options.vectors
-    ]
+    return [open_vector(path, options.start_model, check_config=options.check_config)[0] for path in options.vectors]
 
 
 def samples_of(options: Namespace, data: Sequence[str]) -> list[list[dict[str, Tensor]]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lata_lightning.cli.common import Command, add_weighting, add_workers, note, progress_bar
+from lata_lightning.cli.common import Command, add_weighting, add_workers, note, note_applied, progress_bar, weighed
 from lata_lightning.errors import LataError
 
 if TYPE_CHECKING:
@@ -17,13 +17,11 @@ if TYPE_CHECKING:
     from lata_lightning.vectors.task_vector import TaskVector
     from lata_lightning.weighting import Weighting
 
-_DEFAULT = "Rule for the coefficients, 'none' for plain task arithmetic. By default {rule} with --instruction, else what the vector stores."
-
 
 def _merge_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("onto", metavar="ONTO", help="Model to add to: directory, .ckpt or hub id.")
     parser.add_argument("vectors", metavar="VECTOR", nargs="+", help="Saved vectors, or tuned models, whose vector is tuned − ONTO.")
-    _common_arguments(parser, "'linear'")
+    _common_arguments(parser, "linear")
     parser.add_argument("--scale", type=float, nargs="+", default=[1.0], help="One scale for all vectors, or one for each.")
     parser.add_argument(
         "--method",
@@ -39,12 +37,12 @@ def _forget_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "vector", metavar="VECTOR", help="Saved vector of the unwanted skill, or a tuned model, whose vector is tuned − TARGET."
     )
-    _common_arguments(parser, "'threshold'")
+    _common_arguments(parser, "threshold")
     parser.add_argument("--scale", type=float, default=1.0, help="How much of the vector to take off.")
 
 
 def _common_arguments(parser: ArgumentParser, rule: str) -> None:
-    add_weighting(parser, _DEFAULT.format(rule=rule))
+    add_weighting(parser, rule)
     parser.add_argument(
         "--coefficients",
         type=str | None,
@@ -82,6 +80,7 @@ def _merge(options: Namespace, command: str) -> None:
             progress=progress,
             **_settings(options),
         )
+    note_applied(terms)
     if options.method is None and len(terms) > 1:
         note(
             "the vectors were added up (task arithmetic); --method regression would make them into one without samples and without a scale to choose"
@@ -95,6 +94,7 @@ def _forget(options: Namespace, command: str) -> None:
     (term,) = _terms(options, options.target, [options.vector], [options.scale], "threshold")
     with progress_bar("forget") as progress:
         forget(options.target, term, options.output, command=command, progress=progress, **_settings(options))
+    note_applied([term])
     sys.stdout.write(f"{options.output}\n")
 
 
@@ -107,7 +107,7 @@ def _whole_terms(options: Namespace, scales: Sequence[float]) -> list[Term]:
     """The vectors without coefficients, for methods that make one vector of all."""
     from lata_lightning.merging.merge import Term
 
-    weighted = [name for name in ("instruction", "coefficients") if options[name] is not None]
+    weighted = [name for name in ("instruction", "coefficients", "level", "threshold", "outside") if options[name] is not None]
     weighted += ["weighting"] if options.weighting not in (None, "none") else []
     if weighted:
         raise LataError(
@@ -123,8 +123,12 @@ def _terms(options: Namespace, onto: str, paths: Sequence[str], scales: Sequence
     from lata_lightning.linearity.solution import Solution
     from lata_lightning.merging.merge import Term
 
-    if options.instruction is not None or options.weighting is not None:
-        raise LataError("coefficients come from a file or from a rule: give --coefficients, or --instruction and --weighting, not both")
+    excess = [name for name in ("instruction", "weighting", "level", "threshold", "outside") if options[name] is not None]
+    if excess:
+        raise LataError(
+            "coefficients come from a file or from a rule: give --coefficients, or --instruction and --weighting, not both; given beside the file is "
+            f"--{excess[0]}"
+        )
     solution = Solution.open(options.coefficients)
     given = [_vector(options, onto, path) for path in paths]
     solved = solution.apply([vector for vector, _ in given], check_base=options.check_base)
@@ -132,74 +136,28 @@ def _terms(options: Namespace, onto: str, paths: Sequence[str], scales: Sequence
 
 
 def _term(options: Namespace, onto: str, path: str, scale: float, rule: Weighting) -> Term:
-    from lata_lightning.display.tables import flat_warning
     from lata_lightning.merging.merge import Term
-    from lata_lightning.vectors.aligning import align
 
     vector, tuned = _vector(options, onto, path)
-    if options.instruction is not None and options.weighting != "none":
-        instruction = _instruction(options, onto, vector)
-        alignment = align(vector, instruction, options.level, check_base=options.check_base)
-        weighted = vector.weighted(
-            alignment,
-            rule if options.weighting is None else options.weighting,
-            threshold=options.threshold,
-            outside=options.outside,
-            instruction_vector=instruction,
-        )
-        if alignment.flat:
-            note(f"{path}: {flat_warning(alignment)}")
-        return Term(weighted.without(instruction) if vector.start == "base" else weighted, scale, tuned)
-    return Term(_reweighted(vector, options, onto), scale, tuned)
+    return Term(weighed(options, vector, _instruction(options, onto, vector), rule), scale, tuned)
 
 
 def _vector(options: Namespace, onto: str, path: str) -> tuple[TaskVector, str | None]:
-    """A vector, and the tuned model it was computed from if it is no saved one."""
-    from dataclasses import replace
+    from lata_lightning.merging.open_vector import open_vector
 
-    from lata_lightning.merging.vocabularies import between_vocabularies
-    from lata_lightning.store.directories import holds_vector
-    from lata_lightning.vectors.task_vector import TaskVector
-
-    tuned = None if holds_vector(path) else path
-    settings: dict[str, Any] = {"start_kind": options.start or "instruct", "check_config": options.check_config}
-    if tuned is None:
-        vector = TaskVector.open(path, check_config=options.check_config)
-    elif options.vocabulary is None:
-        vector = TaskVector.between(onto, tuned, **settings)
-    else:
-        # What became of the rows is said by the merge, which knows all vectors.
-        vector, _ = between_vocabularies(onto, tuned, "start", **settings)
-    if options.start is not None:
-        vector = TaskVector(vector.tensors, replace(vector.manifest, start=options.start))
-    return vector, tuned
+    return open_vector(path, onto, start=options.start, vocabulary=options.vocabulary, check_config=options.check_config)
 
 
-def _instruction(options: Namespace, onto: str, vector: TaskVector) -> TaskVector:
-    """The instruction vector, with the rows of the vector where vocabularies may differ."""
+def _instruction(options: Namespace, onto: str, vector: TaskVector) -> TaskVector | None:
+    """The instruction vector, with the rows of the vector where vocabularies may differ; None if none is given."""
     from lata_lightning.merging.vocabularies import resized
     from lata_lightning.store.opening import open_source
     from lata_lightning.vectors.task_vector import TaskVector
 
+    if options.instruction is None:
+        return None
     instruction = TaskVector.open(options.instruction, check_config=options.check_config)
     return instruction if options.vocabulary is None else resized(instruction, vector, open_source(onto).config)
-
-
-def _reweighted(vector: TaskVector, options: Namespace, onto: str) -> TaskVector:
-    """A vector under another rule without measuring again, from the alignment it stores."""
-    if options.weighting is None:
-        return vector
-    if options.weighting == "none":
-        plain = vector.unweighted()
-        if vector.start == "base" and options.instruction is not None:
-            return plain.without(_instruction(options, onto, vector))
-        return plain
-    stored = vector.manifest.alignment
-    if stored is None or stored.level != options.level:
-        raise LataError(
-            f"{vector.label} stores no alignment by {options.level}, so the rule {options.weighting!r} needs --instruction VECTOR to measure it"
-        )
-    return vector.weighted(stored, options.weighting, threshold=options.threshold, outside=options.outside)
 
 
 COMMANDS = {

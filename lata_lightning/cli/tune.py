@@ -77,6 +77,8 @@ def _arguments(parser: ArgumentParser) -> None:
 def _run(options: Namespace, command: str) -> None:
     from lata_lightning.evaluation.questions import prepare, read_data
     from lata_lightning.evaluation.tuning import tune, under_rules
+    from lata_lightning.merging.open_vector import open_vector
+    from lata_lightning.merging.weigh import applied
     from lata_lightning.store.opening import open_source
     from lata_lightning.store.writer import atomic_directory, check_free_directory, write_json
     from lata_lightning.vectors.aligning import check_same_model, check_same_start
@@ -90,10 +92,12 @@ def _run(options: Namespace, command: str) -> None:
     metric = _metric(options, rows)
     _note_few(options, rows)
     instruction = None if options.instruction is None else TaskVector.open(options.instruction, check_config=options.check_config)
-    vectors = [_vector(options, path) for path in options.vectors]
+    checks = {"start": options.start, "check_config": options.check_config}
+    vectors = [open_vector(path, options.onto, **checks)[0] for path in options.vectors]
+    rules = _rules(options, vectors)
     weighted = under_rules(
         vectors,
-        _rules(options, vectors),
+        rules,
         instruction,
         level=options.level,
         threshold=options.threshold,
@@ -101,6 +105,10 @@ def _run(options: Namespace, command: str) -> None:
         check_base=options.check_base,
     )
     check_same_model(open_source(options.onto), vectors)
+    if (ranking := next((rule for rule in rules if rule != "none"), None)) is not None:
+        for vector in weighted[ranking]:
+            for sentence in applied(vector)[1:]:
+                note(sentence)
     if options.check_base:
         check_same_start(weighted[next(iter(weighted))])
     model, tokenizer = load(options, options.onto, classifier=metric == "accuracy")
@@ -173,19 +181,6 @@ def _note_few(options: Namespace, rows: Mapping[str, Sequence[Sample]]) -> None:
                 note(f"{name}{more} has {count} distinct rows; a scale chosen on fewer than {FEW_ROWS} may not hold on other data")
 
 
-def _vector(options: Namespace, path: str) -> TaskVector:
-    from dataclasses import replace
-
-    from lata_lightning.store.directories import holds_vector
-    from lata_lightning.vectors.task_vector import TaskVector
-
-    if holds_vector(path):
-        vector = TaskVector.open(path, check_config=options.check_config)
-    else:
-        vector = TaskVector.between(options.onto, path, start_kind=options.start or "instruct", check_config=options.check_config)
-    return vector if options.start is None else TaskVector(vector.tensors, replace(vector.manifest, start=options.start))
-
-
 def _rules(options: Namespace, vectors: list[TaskVector]) -> list[Literal["linear", "log", "threshold", "none"]]:
     if options.weighting:
         return list(dict.fromkeys(options.weighting))
@@ -227,14 +222,10 @@ def _next_command(options: Namespace, weighting: str, scale: float) -> str:
     words.append(f"--scale={-scale if options.forget and not one else scale:g}")
     if options.instruction is not None:
         words += ["--instruction", options.instruction]
-    for name, default in (
-        ("level", "block"),
-        ("threshold", 0.95),
-        ("outside", 0.0),
-        ("start", None),
-        ("check_base", True),
-        ("check_config", True),
-    ):
+    checks = {"start": None, "check_base": True, "check_config": True}
+    # Nothing but a rule has a level, and the command refuses what has no effect.
+    settings = {} if weighting == "none" else {"level": "block", "threshold": 0.95, "outside": 0.0}
+    for name, default in (settings | checks).items():
         if options[name] != default:
             words += [f"--{name.replace('_', '-')}", str(options[name]).lower()]
     return shlex.join([*words, "--output", "MODEL"])

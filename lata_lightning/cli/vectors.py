@@ -13,7 +13,7 @@ from lata_lightning.cli.common import (
     add_check_config,
     add_checks,
     add_format,
-    add_weighting,
+    add_start,
     add_workers,
     note,
     print_json,
@@ -65,16 +65,28 @@ def _extract(options: Namespace, command: str) -> None:
 
 def _align_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("vector", metavar="VECTOR", help="Task vector to measure.")
-    add_weighting(parser, "Rule for the coefficients that are shown; 'linear' if it is not given.")
+    parser.add_argument("--instruction", type=str | None, help="Instruction vector (instruct − base) to measure the alignment with.")
+    parser.add_argument(
+        "--weighting",
+        type=Literal["linear", "log", "threshold", "none"],
+        default="linear",
+        help="Rule for the coefficients that are shown.",
+    )
+    parser.add_argument("--level", type=Literal["block", "submodule", "tensor"], default="block", help="Unit of the coefficients.")
+    parser.add_argument(
+        "--threshold", type=float, default=0.95, help="For the rule 'threshold': layers aligned this far get coefficient 0."
+    )
+    parser.add_argument("--outside", type=float, default=0.0, help="Coefficient of whatever is in no layer, under a rule.")
+    add_start(parser)
     add_format(parser)
 
 
 def _align(options: Namespace, command: str) -> None:
-    from lata_lightning.display.tables import alignment_table, flat_warning, show
+    from lata_lightning.display.tables import alignment_table, show
     from lata_lightning.errors import LataError
     from lata_lightning.vectors.aligning import align
     from lata_lightning.vectors.task_vector import TaskVector
-    from lata_lightning.weighting import Weighting, coefficients
+    from lata_lightning.weighting import coefficients
 
     if options.instruction is None:
         raise LataError(
@@ -82,18 +94,17 @@ def _align(options: Namespace, command: str) -> None:
         )
     vector, instruction = (TaskVector.open(path, check_config=options.check_config) for path in (options.vector, options.instruction))
     alignment = align(vector, instruction, options.level, options.start, check_base=options.check_base)
-    rule: Weighting = "linear" if options.weighting is None else options.weighting
     try:
-        outside = 1.0 if rule == "none" else options.outside
-        alignment = alignment.with_coefficients(coefficients(alignment, rule, options.threshold), outside)
+        outside = 1.0 if options.weighting == "none" else options.outside
+        alignment = alignment.with_coefficients(coefficients(alignment, options.weighting, options.threshold), outside)
     except WeightingError as error:
         note(f"no coefficients: {error}")
     if options.format == "json":
-        print_json(alignment.to_json())
+        print_json({**alignment.to_json(), **alignment.ranking()})
     else:
-        show(alignment_table(alignment, f"{options.vector} along {options.instruction}"))
-    if alignment.flat:
-        note(flat_warning(alignment))
+        show(alignment_table(alignment, f"{options.vector} along {options.instruction}", cautions=False))
+    for sentence in () if options.weighting == "none" else alignment.cautions():
+        note(sentence)
 
 
 def _project_arguments(parser: ArgumentParser) -> None:

@@ -9,25 +9,27 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lata_lightning.alignment import FLAT_SPREAD, Alignment, LayerStats
+from lata_lightning.alignment import Alignment, LayerStats
 from lata_lightning.vectors.manifest import Derivation
 
 
-def alignment_table(alignment: Alignment, title: str = "") -> Table:
-    """The layers of a measurement and, below a line, the tensors outside of them."""
+def alignment_table(alignment: Alignment, title: str = "", *, cautions: bool = True) -> Table:
+    """Return the layers of a measurement and, below a line, the tensors outside of them.
+
+    Args:
+        alignment: With or without coefficients.
+        title: Above the table.
+        cautions: Say below the table what there is to know before ranking the layers.
+    """
     rows = [(layer, *_figures(stats)) for layer, stats in alignment.layers.items()]
     rest = [(f"{name} (outside)", *_figures(stats)) for name, stats in alignment.outside.items()]
     table = plain_table([alignment.level, "alignment", "relative norm", "task norm", "coefficient"], rows, title, sections=[len(rows)])
     for row in rest:
         table.add_row(*row)
-    if alignment.flat:
-        table.caption = flat_warning(alignment)
+    sentences = alignment.cautions() if cautions else []
+    if sentences:
+        table.caption = "\n".join(sentences)
     return table
-
-
-def flat_warning(alignment: Alignment) -> str:
-    """One sentence for alignments that are too close to rank by."""
-    return f"The alignments spread by {alignment.spread:.4f}, less than {FLAT_SPREAD}: too little to rank the layers by."
 
 
 def derivation_table(derivation: Derivation, title: str = "") -> Table:

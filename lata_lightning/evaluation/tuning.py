@@ -16,6 +16,7 @@ from lata_lightning.evaluation.scales import Reweighting
 from lata_lightning.evaluation.search import MOST_POINTS, coarse_to_fine
 from lata_lightning.layers import Level
 from lata_lightning.merging.merge import Term
+from lata_lightning.merging.weigh import from_instruct, weigh
 from lata_lightning.vectors.aligning import align
 from lata_lightning.vectors.task_vector import TaskVector
 from lata_lightning.weighting import DEFAULT_THRESHOLD, Weighting, check_weighting
@@ -119,25 +120,19 @@ def under_rules(
         BaseMismatchError, LayoutMismatchError: The instruction vector does not fit.
         LataError: A rule needs an alignment and there is neither an instruction vector nor one stored.
     """
-    found: dict[str, list[TaskVector]] = {check_weighting(rule): [] for rule in rules}
+    found: dict[Weighting, list[TaskVector]] = {check_weighting(rule): [] for rule in rules}
     for vector in vectors:
-        alignment = vector.manifest.alignment
-        if instruction is not None:
-            alignment = align(vector, instruction, level, check_base=check_base)
-        plain = vector.unweighted()
-        if vector.start == "base" and instruction is not None:
-            plain = plain.without(instruction)
+        measured = None if instruction is None or set(found) <= {"none"} else align(vector, instruction, level, check_base=check_base)
+        # One source for all rules, so that the vector is read once.
+        plain = from_instruct(vector.unweighted(), instruction)
         for rule, weighted in found.items():
-            if rule == "none":
-                weighted.append(plain)
-                continue
-            if alignment is None or alignment.level != level:
-                raise LataError(
-                    f"{vector.label} stores no alignment by {level}, so the rule {rule!r} needs an instruction vector to measure it (--instruction VECTOR)"
+            alignment = None if rule == "none" else measured
+            weighted.append(
+                weigh(
+                    plain, rule, instruction, alignment=alignment, level=level, threshold=threshold, outside=outside, check_base=check_base
                 )
-            ranked = plain.weighted(alignment, check_weighting(rule), threshold=threshold, outside=outside, instruction_vector=instruction)
-            weighted.append(TaskVector(ranked.tensors, replace(ranked.manifest, start=plain.start)))
-    return found
+            )
+    return {str(rule): weighted for rule, weighted in found.items()}
 
 
 class _Scoring:

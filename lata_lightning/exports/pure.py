@@ -11,7 +11,7 @@ from lata_lightning.store.writer import Progress
 
 
 def export_pure(terms: Sequence[Term], output: str | Path, *, dtype: str = "float32", progress: Progress | None = None) -> Path:
-    """Write the pure vector of one term; what a precision below float32 costs is measured and stands in its manifest.
+    """Write the pure vector of one term; what a precision below float32 costs is measured and recorded in its manifest.
 
     Raises:
         LataError: There are several terms, or the vector has no coefficients or started from base.

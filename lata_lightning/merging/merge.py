@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lata_lightning.alignment import RANKING
 from lata_lightning.errors import CorruptFileError, LataError
 from lata_lightning.merging.methods import Method, OneVector, Summand, check_method
 from lata_lightning.merging.vocabularies import Fitted, Vocabulary, check_vocabulary, fit_vocabularies
+from lata_lightning.merging.weigh import check_asked_for
 from lata_lightning.numerics.chunks import in_parallel, worker_count
 from lata_lightning.numerics.combine import Part, combined
 from lata_lightning.store.directories import MERGE_RECORD
@@ -42,7 +44,8 @@ class Term:
     """One summand of a merge.
 
     Attributes:
-        vector: Its coefficients, if it has any, weight its layers.
+        vector: Its coefficients, if it has any, weight its layers. Coefficients that were read from a file are refused where the alignments behind them
+            are too flat to rank by: say what to apply, by ``unweighted()``, ``weighted(…)`` or ``lata_lightning.merging.weigh.weigh``.
         scale: Multiplier of the whole vector, dimensionless; any finite number.
         tuned: The tuned model itself, if it is at hand: a merge over different vocabularies compares its tokens and takes new rows from it.
     """
@@ -59,6 +62,7 @@ class Term:
                 f"{self.vector.label} started from base, so its coefficients belong to what remains after the instruction vector is taken off: "
                 "give the instruction vector too (without(instruction_vector))"
             )
+        check_asked_for(self.vector)
 
     def factor(self, name: str) -> float:
         """Scale times coefficient of a tensor; 0 where the vector is known to be zero."""
@@ -78,6 +82,8 @@ class Term:
             "level": manifest.level,
             "outside": 1.0 if manifest.coefficients is None else manifest.outside,
             "coefficients": None if manifest.coefficients is None else dict(manifest.coefficients),
+            "weighting_asked_for": manifest.asked_for,
+            **(dict.fromkeys(RANKING) if manifest.alignment is None else manifest.alignment.ranking()),
         }
 
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from lata_lightning.alignment import Alignment, alignment_of
 from lata_lightning.display.charts import Chart, as_text
-from lata_lightning.display.tables import flat_warning
 from lata_lightning.errors import BaseMismatchError
 from lata_lightning.moments import Moments, total
 from lata_lightning.report import figures
@@ -156,7 +155,8 @@ def _card(subject: Subject, number: int, last: Alignment | None, table: Mapping[
         ("spread of the layers", spread, ".4f"),
     )
     known = [(name, as_text(value, form)) for name, value, form in stats if value is not None]
-    return Card(subject.label, number, _kind(subject), known, flat_warning(last) if last is not None and last.flat else None)
+    cautions = [] if last is None else last.cautions()
+    return Card(subject.label, number, _kind(subject), known, " ".join(cautions) or None)
 
 
 def _kind(subject: Subject) -> str:

@@ -20,6 +20,7 @@ from lata_lightning.errors import CorruptFileError, LataError, OutputError, firs
 from lata_lightning.evaluation.continual import summary
 from lata_lightning.layers import Level
 from lata_lightning.merging.merge import Term, merge
+from lata_lightning.merging.weigh import weigh
 from lata_lightning.store.writer import write_json
 from lata_lightning.training.loading import load_causal_lm
 from lata_lightning.vectors.task_vector import TaskVector
@@ -136,6 +137,12 @@ def learn_in_sequence(
     model, terms = Path(start), list[Term]()
     stages = [directory / f"{number:02d}-{name}" for number, name in enumerate(names, start=1)]
     _check_prefix(stages)
+
+    def learned(stage: Path) -> TaskVector:
+        # The run has weighted its vector by the rule that was asked for.
+        vector = TaskVector.open(stage / RUN_NAME / VECTOR_NAME)
+        return weigh(vector, "none" if weighting == "none" else "stored")
+
     for number, (task, stage) in enumerate(zip(tasks, stages, strict=True), start=1):
         origin = Path(start) if rule == "merge" else model
         if not stage.exists():
@@ -147,13 +154,13 @@ def learn_in_sequence(
                 outside=outside, table=False,
             )  # fmt: skip
             _train(task, origin, partial, callback, keep_checkpoints)
-            new = Term(TaskVector.open(partial / RUN_NAME / VECTOR_NAME), scale if rule == "merge" else 1.0)
+            new = Term(learned(partial), scale if rule == "merge" else 1.0)
             shutil.rmtree(partial / MODEL_NAME, ignore_errors=True)
             merge(origin, [*terms, new], partial / MODEL_NAME)
             shutil.rmtree(partial / _CHECKPOINT, ignore_errors=True)
             partial.rename(stage)
         if rule == "merge":
-            terms.append(Term(TaskVector.open(stage / RUN_NAME / VECTOR_NAME), scale))
+            terms.append(Term(learned(stage), scale))
         model = stage / MODEL_NAME
         if len(record.accuracies) < number:
             record.accuracies.append(_scores(tasks, model))

@@ -59,8 +59,17 @@ def vector_card(manifest: Manifest, name: str) -> str:
                 f"The alignments spread by {manifest.alignment.spread:.4f} only: too little to rank the layers by.",
                 "",
             ]
-    if manifest.coefficients is not None and manifest.weighting == CLOSED_FORM:
-        lines += [f"Coefficients in closed form from samples of the task, by {manifest.level} ({CLOSED_FORM_PAPER}):", ""]
+        if manifest.alignment.by_relative_norm:
+            lines += [
+                "The ranking is one by relative norm: the rank correlation of alignment with −relative norm is "
+                f"{manifest.alignment.norm_correlation:.2f}.",
+                "",
+            ]
+    shown = manifest.alignment is not None and manifest.alignment.level == manifest.level and manifest.weighting != CLOSED_FORM
+    if manifest.coefficients is not None and not shown:
+        closed = manifest.weighting == CLOSED_FORM
+        how = f"in closed form from samples of the task, by {manifest.level} ({CLOSED_FORM_PAPER})"
+        lines += [f"Coefficients {how if closed else f'by the rule `{manifest.weighting}`, by {manifest.level}'}:", ""]
         lines += ["| layer | coefficient |", "|---|---|"]
         lines += [f"| {layer} | {_numbers(number)} |" for layer, number in manifest.coefficients.items()]
         lines.append("")

@@ -27,6 +27,7 @@ def describe(path: str | Path) -> dict[str, Any]:
 def _describe_vector(path: Path) -> dict[str, Any]:
     manifest = read_manifest(path)
     alignment = manifest.alignment
+    correlation = None if alignment is None else alignment.norm_correlation
     return {
         "holds": f"{manifest.kind} vector",
         "start": f"{manifest.start}: {_where(manifest.start_identity)}",
@@ -45,6 +46,8 @@ def _describe_vector(path: Path) -> dict[str, Any]:
         **_derived(manifest.derivation),
         "alignment spread": None if alignment is None else round(alignment.spread, 6),
         "too flat to rank": None if alignment is None else alignment.flat,
+        "rank correlation with −relative norm": None if correlation is None else round(correlation, 6),
+        "ranks by relative norm": None if alignment is None else alignment.by_relative_norm,
     }
 
 

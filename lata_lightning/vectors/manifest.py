@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lata_lightning.alignment import Alignment
+from lata_lightning.alignment import RANKING, Alignment
 from lata_lightning.errors import CorruptFileError, SourceError
 from lata_lightning.layers import LEVELS, LayerMap, Level, Place
 from lata_lightning.moments import STARTS, Start
@@ -18,7 +18,7 @@ from lata_lightning.store.directories import MANIFEST_NAME
 from lata_lightning.store.meaning import Meaning
 from lata_lightning.store.seal import check_seal, sealed
 from lata_lightning.vectors.entries import FactorEntry, PrecisionLoss, TensorEntry
-from lata_lightning.weighting import DEFAULT_THRESHOLD, ORIGINS, Origin
+from lata_lightning.weighting import DEFAULT_THRESHOLD, ORIGINS, is_own_name
 
 Kind = Literal["task", "instruction"]
 FORMAT = "lata_lightning.task_vector"
@@ -135,7 +135,7 @@ class Manifest:
         layers: Place of every tensor.
         level: Unit of the coefficients.
         outside: Coefficient of the tensors that belong to no layer.
-        weighting, threshold: The rule behind the coefficients, or what else they come from, and its parameter.
+        weighting, threshold: Name of the rule behind the coefficients, or of what else they come from, and its parameter.
         coefficients: By layer; None as long as no rule has been applied.
         alignment: What was measured, of which a rule makes coefficients.
         instruction_identity: Hash of the instruction vector that was measured against, by its two sides.
@@ -145,6 +145,8 @@ class Manifest:
         precision_loss: Measured cost of a stored precision below float32.
         tensors: Shape, dtype and hash by name; empty until the vector is saved.
         derivation: How it was made, if it was made of other vectors.
+        asked_for: Whether the coefficients were set by this process, and not read from a file: what only a file says is not applied where the
+            alignments behind it are flat (see ``lata_lightning.merging.weigh``). Never stored.
     """
 
     kind: Kind
@@ -154,7 +156,7 @@ class Manifest:
     tuned_identity: Identity = Identity()
     level: Level = "block"
     outside: float = 0.0
-    weighting: Origin = "none"
+    weighting: str = "none"
     threshold: float = DEFAULT_THRESHOLD
     coefficients: Mapping[str, float] | None = None
     alignment: Alignment | None = None
@@ -166,6 +168,7 @@ class Manifest:
     precision_loss: PrecisionLoss | None = None
     tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
     derivation: Derivation | None = None
+    asked_for: bool = field(default=True, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """Plain types for JSON."""
@@ -186,11 +189,11 @@ class Manifest:
             "weighting": {
                 "rule": self.weighting,
                 "threshold": self.threshold if self.weighting == "threshold" else None,
+                **({} if self.weighting in ORIGINS else {"custom": True}),
             },
             "coefficients": None if self.coefficients is None else dict(self.coefficients),
             "alignment": None if self.alignment is None else self.alignment.to_json(),
-            "alignment_spread": None if self.alignment is None else self.alignment.spread,
-            "alignment_too_flat_to_rank": None if self.alignment is None else self.alignment.flat,
+            **(dict.fromkeys(RANKING) if self.alignment is None else self.alignment.ranking()),
             "precision_loss": None if self.precision_loss is None else asdict(self.precision_loss),
             **({} if self.derivation is None else {"derivation": asdict(self.derivation)}),
             "blocks": list(self.layers.blocks),
@@ -220,10 +223,11 @@ class Manifest:
             (data["kind"], get_args(Kind)),
             (data["start"]["kind"], STARTS),
             (data["level"], LEVELS),
-            (rule["rule"], ORIGINS),
         ):
             if word not in choices:
                 raise ValueError(f"{word!r} is none of {choices}")
+        if rule["rule"] not in ORIGINS and not (rule.get("custom") is True and is_own_name(rule["rule"])):
+            raise ValueError(f"{rule['rule']!r} is none of {ORIGINS}, and no rule of one's own")
         known = set(layers.layers(data["level"]))
         if coefficients is not None:
             numbers = [*coefficients.values(), data["outside"]]
@@ -258,6 +262,7 @@ class Manifest:
                 for name, entry in entries.items()
             },
             derivation=Derivation.from_json(data["derivation"]) if "derivation" in data else Derivation.from_older(data),
+            asked_for=False,
         )
 
 

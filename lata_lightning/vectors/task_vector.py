@@ -26,7 +26,8 @@ from lata_lightning.vectors.artefact import derivation_of, open_stored, save_vec
 from lata_lightning.vectors.differences import Difference, Scaled
 from lata_lightning.vectors.entries import TensorEntry
 from lata_lightning.vectors.manifest import Derivation, Identity, Kind, Manifest
-from lata_lightning.weighting import CLOSED_FORM, DEFAULT_THRESHOLD, ORIGINS, Origin, Weighting, coefficients
+from lata_lightning.weighting import CLOSED_FORM, DEFAULT_THRESHOLD, ORIGINS, Rule, Weighting, is_own_name, rule_name
+from lata_lightning.weighting import coefficients as by_rule
 
 
 class TaskVector(Mapping[str, Tensor]):
@@ -186,7 +187,7 @@ class TaskVector(Mapping[str, Tensor]):
     def weighted(
         self,
         alignment: Alignment,
-        weighting: Weighting,
+        weighting: Weighting | Rule,
         *,
         threshold: float = DEFAULT_THRESHOLD,
         outside: float = 0.0,
@@ -196,7 +197,8 @@ class TaskVector(Mapping[str, Tensor]):
 
         Args:
             alignment: What ``align`` measured on this vector.
-            weighting: ``"linear"``, ``"log"``, ``"threshold"``, or ``"none"``, which gives 1 to every layer.
+            weighting: ``"linear"``, ``"log"``, ``"threshold"``, or ``"none"``, which gives 1 to every layer; or a function from the alignment
+                to the coefficient by layer, which is recorded by its name.
             threshold: For ``"threshold"``.
             outside: Coefficient of embeddings, final norm, head and whatever else belongs to no layer; 1 with ``"none"``.
             instruction_vector: Recorded as what the alignment was measured with.
@@ -204,7 +206,7 @@ class TaskVector(Mapping[str, Tensor]):
         Raises:
             WeightingError: The rule is unknown, or the layers cannot be ranked.
         """
-        found = coefficients(alignment, weighting, threshold)
+        found = by_rule(alignment, weighting, threshold)
         if weighting == "none":
             # Plain task arithmetic weights nothing, inside the layers or outside.
             outside = 1.0
@@ -216,35 +218,49 @@ class TaskVector(Mapping[str, Tensor]):
             level=alignment.level,
             start=alignment.start,
             outside=outside,
-            weighting=weighting,
+            weighting=rule_name(weighting),
             threshold=threshold,
             coefficients=found,
             alignment=alignment.with_coefficients(found, outside),
             instruction_identity=instruction,
+            asked_for=True,
         )
         return TaskVector(self.tensors, manifest)
 
     def with_coefficients(
-        self, coefficients: Mapping[str, float], *, level: Level = "block", outside: float = 0.0, weighting: Origin = CLOSED_FORM
+        self, coefficients: Mapping[str, float] | Rule, *, level: Level = "block", outside: float = 0.0, weighting: str | None = None
     ) -> TaskVector:
-        """The same vector with coefficients that were found elsewhere.
+        """Return the same vector with coefficients of one's own.
 
         Args:
-            coefficients: One finite number for each layer.
+            coefficients: One finite number for each layer; or a function that makes them of the alignment that the vector stores.
             level: Unit of the layers.
             outside: Coefficient of the tensors that belong to no layer.
-            weighting: Recorded as where they come from: a rule, or ``"closed-form"``.
+            weighting: Recorded as where they come from: a rule of the package, ``"closed-form"``, or a name of your own. By default the name of the
+                function, and ``"closed-form"`` for numbers.
 
         Returns:
             A vector that keeps its alignment, if it has one, as what was measured.
 
         Raises:
-            WeightingError: They cannot come from there.
+            WeightingError: They cannot come from there, or the function needs an alignment by this level and none is stored.
             LataError: The layers are not those of this vector, or a number is not finite.
         """
-        if weighting not in ORIGINS:
-            raise WeightingError(f"coefficients cannot come from {weighting!r}; choose one of {', '.join(ORIGINS)}")
-        layers = set(self.layers.layers(check_level(level)))
+        check_level(level)
+        measured = self.manifest.alignment
+        if not isinstance(coefficients, Mapping):
+            if measured is None or measured.level != level:
+                raise WeightingError(
+                    f"{self.label} stores no alignment by {level} for the rule {rule_name(coefficients)!r}: "
+                    "measure one with align(), and give both to weighted()"
+                )
+            weighting, coefficients = weighting or rule_name(coefficients), by_rule(measured, coefficients)
+        weighting = weighting or CLOSED_FORM
+        if weighting not in ORIGINS and not is_own_name(weighting):
+            raise WeightingError(
+                f"coefficients cannot come from {weighting!r}; choose one of {', '.join(ORIGINS)}, or a name of your own of letters, digits and _ . -"
+            )
+        layers = set(self.layers.layers(level))
         if set(coefficients) != layers:
             raise LataError(
                 f"there must be one coefficient for each {level} of {self.label}; on one side only are {first_three(set(coefficients) ^ layers)}"
@@ -252,11 +268,16 @@ class TaskVector(Mapping[str, Tensor]):
         odd = [layer for layer, number in coefficients.items() if not isfinite(number)]
         if odd or not isfinite(outside):
             raise LataError(f"coefficients must be finite numbers; they are not in {first_three(odd or ['outside'])}")
-        measured = self.manifest.alignment
         if measured is not None:
             measured = measured.with_coefficients(coefficients if measured.level == level else None, outside)
         manifest = replace(
-            self.manifest, level=level, outside=outside, weighting=weighting, coefficients=dict(coefficients), alignment=measured
+            self.manifest,
+            level=level,
+            outside=outside,
+            weighting=weighting,
+            coefficients=dict(coefficients),
+            alignment=measured,
+            asked_for=True,
         )
         return TaskVector(self.tensors, manifest)
 
@@ -266,7 +287,7 @@ class TaskVector(Mapping[str, Tensor]):
 
     def unweighted(self) -> TaskVector:
         """The same vector without coefficients, as plain task arithmetic takes it."""
-        return TaskVector(self.tensors, replace(self.manifest, coefficients=None, weighting="none"))
+        return TaskVector(self.tensors, replace(self.manifest, coefficients=None, weighting="none", asked_for=True))
 
     def pure(self) -> TaskVector:
         """The pure vector: each layer times its coefficient.
@@ -327,7 +348,8 @@ class TaskVector(Mapping[str, Tensor]):
         save_vector(
             self.tensors, self.manifest, Path(path), dtype=dtype, max_shard_bytes=max_shard_bytes, workers=workers, progress=progress
         )
-        return TaskVector.open(path)
+        saved = TaskVector.open(path)
+        return TaskVector(saved.tensors, replace(saved.manifest, asked_for=self.manifest.asked_for))
 
 
 def check_comparable(one: TaskVector, other: TaskVector) -> None:

@@ -5,8 +5,10 @@ import sys
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from lata_lightning.alignment import Alignment, LayerStats
 from lata_lightning.cli.main import main
 from lata_lightning.layers import LEVELS
 from lata_lightning.moments import STARTS
@@ -168,14 +170,100 @@ def test_a_projected_vector_is_what_lies_across_and_is_forgotten_like_any_other(
     assert "already" in lata("project vector --instruction instruction --output across")[2]
 
 
-def test_stored_coefficients_are_used_unless_another_rule_is_asked_for(lata, tmp_path):
-    lata("extract base instruct --output instruction")
-    lata("extract instruct math --output vector")
-    instruction = TaskVector.open(tmp_path / "instruction")
-    vector = TaskVector.open(tmp_path / "vector")
-    from lata_lightning import align
+def weighted(tmp_path, rule, *, spread):
+    """Save instruct − math under a rule, with alignments that spread this far; its path is ``weighted``."""
+    vector = TaskVector.between("instruct", "math")
+    stats = {layer: LayerStats(0.9 - spread * number / 3, 1.0, 1.0, 1.0) for number, layer in enumerate(vector.layers.blocks)}
+    vector.weighted(Alignment("block", "instruct", stats, {}), rule).save(tmp_path / "weighted")
 
-    vector.weighted(align(vector, instruction), "log").save(tmp_path / "weighted")
+
+@pytest.mark.parametrize(
+    "command", ["merge instruct weighted", "forget math weighted", "export weighted --to hf", "export weighted --to pure"]
+)
+def test_flat_coefficients_are_applied_only_if_they_are_asked_for(lata, tmp_path, command):
+    weighted(tmp_path, "log", spread=0.03)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    status, printed, said = lata(f"{command} --output out")
+    assert (status, printed, said.count("\n")) == (1, "", 1)
+    assert "spread by 0.0300, less than 0.05" in said
+    assert "--weighting none" in said
+    assert "--weighting log" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    for rule, line in {
+        "none": "coefficient 1 for every tensor",
+        "log": "by the rule 'log': 0 to 1 for 4 layers",
+        "stored": "rule 'log'",
+    }.items():
+        status, printed, said = lata(f"{command} --weighting {rule} --output {rule}")
+        assert (status, printed) == (0, f"{rule}\n")
+        if rule == "none" and not command.endswith("pure"):
+            assert said == "lata: weighted: coefficient 1 for every tensor\n"
+        elif rule != "none":
+            assert said.splitlines()[0].startswith("lata: weighted: coefficients")
+            assert line in said
+            assert "0 for the tensors outside of them, 3: ['lm_head.weight'" in said
+            assert said.count("too little to rank the layers by") == 1
+
+
+def test_each_vector_of_a_merge_says_what_it_is_applied_with(lata, tmp_path):
+    weighted(tmp_path, "linear", spread=0.3)
+    lata("extract instruct string --output string-vector")
+    status, _, said = lata("merge instruct weighted string-vector math --output merged")
+    assert status == 0
+    first, second, third, _ = said.splitlines()
+    assert first.startswith(
+        "lata: weighted: coefficients by the rule 'linear': 0.25 to 1 for 4 layers (by block), 0 for the tensors outside"
+    )
+    assert second == "lata: string-vector: coefficient 1 for every tensor"
+    assert third.endswith(": coefficient 1 for every tensor")
+    terms = json.loads((tmp_path / "merged/merge.json").read_text())["terms"]
+    assert [(term["weighting"], term["outside"]) for term in terms] == [("linear", 0.0), ("none", 1.0), ("none", 1.0)]
+
+
+def test_a_merge_with_an_instruction_vector_says_that_its_ranks_are_noise(lata):
+    lata("extract base instruct --output instruction")
+    _, _, said = lata("merge instruct math --instruction instruction --output merged")
+    assert said.count("coefficients by the rule 'linear': 0.25 to 1 for 4 layers") == 1
+    assert said.count("too little to rank the layers by") == 1
+
+
+@pytest.mark.parametrize("option", ["--outside 1", "--level block", "--threshold 0.5"])
+def test_an_option_that_would_have_no_effect_is_refused(lata, tmp_path, option):
+    weighted(tmp_path, "linear", spread=0.3)
+    for rule in ("", "--weighting stored", "--weighting none"):
+        status, _, said = lata(f"merge instruct weighted {rule} {option} --output out")
+        assert status == 1
+        assert f"{option.split()[0]} has no effect where" in said
+    assert lata(f"merge instruct weighted --weighting linear {option} --output out")[0] == 0
+
+
+@pytest.mark.parametrize("form", ["table", "json"])
+def test_align_says_once_what_a_ranking_is_worth(lata, form):
+    lata("extract base instruct --output instruction --kind instruction")
+    lata("extract instruct math --output vector")
+    _, printed, said = lata(f"align vector --instruction instruction --format {form}")
+    assert (printed + said).count("too little to rank the layers by") == 1
+    assert "rank" not in lata("align vector --instruction instruction --weighting none")[2]
+    if form == "json":
+        found = json.loads(printed)
+        layers = found["layers"].values()
+        expected = spearmanr([stats["alignment"] for stats in layers], [-stats["relative_norm"] for stats in layers]).statistic
+        assert found["alignment_norm_correlation"] == pytest.approx(expected)
+        assert found["alignment_ranks_by_relative_norm"] == (abs(expected) >= 0.9)
+        assert found["alignment_too_flat_to_rank"] is True
+
+
+def test_inspect_tells_a_ranking_by_relative_norm(lata, tmp_path):
+    vector = TaskVector.between("instruct", "math")
+    stats = {layer: LayerStats(1 / (1 + number), 0.1 * number, 1.0, 1.0) for number, layer in enumerate(vector.layers.blocks)}
+    vector.weighted(Alignment("block", "instruct", stats, {}), "linear").save(tmp_path / "weighted")
+    facts = json.loads(lata("inspect weighted --format json")[1])
+    assert (facts["rank correlation with −relative norm"], facts["ranks by relative norm"]) == (1.0, True)
+    assert "The ranking is one by relative norm" in (tmp_path / "weighted/README.md").read_text()
+
+
+def test_stored_coefficients_are_used_unless_another_rule_is_asked_for(lata, tmp_path):
+    weighted(tmp_path, "log", spread=0.3)
     for name, options in {"stored": "", "log": "--weighting log", "plain": "--weighting none"}.items():
         assert lata(f"merge instruct weighted {options} --output {name}")[0] == 0
     stored, log, plain, start = (state(name) for name in ("stored", "log", "plain", "instruct"))

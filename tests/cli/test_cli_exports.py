@@ -39,13 +39,13 @@ def lata(vectors, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", EXPORTS)
 def test_every_export_prints_where_it_is(lata, tmp_path, kind):
-    status, out, _ = lata(f"export {{v}}/one --to {kind} --output {{out}}")
+    status, out, _ = lata(f"export {{v}}/one --to {kind} --weighting linear --output {{out}}")
     assert (status, out) == (0, f"{tmp_path / 'out'}\n")
     assert any((tmp_path / "out").iterdir())
 
 
 def test_what_a_precision_costs_a_pure_vector_is_told(lata):
-    _, _, err = lata("export {v}/one --to pure --dtype bfloat16 --output {out}")
+    _, _, err = lata("export {v}/one --to pure --weighting stored --dtype bfloat16 --output {out}")
     assert "bfloat16 made 0.00% of the nonzero entries zero; cosine to the full-precision vector 0.99999" in err
 
 

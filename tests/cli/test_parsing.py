@@ -81,7 +81,10 @@ def test_an_ambiguous_short_form_is_refused(usage):
         ("merge a b --output", "--output needs a value."),
         ("merge a b --output o --dtype", "--dtype needs a value: float32, bfloat16 or float16."),
         ("merge a b --output o --scale half", "--scale takes a number, got 'half'."),
-        ("merge a b --output o --weighting lineer", "--weighting takes linear, log, threshold or none, got 'lineer'; did you mean linear?"),
+        (
+            "merge a b --output o --weighting lineer",
+            "--weighting takes linear, log, threshold, none or stored, got 'lineer'; did you mean linear?",
+        ),
         ("merge a b --output o --weigting linear", "there is no option --weigting; did you mean --weighting?"),
         ("merge a b --output o --workers 0", "--workers takes a whole number above 0, got '0'."),
         ("merge a b --output o --check-base=perhaps", "--check-base takes true or false, got 'perhaps'."),
