@@ -18,6 +18,12 @@ from lata_lightning.store.formats.table import find_format
 from lata_lightning.store.lora import RESIDUAL, AdaptedModel, check_kind
 from lata_lightning.store.sources import Source
 
+# The models with a head that adapters of a task type are trained on.
+_HEADS = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
 # Kinds whose layers have tensors that no file holds: drawn from a seed, or following from the sizes.
 _WITH_BUFFERS = frozenset({"ADALORA", "OFT", "BOFT", "VERA", "TRAINABLE_TOKENS"})
 
@@ -139,7 +145,14 @@ def _fill(model: Any, held: Mapping[str, Tensor], directory: Path, config: Mappi
         raise CorruptFileError(f"{directory} lacks tensors that its config asks for, {first_three(missing)}. Copy or save it again.")
     foreign = set(held) - set(path_of)
     if foreign:
-        raise LayoutMismatchError(f"{directory} holds tensors that the model of {label} does not have, {first_three(foreign)}")
+        head = _HEADS.get(str(config.get("task_type")))
+        advice = (
+            f" It was trained on a {head}: save the start as one, with as many labels, by transformers.{head}.from_pretrained({label!r}, "
+            "num_labels=…).save_pretrained(DIR), give DIR as START, and leave the head out of the vector."
+            if head
+            else ""
+        )
+        raise LayoutMismatchError(f"{directory} holds tensors that the model of {label} does not have, {first_three(foreign)}.{advice}")
     odd = [key for key, tensor in held.items() if tensor.shape != stored[key].shape]
     if odd:
         raise LayoutMismatchError(

@@ -646,6 +646,18 @@ def test_adapters_that_no_peft_model_holds_are_refused(tmp_path):
         refused(tmp_path, model, r"there are adapters without it on 3: .*Wrap the model itself")
 
 
+@pytest.mark.parametrize(("first", "whose"), [("lora_A", "LitGPT or loralib"), ("lora_a", "torchtune or MLX")])
+def test_lora_of_other_libraries_is_refused_before_training(tmp_path, first, whose):
+    model = tiny_llama()
+    projection = model.model.layers[0].self_attn.q_proj
+    projection.register_parameter(first, nn.Parameter(torch.zeros(2, 16)))
+    refused(
+        tmp_path,
+        model,
+        rf"the model in training holds LoRA of {whose} that is not merged, 1: \['model.layers.0.self_attn.q_proj.{first}'\]",
+    )
+
+
 def test_lora_without_adapters_is_refused(tmp_path):
     with pytest.raises(LataError, match="needs a model wrapped by peft"):
         run(tmp_path, tiny_llama(), lata={"base_weights": "lora"})

@@ -172,3 +172,26 @@ def test_an_adapter_of_a_classifier_is_read_over_the_classifier_with_its_head(tm
     assert vector["classifier.weight"].any()
     for name, weight in read_back(tmp_path / "start").items():
         torch.testing.assert_close(vector[name].double(), merged[name] - weight.double(), rtol=1e-6, atol=1e-9)
+
+
+def test_an_adapter_of_a_classifier_says_which_start_it_needs(tmp_path):
+    torch.manual_seed(0)
+    sizes = {**TEXT, "vocab_size": 40, "pad_token_id": 0}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path / "base")
+    classifier = transformers.LlamaForSequenceClassification
+    model = wrapped(classifier.from_pretrained(tmp_path / "base", num_labels=3), target_modules=["q_proj"], task_type="SEQ_CLS")
+    model.save_pretrained(tmp_path / "adapter")
+    refused(
+        tmp_path / "base",
+        tmp_path / "adapter",
+        LayoutMismatchError,
+        "does not have, 1: .*score.*AutoModelForSequenceClassification.from_pretrained",
+    )
+    # What the message says to do.
+    classifier.from_pretrained(tmp_path / "base", num_labels=3).save_pretrained(tmp_path / "start")
+    vector = TaskVector.between(tmp_path / "start", tmp_path / "adapter")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    expected = layer.scaling["default"] * layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+    torch.testing.assert_close(vector[name].double(), expected.detach(), rtol=1e-6, atol=1e-9)
+    assert vector["score.weight"].any()
