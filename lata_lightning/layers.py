@@ -79,8 +79,13 @@ class LayerMap:
         return found
 
     def outside(self) -> dict[str, str]:
-        """Role by tensor name, for the tensors that belong to no block."""
-        return {name: place.part for name, place in self.places.items() if place.block is None}
+        """Role by tensor name, for the weights that belong to no block."""
+        return {name: place.part for name, place in self.places.items() if place.block is None and place.part != STATISTICS}
+
+    @cached_property
+    def statistics(self) -> frozenset[str]:
+        """Names of the tensors that are no weights but buffers, which are measured nowhere and never scaled."""
+        return frozenset(name for name, place in self.places.items() if place.part == STATISTICS)
 
 
 class DeferredLayerMap(LayerMap):
@@ -88,10 +93,11 @@ class DeferredLayerMap(LayerMap):
 
     Args:
         make: Makes the map.
+        statistics: Names of the buffers among the tensors, which are known before.
     """
 
-    def __init__(self, make: Callable[[], LayerMap]) -> None:
-        object.__setattr__(self, "_make", make)
+    def __init__(self, make: Callable[[], LayerMap], statistics: frozenset[str] = frozenset()) -> None:
+        self.__dict__.update(_make=make, statistics=statistics)
 
     @cached_property
     def _map(self) -> LayerMap:

@@ -121,6 +121,18 @@ def add_check_config(parser: ArgumentParser) -> None:
     )
 
 
+def add_leave_out(parser: ArgumentParser) -> None:
+    """``--leave-out``, which may be given several times."""
+    parser.add_argument(
+        "--leave-out",
+        metavar="PATTERN",
+        type=str,
+        action="append",
+        default=[],
+        help="Regular expression, searched in tensor names: what matches is left out, such as '^classifier\\.'. May be given several times.",
+    )
+
+
 def add_workers(parser: ArgumentParser) -> None:
     """``--workers``."""
     parser.add_argument(

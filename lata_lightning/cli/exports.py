@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lata_lightning.cli.common import Command, add_weighting, note, note_applied, progress_bar, weighed
+from lata_lightning.cli.common import Command, add_leave_out, add_weighting, note, note_applied, progress_bar, weighed
 from lata_lightning.errors import LataError
 
 if TYPE_CHECKING:
@@ -37,19 +37,23 @@ def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--rank", type=int | None, help="For peft: rank that dense differences are cut down to; 16 without --energy.")
     parser.add_argument("--energy", type=float | None, help="For peft: share of the squared norm of each dense matrix to keep, in (0, 1].")
     add_weighting(parser, "linear")
+    add_leave_out(parser)
 
 
 def _export(options: Namespace, command: str) -> None:
     from lata_lightning.exports import export_to
     from lata_lightning.merging.merge import Term
     from lata_lightning.merging.weigh import weigh
+    from lata_lightning.store.names import LeaveOut
     from lata_lightning.vectors.task_vector import TaskVector
 
     scales = options.scale * len(options.vectors) if len(options.scale) == 1 else options.scale
     if len(scales) != len(options.vectors):
         raise LataError(f"give one scale for all vectors or one for each: got {len(scales)} scales for {len(options.vectors)} vectors")
+    leave_out, given = LeaveOut(options.leave_out), [_vector(options, path) for path in options.vectors]
+    leave_out.check_used([name for vector in given for name in vector], ", ".join(options.vectors))
     instruction = None if options.instruction is None else TaskVector.open(options.instruction, check_config=options.check_config)
-    vectors = [weighed(options, _vector(options, path), instruction, "linear") for path in options.vectors]
+    vectors = [weighed(options, vector.leaving_out(leave_out), instruction, "linear") for vector in given]
     if options.to == "pure" and options.weighting == "none":
         # A pure vector needs coefficients, even if all of them are 1.
         vectors = [weigh(vector, "none", alignment=vector.manifest.alignment) for vector in vectors]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lata_lightning.cli.common import Command, add_weighting, add_workers, note, note_applied, progress_bar, weighed
+from lata_lightning.cli.common import Command, add_leave_out, add_weighting, add_workers, note, note_applied, progress_bar, weighed
 from lata_lightning.errors import LataError
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def _common_arguments(parser: ArgumentParser, rule: str) -> None:
         help="Where vocabularies differ: 'onto' keeps the tokens of the model and drops others, 'union' adds those that only a tuned model has, with "
         "its rows and tokenizer. By default such models are refused.",
     )
+    add_leave_out(parser)
     add_workers(parser)
 
 
@@ -99,7 +100,7 @@ def _forget(options: Namespace, command: str) -> None:
 
 
 def _settings(options: Namespace) -> dict[str, Any]:
-    given = {key: options[key] for key in ("dtype", "check_base", "vocabulary", "workers")}
+    given = {key: options[key] for key in ("dtype", "check_base", "vocabulary", "workers", "leave_out")}
     return {**given, "note": note}
 
 
@@ -145,7 +146,9 @@ def _term(options: Namespace, onto: str, path: str, scale: float, rule: Weightin
 def _vector(options: Namespace, onto: str, path: str) -> tuple[TaskVector, str | None]:
     from lata_lightning.merging.open_vector import open_vector
 
-    return open_vector(path, onto, start=options.start, vocabulary=options.vocabulary, check_config=options.check_config)
+    return open_vector(
+        path, onto, start=options.start, vocabulary=options.vocabulary, check_config=options.check_config, leave_out=options.leave_out
+    )
 
 
 def _instruction(options: Namespace, onto: str, vector: TaskVector) -> TaskVector | None:

@@ -13,6 +13,7 @@ from lata_lightning.cli.common import (
     add_check_config,
     add_checks,
     add_format,
+    add_leave_out,
     add_start,
     add_workers,
     note,
@@ -37,6 +38,7 @@ def _extract_arguments(parser: ArgumentParser) -> None:
         help="Where vocabularies differ: whose tokens the vector has. Tokens that one side lacks get no difference: they are zero, or left out. By "
         "default such models are refused.",
     )
+    add_leave_out(parser)
     parser.add_argument("--layers", type=str | None, help="Regular expression that finds the block in a tensor name, for unknown layouts.")
     add_check_config(parser)
     add_workers(parser)
@@ -46,7 +48,13 @@ def _extract(options: Namespace, command: str) -> None:
     from lata_lightning.merging.vocabularies import between_vocabularies
     from lata_lightning.vectors.task_vector import TaskVector
 
-    settings = {"kind": options.kind, "start_kind": options.start, "layers": options.layers, "check_config": options.check_config}
+    settings = {
+        "kind": options.kind,
+        "start_kind": options.start,
+        "layers": options.layers,
+        "check_config": options.check_config,
+        "leave_out": options.leave_out,
+    }
     if options.vocabulary is None:
         vector = TaskVector.between(options.start_model, options.tuned_model, **settings)
     else:

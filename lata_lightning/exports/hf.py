@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from lata_lightning.merging.merge import Term, merge
-from lata_lightning.merging.sum import Onto, check_start_hash, start_of
-from lata_lightning.store.directories import MERGE_RECORD
-from lata_lightning.store.writer import Progress, atomic_directory
+from lata_lightning.merging.sum import Onto, start_of
+from lata_lightning.store.writer import Progress
 
 
 def export_hf(
@@ -37,23 +35,13 @@ def export_hf(
         BaseMismatchError: The start is another than the one a vector comes from.
         LataError: It is not known where the start lies, or what ``merge`` raises.
     """
-    target = Path(output)
-    with atomic_directory(target) as directory:
-        # The hash of the start is known when the merge has read it; the output gets its name only if it is the right one.
-        merged = merge(
-            start_of(terms, onto),
-            terms,
-            directory / "whole" / target.name,
-            dtype=dtype,
-            check_base=check_base,
-            command=command,
-            progress=progress,
-        )
-        start = json.loads((merged / MERGE_RECORD).read_text("utf-8"))["onto"]
-        if check_base:
-            check_start_hash(terms, start["content_hash"], start["location"] or "the weights in memory")
-        for file in list(merged.iterdir()):
-            file.rename(directory / file.name)
-        merged.rmdir()
-        merged.parent.rmdir()
-    return target
+    return merge(
+        start_of(terms, onto),
+        terms,
+        output,
+        dtype=dtype,
+        check_base=check_base,
+        check_start=check_base,
+        command=command,
+        progress=progress,
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -59,8 +59,7 @@ def export_mergekit(
     if check_base:
         total.check_start()
     structure = None if source.config is None or skeleton(source.config) is None else Structure(source)
-    for term in terms:
-        _weights(term, total.names, structure)
+    weights = [_weights(term, {name: total.factors(name)[number] for name in total.names}, structure) for number, term in enumerate(terms)]
     models: list[tuple[Term, str, bool]] = []
     with atomic_directory(target) as directory:
         for number, term in enumerate(terms, start=1):
@@ -81,8 +80,8 @@ def export_mergekit(
             "  lambda: 1.0",
             "models:",
         ]
-        for term, path, _ in models:
-            lines += _model(path, _weights(term, total.names, structure))
+        for (_, path, _), factors in zip(models, weights, strict=True):
+            lines += _model(path, factors)
         (directory / "merge.yaml").write_text("\n".join(lines) + "\n", "utf-8")
         (directory / "README.md").write_text(mergekit_card(target.name, start, models, {"dtype": dtype, "out_dtype": out}), "utf-8")
     return target
@@ -102,9 +101,9 @@ def start_for_mergekit(source: Source) -> str:
     return str(source.location) if source.revision is not None else _path(source.directory)
 
 
-def _weights(term: Term, names: Iterable[str], structure: Structure | None) -> dict[str, float]:
+def _weights(term: Term, factors_of: Mapping[str, float], structure: Structure | None) -> dict[str, float]:
     """The factor of every tensor, also by the names its module has in transformers, which mergekit uses where a checkpoint has others."""
-    found = {name: term.factor(name) for name in names}
+    found = dict(factors_of)
     for held in () if structure is None else structure.by_name.values():
         factors = {found[piece] for piece in held.pieces if piece in found}
         if len(factors) > 1:

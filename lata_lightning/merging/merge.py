@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from math import isfinite, prod
+from dataclasses import asdict, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from lata_lightning.alignment import RANKING
 from lata_lightning.errors import CorruptFileError, LataError
-from lata_lightning.merging.methods import Method, OneVector, Summand, check_method
+from lata_lightning.merging.matching import Matched, match_terms
+from lata_lightning.merging.methods import Method, OneVector, check_method
+from lata_lightning.merging.term import Term as Term
 from lata_lightning.merging.vocabularies import Fitted, Vocabulary, check_vocabulary, fit_vocabularies
-from lata_lightning.merging.weigh import check_asked_for
 from lata_lightning.numerics.chunks import in_parallel, worker_count
 from lata_lightning.numerics.combine import Part, combined
 from lata_lightning.store.directories import MERGE_RECORD
 from lata_lightning.store.hashing import content_hash
 from lata_lightning.store.model_directory import copy_companions
+from lata_lightning.store.names import LeaveOut
 from lata_lightning.store.opening import open_source
-from lata_lightning.store.pairing import named_like, pair, pair_names
-from lata_lightning.store.sources import Fingerprinted, Source, View
+from lata_lightning.store.pairing import named_like, pair_names
+from lata_lightning.store.sources import Fingerprinted, Source
 from lata_lightning.store.writer import (
     MAX_SHARD_BYTES,
     Progress,
@@ -36,55 +37,6 @@ from lata_lightning.store.writer import (
 from lata_lightning.vectors.aligning import check_same_model, check_same_start
 from lata_lightning.vectors.cards import merge_card
 from lata_lightning.vectors.manifest import Identity, library_versions
-from lata_lightning.vectors.task_vector import TaskVector
-
-
-@dataclass(frozen=True)
-class Term:
-    """One summand of a merge.
-
-    Attributes:
-        vector: Its coefficients, if it has any, weight its layers. Coefficients that were read from a file are refused where the alignments behind them
-            are too flat to rank by: say what to apply, by ``unweighted()``, ``weighted(…)`` or ``lata_lightning.merging.weigh.weigh``.
-        scale: Multiplier of the whole vector, dimensionless; any finite number.
-        tuned: The tuned model itself, if it is at hand: a merge over different vocabularies compares its tokens and takes new rows from it.
-    """
-
-    vector: TaskVector
-    scale: float = 1.0
-    tuned: str | Path | nn.Module | Mapping[str, Tensor] | Source | None = None
-
-    def __post_init__(self) -> None:
-        if not isfinite(self.scale):
-            raise LataError(f"the scale of {self.vector.label} must be a finite number, got {self.scale}")
-        if self.vector.start == "base" and self.vector.manifest.coefficients is not None:
-            raise LataError(
-                f"{self.vector.label} started from base, so its coefficients belong to what remains after the instruction vector is taken off: "
-                "give the instruction vector too (without(instruction_vector))"
-            )
-        check_asked_for(self.vector)
-
-    def factor(self, name: str) -> float:
-        """Scale times coefficient of a tensor; 0 where the vector is known to be zero."""
-        return 0.0 if name in self.vector.unchanged else self.scale * self.vector.coefficient_of(name)
-
-    def record(self) -> dict[str, Any]:
-        """What the merge record says of this term."""
-        manifest = self.vector.manifest
-        return {
-            "vector": self.vector.label,
-            "kind": manifest.kind,
-            "start": {"kind": manifest.start, **asdict(manifest.start_identity)},
-            "tuned": asdict(manifest.tuned_identity),
-            "scale": self.scale,
-            "weighting": manifest.weighting,
-            "threshold": manifest.threshold if manifest.weighting == "threshold" else None,
-            "level": manifest.level,
-            "outside": 1.0 if manifest.coefficients is None else manifest.outside,
-            "coefficients": None if manifest.coefficients is None else dict(manifest.coefficients),
-            "weighting_asked_for": manifest.asked_for,
-            **(dict.fromkeys(RANKING) if manifest.alignment is None else manifest.alignment.ranking()),
-        }
 
 
 def merge(
@@ -102,10 +54,14 @@ def merge(
     workers: int | None = None,
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
+    leave_out: Sequence[str] = (),
+    check_start: bool = False,
 ) -> Path:
     """Write onto + Σ scale · coefficient · vector as a model directory.
 
-    The sum of a tensor is formed in float64 and rounded once to the output dtype. A tensor on which no vector acts is written as it is.
+    The sum of a tensor is formed in float64 and rounded once to the output dtype. A tensor on which no vector acts is written as it is. Buffers, such as
+    running statistics, are taken over and not scaled: those of the one vector that changed them, of several the mean; under a negative scale those of
+    ``onto`` stay.
 
     Args:
         onto: The model to add to. Config, tokenizer and other small files of its directory are copied.
@@ -125,6 +81,8 @@ def merge(
         workers: Threads that merge a tensor each; by default one for each processor, up to four. The result does not depend on it.
         progress: Called after each piece that is written, with the bytes written so far and the bytes in all.
         note: Called before anything is written with each sentence about rows that are not shared; they are in the record and card as well.
+        leave_out: Regular expressions, searched in tensor names: what matches stays as it is in ``onto``, whatever the vectors hold.
+        check_start: Refuse a model that is known to be another than the one a vector started from.
 
     Returns:
         The output directory. Nothing else changes.
@@ -151,14 +109,26 @@ def merge(
     if check_base:
         check_same_start([term.vector for term in terms])
     source = named_like(open_source(onto), terms[0].vector.tensors)
-    onto_weights, fitted = _match(source, terms, rows_of)
+    left_out = LeaveOut(leave_out)
+    known = {pattern for term in terms for pattern in term.vector.manifest.leave_out}
+    every = [name for side in (source, *(term.vector.tensors for term in terms)) for name in side.names]
+    LeaveOut(pattern for pattern in left_out.patterns if pattern not in known).check_used(every, f"{source.label} and the vectors")
+    matched = match_terms(source, terms, left_out, same_shapes=rows_of is None)
+    onto_weights, fitted = _fitted(source, matched, rows_of, left_out)
     check_same_model(source, [term.vector for term in terms], by_token=rows_of is None)
     if note is not None:
         for sentence in fitted.notes:
             note(sentence)
-    vectors = [term.vector for term in terms]
-    one = None if method == "sum" else OneVector(vectors, fitted.vectors, [term.scale for term in terms], method, device)
-    summands = [Summand(reader, term.factor) for reader, term in zip(fitted.vectors, terms, strict=True)] if one is None else [one.summand]
+    one = None if method == "sum" else OneVector(matched, fitted.vectors, method, device)
+
+    def acting_on(name: str) -> list[tuple[Source, float]]:
+        # Buffers are taken over whatever becomes of the weights.
+        if one is None or name in matched.shares:
+            sides = list(zip(fitted.vectors, matched.factors(name), strict=True))
+        else:
+            sides = [(one.merged, one.factor(name))]
+        return [(reader, factor) for reader, factor in sides if factor != 0]
+
     integers = {name for name in source.names if not source.dtype(name).is_floating_point}
     layout = {name: (cast_to or onto_weights.dtype(name), fitted.onto.shape(name)) for name in onto_weights.names}
     layout |= {name: (source.dtype(name), source.shape(name)) for name in source.names if name in integers}
@@ -171,7 +141,7 @@ def merge(
                 if name in integers:
                     writer.write(name, source.read(name))
                     return
-                acting = [(summand.reader, factor) for summand in summands if (factor := summand.factor(name)) != 0]
+                acting = acting_on(name)
                 parts = [_part(fitted.onto, reader, name, factor) for reader, factor in acting]
                 dtype, shape = layout[name]
                 try:
@@ -182,6 +152,8 @@ def merge(
 
             parallel = all(side.parallel for side in (source, fitted.onto, *fitted.vectors))
             in_parallel(write, writer.order, threads if parallel else 1)
+        if check_start:
+            matched.check_start(onto_weights.hashes, source.label)
         identity = Identity(source.location, source.revision, content_hash(onto_weights.hashes))
         record = {
             "onto": asdict(identity),
@@ -226,17 +198,10 @@ def _part(onto: Source, reader: Source, name: str, factor: float) -> Part:
     return Part(factor, tuned.load(held), start.load(held))
 
 
-def _match(source: Source, terms: Sequence[Term], vocabulary: Vocabulary | None) -> tuple[Fingerprinted, Fitted]:
-    """The floating weights to add to, and every vector, under one set of names and with one set of rows."""
-    weights: Source = View(source, {name: name for name in source.names if source.dtype(name).is_floating_point})
-    bring = pair if vocabulary is None else pair_names
-    readers: list[Source] = []
-    models: list[Source | None] = []
-    for term in terms:
-        weights, reader = bring(weights, term.vector.tensors)
-        readers.append(reader)
-        models.append(None if vocabulary is None or term.tuned is None else pair_names(weights, open_source(term.tuned))[1])
-    onto = Fingerprinted(weights)
+def _fitted(source: Source, matched: Matched, vocabulary: Vocabulary | None, leave_out: LeaveOut) -> tuple[Fingerprinted, Fitted]:
+    """The floating weights to add to, and every vector, with one set of rows."""
+    onto = Fingerprinted(matched.onto)
     if vocabulary is None:
-        return onto, Fitted(onto, readers, None, onto, source.config, ())
-    return onto, fit_vocabularies(onto, readers, models, [term.vector.manifest.meaning for term in terms], vocabulary)
+        return onto, Fitted(onto, list(matched.readers), None, onto, source.config, ())
+    models = [None if term.tuned is None else pair_names(onto, open_source(term.tuned), leave_out)[1] for term in matched.terms]
+    return onto, fit_vocabularies(onto, list(matched.readers), models, [term.vector.manifest.meaning for term in matched.terms], vocabulary)

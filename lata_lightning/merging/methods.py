@@ -2,51 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 from lata_lightning.errors import LataError
 from lata_lightning.linearity.from_vectors import check_mergeable, derivation_of, solving_device
 from lata_lightning.linearity.matrix_merges import MatrixMerge, MatrixMethod
+from lata_lightning.merging.matching import Matched
 from lata_lightning.numerics.matrix_regression import Settings
 from lata_lightning.store.sources import Source
 from lata_lightning.vectors.manifest import Derivation, Measured
-from lata_lightning.vectors.task_vector import TaskVector
 
 Method = Literal["sum", "regression", "tsv", "iso"]
 METHODS: tuple[Method, ...] = get_args(Method)
-
-
-class Summand(NamedTuple):
-    """What is added to a model.
-
-    Attributes:
-        reader: The tensors.
-        factor: From the name of a tensor, what it is multiplied with; 0 where it is known to be zero.
-    """
-
-    reader: Source
-    factor: Callable[[str], float]
 
 
 class OneVector:
     """Several vectors made into one, under the names and with the rows of the model they are added to.
 
     Args:
-        vectors: The vectors.
+        matched: The vectors, under the names of the model they are added to; all of one scale.
         readers: Their tensors as they are added.
-        scales: One for each vector, all of them equal.
         method: ``regression``, ``tsv`` or ``iso``.
         device: Where matrices are solved.
+
+    Attributes:
+        merged: The tensors of the one vector.
 
     Raises:
         LataError: The vectors cannot be made into one, have coefficients, or have several scales; there is no such device.
     """
 
-    def __init__(
-        self, vectors: Sequence[TaskVector], readers: Sequence[Source], scales: Sequence[float], method: MatrixMethod, device: str = "cpu"
-    ) -> None:
+    def __init__(self, matched: Matched, readers: Sequence[Source], method: MatrixMethod, device: str = "cpu") -> None:
+        vectors, scales = [term.vector for term in matched.terms], {term.scale for term in matched.terms}
         check_mergeable(vectors)
         weighted = [vector.label for vector in vectors if vector.manifest.coefficients is not None]
         if weighted:
@@ -54,20 +43,22 @@ class OneVector:
                 f"the method {method!r} takes vectors whole, and {weighted[0]} has coefficients. Take them off (unweighted(), --weighting none), or use "
                 "the method 'sum'."
             )
-        if len(set(scales)) > 1:
-            raise LataError(
-                f"the method {method!r} makes one vector of all, which has one scale: got {', '.join(f'{scale:g}' for scale in scales)}"
-            )
+        if len(scales) > 1:
+            given = ", ".join(f"{term.scale:g}" for term in matched.terms)
+            raise LataError(f"the method {method!r} makes one vector of all, which has one scale: got {given}")
         settings = Settings(device=solving_device(device))
-        unchanged = [vector.unchanged for vector in vectors]
+        unchanged, (self._scale,) = matched.unchanged, scales
         self._frozen = frozenset.intersection(*unchanged)
-        self._merged = MatrixMerge(readers, [vector.label for vector in vectors], unchanged, vectors[0].layers, method, settings)
-        self._derivation = derivation_of(self._merged, vectors, method, settings)
-        self.summand = Summand(self._merged, lambda name: 0.0 if name in self._frozen else scales[0])
+        self.merged = MatrixMerge(readers, [vector.label for vector in vectors], unchanged, matched.layers, method, settings)
+        self._derivation = derivation_of(self.merged, vectors, method, settings)
+
+    def factor(self, name: str) -> float:
+        """What a tensor of the one vector is multiplied with; 0 where it is known to be zero."""
+        return 0.0 if name in self._frozen else self._scale
 
     def record(self) -> dict[str, Any]:
         """How the vector was made, with what was measured while it was read."""
-        measured = tuple(Measured(name, layers, vector) for (name, vector), layers in self._merged.measured().items())
+        measured = tuple(Measured(name, layers, vector) for (name, vector), layers in self.merged.measured().items())
         derivation: Derivation = replace(self._derivation, measured=measured)
         return asdict(derivation)
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lata_lightning.errors import BaseMismatchError, LataError
-from lata_lightning.merging.merge import Term
+from lata_lightning.errors import LataError
+from lata_lightning.merging.matching import match_terms
+from lata_lightning.merging.term import Term
 from lata_lightning.numerics.combine import combine
 from lata_lightning.numerics.low_rank import LowRank
-from lata_lightning.store.hashing import content_hash
 from lata_lightning.store.opening import open_source
-from lata_lightning.store.pairing import named_like, pair
-from lata_lightning.store.sources import Fingerprinted, Source, View
+from lata_lightning.store.pairing import named_like
+from lata_lightning.store.sources import Fingerprinted, Source
 from lata_lightning.vectors.aligning import check_same_model, check_same_start
 
 Onto = str | Path | nn.Module | Mapping[str, Tensor] | Source
@@ -33,21 +33,6 @@ def start_of(terms: Sequence[Term], onto: Onto | None) -> Onto:
     if location is None:
         raise LataError(f"{terms[0].vector.label} does not record where its start model lies: name it (onto=…, --onto MODEL)")
     return location
-
-
-def check_start_hash(terms: Sequence[Term], found: str, label: str) -> None:
-    """Refuse a start of that content hash and label for vectors that are known to come from another.
-
-    Raises:
-        BaseMismatchError: The hash a vector records of its start is another.
-    """
-    for term in terms:
-        origin = term.vector.manifest.start_identity
-        if origin.content_hash is not None and origin.content_hash != found:
-            raise BaseMismatchError(
-                f"{term.vector.label} started from {origin.location} with the content hash {origin.content_hash}, and {label} has {found}: these are "
-                "different weights. Name the start model (onto=…, --onto), or switch the check off (check_base=False, --check-base false)."
-            )
 
 
 class Sum:
@@ -71,14 +56,9 @@ class Sum:
             # transformers writes the class into the config only when a model is saved.
             opened.config = {**opened.config, "architectures": [type(onto).__name__]}
         self.source = named_like(opened, terms[0].vector.tensors)
-        floating = {name: name for name in self.source.names if self.source.dtype(name).is_floating_point}
-        weights: Source = View(self.source, floating)
-        self._readers: list[Source] = []
-        for term in terms:
-            weights, reader = pair(weights, term.vector.tensors)
-            self._readers.append(reader)
+        self._matched = match_terms(self.source, terms)
         check_same_model(self.source, [term.vector for term in terms])
-        self.weights = Fingerprinted(weights)
+        self.weights = Fingerprinted(self._matched.onto)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -87,13 +67,18 @@ class Sum:
 
     def parts(self, name: str) -> list[tuple[Tensor | LowRank, float]]:
         """What is added to a tensor: differences as they are held, each with its factor; none where no vector acts."""
-        acting = [(reader, term.factor(name)) for reader, term in zip(self._readers, self._terms, strict=True)]
+        acting = zip(self._matched.readers, self.factors(name), strict=True)
         found = [(reader.low_rank(name) or reader.read(name), factor) for reader, factor in acting if factor != 0]
         return [(part, factor) for part, factor in found if bool(part.any())]
 
+    def factors(self, name: str) -> tuple[float, ...]:
+        """The factor of each vector on a tensor; 0 where it does not act."""
+        return self._matched.factors(name)
+
     def low_rank(self, name: str) -> list[LowRank]:
         """What is held as factors of what is added to a tensor, without reading the rest."""
-        found = (reader.low_rank(name) for reader, term in zip(self._readers, self._terms, strict=True) if term.factor(name) != 0)
+        sides = zip(self._matched.readers, self.factors(name), strict=True)
+        found = (reader.low_rank(name) for reader, factor in sides if factor != 0)
         return [held for held in found if held is not None]
 
     def merged(self, name: str, dtype: torch.dtype | None) -> Tensor:
@@ -111,4 +96,4 @@ class Sum:
             for name in self.names:
                 if name not in self.weights.hashes:
                     self.weights.read(name)
-            check_start_hash(self._terms, content_hash(self.weights.hashes), self.source.label)
+            self._matched.check_start(self.weights.hashes, self.source.label)

@@ -15,6 +15,7 @@ from lata_lightning.merging.rows import Rows
 from lata_lightning.moments import Start
 from lata_lightning.store.hashing import content_hash
 from lata_lightning.store.meaning import Meaning, check_same_tokens, meaning_of, refuse_tokens, stated_sizes
+from lata_lightning.store.names import LeaveOut
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import pair_names
 from lata_lightning.store.sources import Fingerprinted, Source
@@ -73,6 +74,7 @@ def between_vocabularies(
     start_kind: Start = "instruct",
     layers: LayerRule | str | None = None,
     check_config: bool = True,
+    leave_out: Sequence[str] | LeaveOut = (),
 ) -> tuple[TaskVector, tuple[str, ...]]:
     """The difference of two models of different vocabularies, over the rows they share.
 
@@ -83,6 +85,7 @@ def between_vocabularies(
         start_kind: Whether ``start`` is the instruct model or the base model.
         layers: Rule that names the blocks.
         check_config: As for ``TaskVector.between``.
+        leave_out: What is no part of the vector.
         vocabulary: Whose rows the vector has. A row that is not shared has no difference: it is zero, or left out if it is not a row of this side.
 
     Returns:
@@ -94,16 +97,19 @@ def between_vocabularies(
     """
     if vocabulary not in SIDES:
         raise LataError(f"unknown vocabulary {vocabulary!r}; choose one of {', '.join(SIDES)}")
-    one, other = pair_names(open_source(start), open_source(tuned))
+    left_out = leave_out if isinstance(leave_out, LeaveOut) else LeaveOut(leave_out)
+    one, other = pair_names(open_source(start), open_source(tuned), left_out)
     found = compare(one, other, (read_tokens(one.directory, one.label), read_tokens(other.directory, other.label)))
     if not found.axes:
-        return TaskVector.between(start, tuned, kind=kind, start_kind=start_kind, layers=layers, check_config=check_config), ()
+        settings: dict[str, Any] = {"kind": kind, "start_kind": start_kind, "layers": layers, "check_config": check_config}
+        return TaskVector.between(start, tuned, leave_out=leave_out, **settings), ()
     sides = Fingerprinted(one), Fingerprinted(other)
     frame, patched = sides if vocabulary == "start" else sides[::-1]
     size = found.rows[SIDES.index(vocabulary)]
     mixed = Rows(patched, found.axes, size, [(frame, range(size)), (patched, found.shared)])
     ready: tuple[Source, Source] = (frame, mixed) if vocabulary == "start" else (mixed, frame)
     vector = TaskVector.between(*ready, kind=kind, start_kind=start_kind, layers=layers, check_config=check_config)
+    vector = TaskVector(vector.tensors, replace(vector.manifest, leave_out=left_out.patterns))
     meaning = Meaning(vector.manifest.meaning.config, meaning_of(one).vocabularies + meaning_of(other).vocabularies, check_config)
     notes = [_by_number(found)] if found.unknown else []
     for side, rows in ((other, found.extra), (one, found.own)):

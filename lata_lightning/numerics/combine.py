@@ -14,7 +14,7 @@ from lata_lightning.errors import CorruptFileError
 from lata_lightning.numerics.chunks import Load, pieces_of, products, slices
 from lata_lightning.numerics.kernels import combine as combine_entries
 from lata_lightning.numerics.low_rank import LowRank
-from lata_lightning.numerics.measure import all_finite, difference
+from lata_lightning.numerics.measure import all_finite, difference, same_entries
 
 # Sums from which on a value no longer fits a dtype: halfway between its largest number and what would come next.
 _TOO_LARGE = {
@@ -75,12 +75,19 @@ def combined(count: int, onto: Load, parts: Sequence[Part], dtype: torch.dtype) 
     for begin, end in pieces_of(count):
         weights = onto(begin, end)
         if not parts and weights.dtype == dtype:
-            if not all_finite(weights):
-                raise CorruptFileError(NOT_FINITE)
             yield weights
             continue
         room = room or _Room(end - begin, len(parts), dtype)
         yield room.add(weights, parts, begin, end)
+
+
+def _unchanged(weights: Tensor, parts: Sequence[Part], loaded: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """Where weights are infinite or NaN and every part leaves them as they are."""
+    still = ~weights.isfinite()
+    for part, (vector, start) in zip(parts, loaded, strict=True):
+        origin = weights if part.from_onto else start
+        still &= vector == 0 if origin is None else same_entries(vector, origin)
+    return still
 
 
 class _Room:
@@ -126,8 +133,12 @@ class _Room:
             merged.copy_(found)
         # The largest magnitude comes as its bits, as NaN would compare with nothing.
         if not np.uint64(largest).view(np.float64) < _TOO_LARGE[self._dtype]:
-            fits = np.isfinite(np.uint64(largest).view(np.float64))
-            raise CorruptFileError(f"values too large for {self._dtype}" if fits else NOT_FINITE)
+            # What no part changes stays as it is, infinite or not.
+            still = _unchanged(weights, parts, loaded)
+            merged[still] = weights[still].to(self._dtype)
+            if not all_finite(merged[~still]):
+                fits = np.isfinite(np.uint64(largest).view(np.float64))
+                raise CorruptFileError(f"values too large for {self._dtype}" if fits else NOT_FINITE)
         return merged
 
     def _rows(self, wide: torch.dtype, count: int) -> tuple[Tensor, Tensor]:

@@ -148,6 +148,11 @@ def same_values(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one, other) or torch.equal(*(side.reshape(-1).view(torch.uint8) for side in (one, other)))
 
 
+def same_entries(one: Tensor, other: Tensor) -> Tensor:
+    """Where two tensors of one shape hold the same number; NaN is the same as NaN."""
+    return (one == other) | (one.isnan() & other.isnan())
+
+
 def _array(values: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
     return (values if values.dtype in (torch.float32, torch.float64) else values.float()).numpy()
 

@@ -53,6 +53,11 @@ class LeaveOut:
         """Whether a tensor of this name is left out."""
         return name in self.names or any(pattern.search(name) for pattern in self._compiled)
 
+    def used(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The patterns that match at least one of some names."""
+        listed = list(names)
+        return tuple(text for text, pattern in zip(self.patterns, self._compiled, strict=True) if any(map(pattern.search, listed)))
+
     def check_used(self, names: Iterable[str], label: str) -> None:
         """Refuse patterns that match none of some names, as they are misspelled.
 
@@ -60,7 +65,7 @@ class LeaveOut:
             LataError: At least one pattern matches nothing.
         """
         listed = list(names)
-        unused = [text for text, pattern in zip(self.patterns, self._compiled, strict=True) if not any(map(pattern.search, listed))]
+        unused = set(self.patterns) - set(self.used(listed))
         if unused:
             raise LataError(
                 f"each pattern of what to leave out must match a tensor name of {label}; without a match are {first_three(unused)}. "

@@ -6,6 +6,10 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
 
 from lata_lightning.errors import LayoutMismatchError, SourceError, first_three
 from lata_lightning.layers import unwrapped
@@ -19,7 +23,7 @@ from lata_lightning.store.names import (
     leave_out_pattern,
     restored,
 )
-from lata_lightning.store.roles import is_counter, named_role
+from lata_lightning.store.roles import Role, is_counter, named_role, roles_of
 from lata_lightning.store.sources import DTYPES, Source, View
 from lata_lightning.store.ties import Ties, same_values
 
@@ -34,8 +38,8 @@ class Pairing:
         copies: Names in the start of tensors that are stored a second time, as tied weights may be, and count once.
     """
 
-    start: Source
-    tuned: Source
+    start: View
+    tuned: View
     left_out: tuple[str, ...] = ()
     copies: tuple[str, ...] = ()
 
@@ -251,6 +255,54 @@ def _candidates(side: Source, names: Mapping[str, str]) -> dict[str, str]:
         if side.tied[alias] in stored:
             found.setdefault(key, side.tied[alias])
     return found
+
+
+def measured_names(
+    found: Pairing, modules: Sequence[nn.Module], config: Mapping[str, Any] | None
+) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Names of what a vector holds of two paired sources: weights and buffers; and those of the buffers among them.
+
+    Args:
+        found: Both sources.
+        modules: Modules that are one of them, where they are at hand.
+        config: Of the model.
+
+    Raises:
+        LayoutMismatchError: Integers of which nothing is known differ.
+    """
+    start, tuned = found.start, found.tuned
+    roles: dict[str, Role] = {}
+    for side in (start, tuned):
+        stored = {name: side.origin_name(name) for name in side.names}
+        told = roles_of([(stored[name], side.shape(name), side.dtype(name)) for name in side.names], modules, config)
+        # What is a buffer on either side is no weight.
+        roles |= {name: told[stored[name]] for name in side.names if roles.get(name, "weight") == "weight"}
+    for name, role in roles.items():
+        if role == "integers" and not torch.equal(start.read(name), tuned.read(name)):
+            raise LayoutMismatchError(f"{name} holds integers, which must be equal in {start.label} and {tuned.label}")
+    floating = tuple(name for name, role in roles.items() if role in ("weight", "state") and start.dtype(name).is_floating_point)
+    return floating, frozenset(name for name in floating if roles[name] == "state")
+
+
+def brought_to(vector: Source, other: Source, leave_out: LeaveOut = NOTHING) -> View:
+    """The tensors of another vector under the names of a vector.
+
+    Args:
+        vector: Whose names to take.
+        other: The other one; it may hold more than the vector: what was left out of that.
+        leave_out: What need not be in both.
+
+    Raises:
+        LayoutMismatchError: A tensor is on one side only, or has two shapes.
+    """
+    try:
+        found = match(vector, other, leave_out)
+        check_same_shapes(found)
+    except LayoutMismatchError:
+        # Of vectors the question is another one than of models.
+        check_same_tensors(vector, other)
+        raise
+    return View(found.tuned, {found.start.origin_name(name): name for name in found.start.names})
 
 
 def check_same_tensors(one: Source, other: Source) -> None:

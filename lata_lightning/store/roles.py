@@ -38,9 +38,9 @@ def is_counter(name: str) -> bool:
     return _COUNTER.search(name) is not None
 
 
-def is_statistic(name: str) -> bool:
-    """Whether a tensor is a running mean or variance."""
-    return _STATISTIC.search(name) is not None
+def is_variance(name: str) -> bool:
+    """Whether a tensor is a running variance."""
+    return name.endswith("running_var")
 
 
 def buffer_names(module: nn.Module) -> frozenset[str]:

@@ -202,6 +202,10 @@ class View(Source):
     def origin_name(self, name: str) -> str:  # noqa: D102
         return self.source.origin_name(self._name_of[name])
 
+    def stored_name(self, name: str) -> str:
+        """Name of a tensor in the source that this is a view of."""
+        return self._name_of[name]
+
 
 class Fingerprinted(View):
     """A source that notes the hash of every tensor as it is read, so that its identity costs no pass of its own."""

@@ -13,9 +13,11 @@ from lata_lightning.layers import Level, check_level
 from lata_lightning.moments import Moments, Start, check_start
 from lata_lightning.numerics.chunks import in_parallel, worker_count
 from lata_lightning.numerics.measure import factored_sums, moments_table, streamed_sums
-from lata_lightning.store.meaning import check_all_mean_the_same, meaning_of
-from lata_lightning.store.sources import Source
-from lata_lightning.vectors.task_vector import TaskVector, check_comparable
+from lata_lightning.store.meaning import check_all_mean_the_same, check_same_meaning, meaning_of
+from lata_lightning.store.names import LeaveOut
+from lata_lightning.store.pairing import brought_to
+from lata_lightning.store.sources import Source, View
+from lata_lightning.vectors.task_vector import TaskVector
 
 
 def measure(task_vector: TaskVector, instruction_vector: TaskVector, start: Start = "instruct") -> dict[str, Moments]:
@@ -25,18 +27,33 @@ def measure(task_vector: TaskVector, instruction_vector: TaskVector, start: Star
         LayoutMismatchError: A tensor is on one side only, or has two shapes; or the models have other tokens or compute another function.
         CorruptFileError: NaN or infinite weights.
     """
-    check_comparable(task_vector, instruction_vector)
+    instruction = weights_along(task_vector, instruction_vector)
+    check_same_meaning((task_vector.label, task_vector.manifest.meaning), (instruction_vector.label, instruction_vector.manifest.meaning))
 
     def sums_of(name: str) -> Tensor:
-        task, instruction = task_vector.low_rank(name), instruction_vector.low_rank(name)
-        if task is not None or instruction is not None:
-            return factored_sums(task or task_vector.tensors.load(name), instruction or instruction_vector.tensors.load(name), start=start)
-        sides = task_vector.tensors.load(name), instruction_vector.tensors.load(name)
+        task, direction = task_vector.low_rank(name), instruction.low_rank(name)
+        if task is not None or direction is not None:
+            return factored_sums(task or task_vector.tensors.load(name), direction or instruction.load(name), start=start)
+        sides = task_vector.tensors.load(name), instruction.load(name)
         return streamed_sums(math.prod(task_vector.shape(name)), *sides, start=start)
 
     parallel = task_vector.tensors.parallel and instruction_vector.tensors.parallel
-    names = list(task_vector)
+    names = list(instruction.names)
     return moments_table(dict(zip(names, in_parallel(sums_of, names, worker_count(None) if parallel else 1), strict=True)))
+
+
+def weights_along(task_vector: TaskVector, instruction_vector: TaskVector) -> View:
+    """The weights of an instruction vector under the names of a task vector; buffers count on neither side.
+
+    Raises:
+        LayoutMismatchError: A weight is on one side only, and was not left out of the task vector; or has two shapes.
+    """
+    buffers = task_vector.layers.statistics
+    weights = View(task_vector.tensors, {name: name for name in task_vector if name not in buffers})
+    others = {name: name for name in instruction_vector if name not in instruction_vector.layers.statistics}
+    # An instruction vector that was made before buffers were told apart may hold some.
+    leave_out = LeaveOut(task_vector.manifest.leave_out, buffers)
+    return brought_to(weights, View(instruction_vector.tensors, others), leave_out)
 
 
 def align(
@@ -91,9 +108,14 @@ def check_same_model(model: Source, vectors: Sequence[TaskVector], *, by_token: 
 
 def check_same_start(vectors: Sequence[TaskVector]) -> None:
     """Refuse vectors that are known to start from different weights; unknown starts pass."""
-    known = {vector.manifest.start_identity.content_hash: vector for vector in vectors if vector.manifest.start_identity.content_hash}
-    if len(known) > 1:
-        one, other = list(known.values())[:2]
+    seen: dict[frozenset[str], TaskVector] = {}
+    for vector in vectors:
+        origin = vector.manifest.start_identity.content_hash
+        # Hashes of other sets of tensors, as where a head was left out, are no hashes of one model.
+        first = seen.setdefault(frozenset(vector), vector) if origin else vector
+        if first.manifest.start_identity.content_hash == origin:
+            continue
+        one, other = first, vector
         raise BaseMismatchError(
             f"{one.label} started from {one.manifest.start_identity.location} and {other.label} from {other.manifest.start_identity.location}, which "
             "are different weights, so their sum has no common origin. Extract them from one start, or switch the check off (check_base=False, "
@@ -106,7 +128,9 @@ def check_matching_instruction(task_vector: TaskVector, instruction_vector: Task
     sides = instruction_vector.manifest
     expected = sides.tuned_identity if start == "instruct" else sides.start_identity
     origin = task_vector.manifest.start_identity
-    if origin.content_hash and expected.content_hash and origin.content_hash != expected.content_hash:
+    # Hashes of other sets of tensors, as where a head was left out, are no hashes of one model.
+    comparable = origin.content_hash and expected.content_hash and set(task_vector) == set(instruction_vector)
+    if comparable and origin.content_hash != expected.content_hash:
         raise BaseMismatchError(
             f"{task_vector.label} started from {origin.location}, and the {start} model of {instruction_vector.label} is {expected.location}: these are "
             f"different weights. If the fine-tune started from {'base' if start == 'instruct' else 'instruct'}, say so (start=…, --start); otherwise "

@@ -10,7 +10,7 @@ from torch import Tensor
 from lata_lightning.numerics.chunks import Load, zeros
 from lata_lightning.numerics.kernels import loss
 from lata_lightning.numerics.low_rank import Factors, LowRank
-from lata_lightning.numerics.measure import difference
+from lata_lightning.numerics.measure import all_finite, difference, same_entries
 from lata_lightning.store.hashing import content_hash
 from lata_lightning.store.sources import Fingerprinted, Source
 from lata_lightning.vectors.entries import PrecisionLoss, factor_names
@@ -46,12 +46,12 @@ class Difference(Source):
         return torch.promote_types(torch.promote_types(self._start.dtype(name), self._tuned.dtype(name)), torch.float32)
 
     def read(self, name: str) -> Tensor:  # noqa: D102
-        return difference(self._tuned.read(name).cpu(), self._start.read(name).cpu())
+        return _change(self._tuned.read(name).cpu(), self._start.read(name).cpu())
 
     def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:  # noqa: D102
         if slices is None:
             return self.read(name)
-        return difference(self._tuned.read_slice(name, slices).cpu(), self._start.read_slice(name, slices).cpu())
+        return _change(self._tuned.read_slice(name, slices).cpu(), self._start.read_slice(name, slices).cpu())
 
     def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
         one, other = self._start.low_rank(name), self._tuned.low_rank(name)
@@ -61,7 +61,7 @@ class Difference(Source):
         if self.low_rank(name) is not None:
             return super().load(name)
         tuned, start = self._tuned.load(name), self._start.load(name)
-        return lambda begin, end: difference(tuned(begin, end), start(begin, end))
+        return lambda begin, end: _change(tuned(begin, end), start(begin, end))
 
     def sides(self, name: str) -> tuple[Source, Source, str] | None:  # noqa: D102
         if self.low_rank(name) is not None:
@@ -74,6 +74,12 @@ class Difference(Source):
         sides = ({**self._known, **side.hashes} if isinstance(side, Fingerprinted) else {} for side in (self._start, self._tuned))
         one, other = (content_hash(hashes) if len(hashes) == len(self._names) else None for hashes in sides)
         return one, other
+
+
+def _change(tuned: Tensor, start: Tensor) -> Tensor:
+    """Tuned minus start; zero where both are infinite or NaN and the same."""
+    found = difference(tuned, start).contiguous()
+    return found if all_finite(found) else found.masked_fill(same_entries(tuned, start), 0.0)
 
 
 class Stored(Source):

@@ -147,6 +147,7 @@ class Manifest:
         derivation: How it was made, if it was made of other vectors.
         asked_for: Whether the coefficients were set by this process, and not read from a file: what only a file says is not applied where the
             alignments behind it are flat (see ``lata_lightning.merging.weigh``). Never stored.
+        leave_out: Regular expressions of the names of tensors that were left out of it.
     """
 
     kind: Kind
@@ -169,6 +170,7 @@ class Manifest:
     tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
     derivation: Derivation | None = None
     asked_for: bool = field(default=True, compare=False)
+    leave_out: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain types for JSON."""
@@ -196,6 +198,7 @@ class Manifest:
             **(dict.fromkeys(RANKING) if self.alignment is None else self.alignment.ranking()),
             "precision_loss": None if self.precision_loss is None else asdict(self.precision_loss),
             **({} if self.derivation is None else {"derivation": asdict(self.derivation)}),
+            **({"leave_out": list(self.leave_out)} if self.leave_out else {}),
             "blocks": list(self.layers.blocks),
             "tied": [list(group) for group in self.tied],
             "tensors": {
@@ -262,8 +265,15 @@ class Manifest:
                 for name, entry in entries.items()
             },
             derivation=Derivation.from_json(data["derivation"]) if "derivation" in data else Derivation.from_older(data),
+            leave_out=_texts(data.get("leave_out", [])),
             asked_for=False,
         )
+
+
+def _texts(found: Any) -> tuple[str, ...]:
+    if not isinstance(found, list) or not all(isinstance(entry, str) for entry in found):
+        raise ValueError(f"{found!r} is no list of texts")
+    return tuple(found)
 
 
 def read_manifest(directory: Path, *, sealed_only: bool = False) -> Manifest:

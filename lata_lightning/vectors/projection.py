@@ -8,8 +8,8 @@ from dataclasses import replace
 from lata_lightning.errors import BaseMismatchError
 from lata_lightning.layers import Level, check_level
 from lata_lightning.moments import STARTS, total
-from lata_lightning.store.sources import Source
-from lata_lightning.vectors.aligning import check_matching_instruction, measure
+from lata_lightning.store.sources import Source, View
+from lata_lightning.vectors.aligning import check_matching_instruction, measure, weights_along
 from lata_lightning.vectors.differences import Chosen, Difference, Scaled
 from lata_lightning.vectors.entries import TensorEntry
 from lata_lightning.vectors.manifest import OUTSIDE, PROJECTED, Derivation, Input, Measured
@@ -45,7 +45,7 @@ def project(vector: TaskVector, instruction_vector: TaskVector, *, level: Level 
     check_level(level)
     if check_base:
         _check_either_side(vector, instruction_vector)
-    table = measure(vector, instruction_vector)
+    table, instruction = measure(vector, instruction_vector), weights_along(vector, instruction_vector)
     places = vector.layers.layers(level)
 
     def share(names: Iterable[str]) -> float:
@@ -58,9 +58,9 @@ def project(vector: TaskVector, instruction_vector: TaskVector, *, level: Level 
 
     def taken(name: str) -> float:
         """Multiple of the instruction vector that is taken off a tensor; 0 where that is zero itself."""
-        return 0.0 if name in instruction_vector.unchanged else share_of.get(name, share_outside)
+        return 0.0 if instruction.origin_name(name) in instruction_vector.unchanged else share_of.get(name, share_outside)
 
-    unchanged = {name for name in vector.unchanged if not taken(name)}
+    unchanged = {name for name in vector.unchanged & set(instruction.names) if not taken(name)}
     sides, origin = instruction_vector.manifest, vector.manifest.start_identity
     # Known weights say more than what the vector calls its start: who merges the result is asked for the model that it now counts from.
     from_base = vector.start == "base" or (origin.content_hash is not None and origin.content_hash == sides.start_identity.content_hash)
@@ -79,21 +79,21 @@ def project(vector: TaskVector, instruction_vector: TaskVector, *, level: Level 
         precision_loss=None,
         tensors={name: TensorEntry(vector.shape(name), "float32", unchanged=True) for name in unchanged},
     )
-    return TaskVector(_across(vector, instruction_vector, taken), manifest)
+    return TaskVector(_across(vector, instruction, taken), manifest)
 
 
-def _across(vector: TaskVector, instruction_vector: TaskVector, taken: Callable[[str], float]) -> Source:
+def _across(vector: TaskVector, instruction: View, taken: Callable[[str], float]) -> Source:
     """The vector less a multiple of the instruction vector in each tensor; factors stay factors where both sides allow it."""
-    along = f"its projection on {instruction_vector.label}"
-    less = Scaled(instruction_vector.tensors, lambda name: -taken(name), f"minus {along}")
-    both = Difference(Scaled(instruction_vector.tensors, taken, along), vector.tensors, tuple(vector), identify=False)
+    along = f"its projection on {instruction.label}"
+    less = Scaled(instruction, lambda name: -taken(name), f"minus {along}")
+    both = Difference(Scaled(instruction, taken, along), vector.tensors, instruction.names, identify=False)
 
     def source_of(name: str) -> Source:
         if not taken(name):
             return vector.tensors
         return less if name in vector.unchanged else both
 
-    return Chosen({name: source_of(name) for name in vector}, both.label)
+    return Chosen({name: source_of(name) for name in instruction.names}, both.label)
 
 
 def _check_either_side(vector: TaskVector, instruction_vector: TaskVector) -> None:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from lata_lightning.alignment import Alignment
-from lata_lightning.errors import LataError, LayoutMismatchError, WeightingError, first_three
-from lata_lightning.layers import DeferredLayerMap, LayerMap, LayerRule, Level, check_level, layer_map, skeleton
+from lata_lightning.errors import LataError, WeightingError, first_three
+from lata_lightning.layers import STATISTICS, DeferredLayerMap, LayerMap, LayerRule, Level, Place, check_level, layer_map, skeleton
 from lata_lightning.moments import Start, check_start
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.store.meaning import check_same_meaning, difference_meaning
+from lata_lightning.store.names import NOTHING, LeaveOut
 from lata_lightning.store.opening import open_difference, open_source
-from lata_lightning.store.pairing import check_same_tensors, pair
-from lata_lightning.store.sources import Source
+from lata_lightning.store.pairing import brought_to, check_same_shapes, match, measured_names
+from lata_lightning.store.sources import Source, View
 from lata_lightning.store.tied_names import ties_by_alias, ties_of
 from lata_lightning.store.writer import MAX_SHARD_BYTES, Progress
 from lata_lightning.vectors.artefact import derivation_of, open_stored, save_vector
@@ -56,6 +57,7 @@ class TaskVector(Mapping[str, Tensor]):
         start_kind: Start = "instruct",
         layers: LayerRule | str | None = None,
         check_config: bool = True,
+        leave_out: Sequence[str] | LeaveOut = (),
     ) -> TaskVector:
         """The difference of two sets of weights; nothing is read before a tensor is asked for.
 
@@ -68,11 +70,16 @@ class TaskVector(Mapping[str, Tensor]):
             layers: Rule that names the blocks, for modules of no known layout (see ``layer_map``).
             check_config: Compare the configs of the two sides, and of what the vector is used with. Without it, models that compute different functions
                 of their weights are taken for one.
+            leave_out: Regular expressions, searched in tensor names: what matches is no part of the vector, as heads of different tasks. Each must match
+                something, unless they come as a ``LeaveOut``.
 
         Returns:
-            A vector over all floating tensors of the model. Tensors of integers are no weights; they must be equal on both sides.
+            A vector over all weights of the model that both sides hold, and over its buffers, such as running statistics (``layers.statistics``). Tables
+            that the model computes by itself are no part of it. Tensors of integers are none either; they must be equal on both sides, unless they
+            count batches. What lies outside of a prefix that one side has alone is left out and recorded (``manifest.leave_out``).
 
         Raises:
+            LataError: A pattern of what to leave out is no regular expression, or matches nothing.
             LayoutMismatchError: The two sides differ in names, shapes, integer tensors, tokens, or in a key of the config that changes what the weights
                 compute.
             SourceError, CorruptFileError: One side cannot be read.
@@ -81,20 +88,36 @@ class TaskVector(Mapping[str, Tensor]):
         added, aliases = open_difference(tuned, start_source), start_source.tied
         tuned_source: Source
         difference: Source
+        left_out, given = (leave_out, NOTHING) if isinstance(leave_out, LeaveOut) else (LeaveOut(leave_out),) * 2
+        statistics = frozenset[str]()
+        alone: tuple[str, ...] = ()
         if added is not None:
-            tuned_source, difference, unchanged = added, added, added.unchanged
+            every = added.names
+            given.check_used(every, added.label)
+            kept = {name: name for name in added.names if not left_out(name)}
+            tuned_source, unchanged = added, added.unchanged & kept.keys()
+            difference = added if len(kept) == len(added.names) else View(added, kept)
         else:
-            start_source, tuned_source = pair(start_source, open_source(tuned))
-            difference, unchanged = Difference(start_source, tuned_source, _floating(start_source, tuned_source)), frozenset()
+            opened = open_source(tuned)
+            every = (*start_source.names, *opened.names)
+            given.check_used(every, f"{start_source.label} and {opened.label}")
+            found = match(start_source, opened, left_out)
+            check_same_shapes(found)
+            modules = [side for side in (start, tuned) if isinstance(side, nn.Module)]
+            names, statistics = measured_names(found, modules, start_source.config or opened.config)
+            start_source, tuned_source, alone = found.start, found.tuned, found.left_out
+            difference, unchanged = Difference(start_source, tuned_source, names), frozenset()
 
         meaning = difference_meaning(start_source, tuned_source, compared=check_config)
 
         def place() -> LayerMap:
             structure = start if isinstance(start, nn.Module) else skeleton(start_source.config) if start_source.config else None
-            return layer_map(difference.names, structure=structure, rule=layers)
+            found = layer_map([name for name in difference.names if name not in statistics], structure=structure, rule=layers)
+            buffers = dict.fromkeys(statistics, Place(None, STATISTICS))
+            return LayerMap({name: {**found.places, **buffers}[name] for name in difference.names}, found.blocks)
 
         # A rule is tried at once, as it may be wrong.
-        places = place() if layers is not None else DeferredLayerMap(place)
+        places = place() if layers is not None else DeferredLayerMap(place, statistics)
         manifest = Manifest(
             kind=kind,
             start=check_start("base" if kind == "instruction" else start_kind),
@@ -104,6 +127,7 @@ class TaskVector(Mapping[str, Tensor]):
             meaning=meaning,
             tied=ties_of(start, difference.names) if isinstance(start, nn.Module) else ties_by_alias(aliases, difference.names),
             tensors={name: TensorEntry(difference.shape(name), "float32", unchanged=True) for name in unchanged},
+            leave_out=(*left_out.used(every), *(f"^{re.escape(name)}$" for name in alone)),
         )
         return cls(difference, manifest)
 
@@ -178,8 +202,8 @@ class TaskVector(Mapping[str, Tensor]):
         return frozenset(name for name, entry in self.manifest.tensors.items() if entry.unchanged)
 
     def coefficient_of(self, name: str) -> float:
-        """The coefficient of the layer that holds a tensor; 1 as long as no rule has been applied."""
-        if self.manifest.coefficients is None:
+        """The coefficient of the layer that holds a tensor; 1 as long as no rule has been applied, and for buffers."""
+        if self.manifest.coefficients is None or name in self.layers.statistics:
             return 1.0
         layer = self.layers.layer_of(name, self.manifest.level)
         return self.manifest.outside if layer is None else self.manifest.coefficients[layer]
@@ -285,6 +309,23 @@ class TaskVector(Mapping[str, Tensor]):
         """How the vector was made of others, with what was measured while its tensors were read; None if it was not."""
         return derivation_of(self.tensors, self.manifest)
 
+    def leaving_out(self, leave_out: LeaveOut) -> TaskVector:
+        """The same vector without the tensors that match; layers that lose all their tensors lose their coefficients too."""
+        kept = [name for name in self if not leave_out(name)]
+        if len(kept) == len(self):
+            return self
+        layers = LayerMap({name: self.layers.places[name] for name in kept}, self.layers.blocks)
+        left = layers.layers(self.manifest.level)
+        given = self.manifest.coefficients
+        manifest = replace(
+            self.manifest,
+            layers=layers,
+            coefficients=None if given is None else {layer: given[layer] for layer in left},
+            tensors={name: entry for name, entry in self.manifest.tensors.items() if name in set(kept)},
+            leave_out=tuple(dict.fromkeys((*self.manifest.leave_out, *leave_out.used(self)))),
+        )
+        return TaskVector(View(self.tensors, {name: name for name in kept}), manifest)
+
     def unweighted(self) -> TaskVector:
         """The same vector without coefficients, as plain task arithmetic takes it."""
         return TaskVector(self.tensors, replace(self.manifest, coefficients=None, weighting="none", asked_for=True))
@@ -318,9 +359,10 @@ class TaskVector(Mapping[str, Tensor]):
         """
         if self.start != "base":
             raise LataError(f"{self.label} started from instruct: there is no instruction vector in it to take off")
-        check_comparable(self, instruction_vector)
+        along = brought_to(self.tensors, instruction_vector.tensors, LeaveOut(self.manifest.leave_out))
+        check_same_meaning((self.label, self.manifest.meaning), (instruction_vector.label, instruction_vector.manifest.meaning))
         manifest = replace(self.manifest, start="instruct", start_identity=instruction_vector.manifest.tuned_identity, tensors={})
-        return TaskVector(Difference(instruction_vector.tensors, self.tensors, self, identify=False), manifest)
+        return TaskVector(Difference(along, self.tensors, self, identify=False), manifest)
 
     def save(
         self,
@@ -350,22 +392,3 @@ class TaskVector(Mapping[str, Tensor]):
         )
         saved = TaskVector.open(path)
         return TaskVector(saved.tensors, replace(saved.manifest, asked_for=self.manifest.asked_for))
-
-
-def check_comparable(one: TaskVector, other: TaskVector) -> None:
-    """Refuse two vectors that do not hold the same tensors, or that belong to models of other tokens or another function.
-
-    Raises:
-        LayoutMismatchError: They do not.
-    """
-    check_same_tensors(one.tensors, other.tensors)
-    check_same_meaning((one.label, one.manifest.meaning), (other.label, other.manifest.meaning))
-
-
-def _floating(start: Source, tuned: Source) -> list[str]:
-    """Names of the floating tensors of two paired sources; the others must be equal."""
-    found = [name for name in start.names if start.dtype(name).is_floating_point]
-    for name in set(start.names) - set(found):
-        if not torch.equal(start.read(name), tuned.read(name)):
-            raise LayoutMismatchError(f"{name} holds integers, which must be equal in {start.label} and {tuned.label}")
-    return found

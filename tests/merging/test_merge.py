@@ -535,9 +535,19 @@ def test_a_result_that_does_not_fit_the_dtype_is_refused(tmp_path):
     merge(onto, [Term(task)], tmp_path / "out", dtype="bfloat16")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_infinite_entries_that_nothing_changes_stay_as_they_are(dtype):
+    onto, vector = torch.tensor([0.5, -math.inf, math.nan]), torch.tensor([1.0, 0.0, 0.0])
+    for parts, first in (([], 0.5), ([(vector, 2.0)], 2.5)):
+        found = combine(onto, parts, dtype)
+        assert found[0] == first
+        assert found[1] == -math.inf
+        assert found[2].isnan()
+
+
 def test_infinities_that_cancel_in_a_sum_are_not_overlooked():
     with pytest.raises(CorruptFileError, match="NaN or infinite"):
-        combine(torch.tensor([math.inf, -math.inf]), [], torch.float32)
+        combine(torch.tensor([math.inf, -math.inf]), [(torch.ones(2), 1.0)], torch.float32)
     with pytest.raises(CorruptFileError, match="too large for torch.bfloat16"):
         combine(torch.tensor([1e300, -1e300], dtype=torch.float64), [], torch.bfloat16)
     huge = torch.full((4,), 1.7e308, dtype=torch.float64)
