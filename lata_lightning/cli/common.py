@@ -133,6 +133,16 @@ def add_leave_out(parser: ArgumentParser) -> None:
     )
 
 
+def add_model(parser: ArgumentParser) -> None:
+    """``--model``."""
+    parser.add_argument(
+        "--model",
+        type=str | None,
+        help="Which model is meant where a checkpoint holds several (actor and reference, a running average): the name of its module, or the key of "
+        "its state dict.",
+    )
+
+
 def add_workers(parser: ArgumentParser) -> None:
     """``--workers``."""
     parser.add_argument(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lata_lightning.cli.common import Command, add_checks, add_format, note, print_json, progress_bar
+from lata_lightning.cli.common import Command, add_checks, add_format, add_model, note, print_json, progress_bar
 from lata_lightning.cli.models import add_template, load_tokenizer
 from lata_lightning.errors import LataError
 
@@ -49,6 +49,7 @@ def _solve_arguments(parser: ArgumentParser) -> None:
 
 def add_samples(parser: ArgumentParser, data: str, *, required: bool = True) -> None:
     """The start model, the vectors, and the samples that are run through it."""
+    add_model(parser)
     parser.add_argument("start_model", metavar="START", help="Model the fine-tunes started from: directory or hub id, with tokenizer.")
     parser.add_argument("vectors", metavar="VECTOR", nargs="+", help="Saved vectors, or tuned models, whose vector is tuned − START.")
     parser.add_argument(
@@ -152,9 +153,12 @@ def check_data(options: Namespace) -> None:
 
 def vectors_of(options: Namespace) -> list[TaskVector]:
     """The vectors that a command names, saved ones or of tuned models."""
-    from lata_lightning.merging.open_vector import open_vector
+    from lata_lightning.merging.open_vector import added_to, open_vector
 
-    return [open_vector(path, options.start_model, check_config=options.check_config)[0] for path in options.vectors]
+    # Refuses a model that neither the start nor a tuned model holds.
+    added_to(options.start_model, options.vectors, options.model)
+    settings = {"check_config": options.check_config, "model": options.model}
+    return [open_vector(path, options.start_model, **settings)[0] for path in options.vectors]
 
 
 def samples_of(options: Namespace, data: Sequence[str]) -> list[list[dict[str, Tensor]]]:

@@ -8,12 +8,23 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lata_lightning.cli.common import Command, add_leave_out, add_weighting, add_workers, note, note_applied, progress_bar, weighed
+from lata_lightning.cli.common import (
+    Command,
+    add_leave_out,
+    add_model,
+    add_weighting,
+    add_workers,
+    note,
+    note_applied,
+    progress_bar,
+    weighed,
+)
 from lata_lightning.errors import LataError
 
 if TYPE_CHECKING:
     from lata_lightning.merging.merge import Term
     from lata_lightning.merging.methods import Method
+    from lata_lightning.store.opening import Weights
     from lata_lightning.vectors.task_vector import TaskVector
     from lata_lightning.weighting import Weighting
 
@@ -59,11 +70,13 @@ def _common_arguments(parser: ArgumentParser, rule: str) -> None:
         "its rows and tokenizer. By default such models are refused.",
     )
     add_leave_out(parser)
+    add_model(parser)
     add_workers(parser)
 
 
 def _merge(options: Namespace, command: str) -> None:
     from lata_lightning.merging.merge import merge
+    from lata_lightning.merging.open_vector import added_to
 
     scales = options.scale * len(options.vectors) if len(options.scale) == 1 else options.scale
     if len(scales) != len(options.vectors):
@@ -72,7 +85,7 @@ def _merge(options: Namespace, command: str) -> None:
     terms = _terms(options, options.onto, options.vectors, scales, "linear") if method == "sum" else _whole_terms(options, scales)
     with progress_bar("merge") as progress:
         merge(
-            options.onto,
+            added_to(options.onto, options.vectors, options.model),
             terms,
             options.output,
             method=method,
@@ -91,10 +104,18 @@ def _merge(options: Namespace, command: str) -> None:
 
 def _forget(options: Namespace, command: str) -> None:
     from lata_lightning.merging.merge import forget
+    from lata_lightning.merging.open_vector import added_to
 
     (term,) = _terms(options, options.target, [options.vector], [options.scale], "threshold")
     with progress_bar("forget") as progress:
-        forget(options.target, term, options.output, command=command, progress=progress, **_settings(options))
+        forget(
+            added_to(options.target, [options.vector], options.model),
+            term,
+            options.output,
+            command=command,
+            progress=progress,
+            **_settings(options),
+        )
     note_applied([term])
     sys.stdout.write(f"{options.output}\n")
 
@@ -143,12 +164,11 @@ def _term(options: Namespace, onto: str, path: str, scale: float, rule: Weightin
     return Term(weighed(options, vector, _instruction(options, onto, vector), rule), scale, tuned)
 
 
-def _vector(options: Namespace, onto: str, path: str) -> tuple[TaskVector, str | None]:
+def _vector(options: Namespace, onto: str, path: str) -> tuple[TaskVector, Weights | None]:
     from lata_lightning.merging.open_vector import open_vector
 
-    return open_vector(
-        path, onto, start=options.start, vocabulary=options.vocabulary, check_config=options.check_config, leave_out=options.leave_out
-    )
+    settings = {key: options[key] for key in ("start", "vocabulary", "check_config", "leave_out", "model")}
+    return open_vector(path, onto, **settings)
 
 
 def _instruction(options: Namespace, onto: str, vector: TaskVector) -> TaskVector | None:

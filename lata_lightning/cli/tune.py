@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lata_lightning.cli.common import Command, add_start, note, point_progress
+from lata_lightning.cli.common import Command, add_model, add_start, note, point_progress
 from lata_lightning.cli.models import add_loading, add_rows, load, running
 from lata_lightning.errors import LataError
 
@@ -69,6 +69,7 @@ def _arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--outside", type=float, default=0.0, help="Coefficient of whatever is in no layer, under a rule.")
     add_start(parser)
+    add_model(parser)
     parser.add_argument("--figure", type=bool, default=True, help="Draw the curves as PNG and SVG; needs matplotlib.")
     parser.add_argument("--output", required=True, help="Directory to write tune.json and the figures to.")
     add_loading(parser)
@@ -77,7 +78,7 @@ def _arguments(parser: ArgumentParser) -> None:
 def _run(options: Namespace, command: str) -> None:
     from lata_lightning.evaluation.questions import prepare, read_data
     from lata_lightning.evaluation.tuning import tune, under_rules
-    from lata_lightning.merging.open_vector import open_vector
+    from lata_lightning.merging.open_vector import added_to, open_vector
     from lata_lightning.merging.weigh import applied
     from lata_lightning.store.opening import open_source
     from lata_lightning.store.writer import atomic_directory, check_free_directory, write_json
@@ -92,8 +93,10 @@ def _run(options: Namespace, command: str) -> None:
     metric = _metric(options, rows)
     _note_few(options, rows)
     instruction = None if options.instruction is None else TaskVector.open(options.instruction, check_config=options.check_config)
-    checks = {"start": options.start, "check_config": options.check_config}
-    vectors = [open_vector(path, options.onto, **checks)[0] for path in options.vectors]
+    # Refuses a model that neither ONTO nor a tuned model holds.
+    added_to(options.onto, options.vectors, options.model)
+    settings = {"start": options.start, "check_config": options.check_config, "model": options.model}
+    vectors = [open_vector(path, options.onto, **settings)[0] for path in options.vectors]
     rules = _rules(options, vectors)
     weighted = under_rules(
         vectors,

@@ -14,6 +14,7 @@ from lata_lightning.cli.common import (
     add_checks,
     add_format,
     add_leave_out,
+    add_model,
     add_start,
     add_workers,
     note,
@@ -41,13 +42,16 @@ def _extract_arguments(parser: ArgumentParser) -> None:
     add_leave_out(parser)
     parser.add_argument("--layers", type=str | None, help="Regular expression that finds the block in a tensor name, for unknown layouts.")
     add_check_config(parser)
+    add_model(parser)
     add_workers(parser)
 
 
 def _extract(options: Namespace, command: str) -> None:
     from lata_lightning.merging.vocabularies import between_vocabularies
+    from lata_lightning.store.opening import narrowed
     from lata_lightning.vectors.task_vector import TaskVector
 
+    start, tuned = narrowed([options.start_model, options.tuned_model], options.model)
     settings = {
         "kind": options.kind,
         "start_kind": options.start,
@@ -56,9 +60,9 @@ def _extract(options: Namespace, command: str) -> None:
         "leave_out": options.leave_out,
     }
     if options.vocabulary is None:
-        vector = TaskVector.between(options.start_model, options.tuned_model, **settings)
+        vector = TaskVector.between(start, tuned, **settings)
     else:
-        vector, sentences = between_vocabularies(options.start_model, options.tuned_model, options.vocabulary, **settings)
+        vector, sentences = between_vocabularies(start, tuned, options.vocabulary, **settings)
         for sentence in sentences:
             note(sentence)
     with progress_bar("extract") as progress:
@@ -151,6 +155,7 @@ def _path_arguments(parser: ArgumentParser) -> None:
 
 def _inspect_arguments(parser: ArgumentParser) -> None:
     _path_arguments(parser)
+    add_model(parser)
     add_format(parser)
 
 
@@ -158,7 +163,7 @@ def _inspect(options: Namespace, command: str) -> None:
     from lata_lightning.display.tables import plain_table, show
     from lata_lightning.vectors.inspection import describe
 
-    facts = describe(options.path)
+    facts = describe(options.path, options.model)
     if options.format == "json":
         print_json(facts)
     else:

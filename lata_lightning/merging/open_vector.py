@@ -4,28 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lata_lightning.merging.vocabularies import Vocabulary, between_vocabularies
 from lata_lightning.moments import Start
 from lata_lightning.store.directories import holds_vector
 from lata_lightning.store.names import LeaveOut
+from lata_lightning.store.opening import Weights, narrowed
 from lata_lightning.vectors.task_vector import TaskVector
 
-if TYPE_CHECKING:
-    from lata_lightning.store.sources import Source
+
+def added_to(onto: Weights, vectors: Sequence[str], model: str | None) -> Weights:
+    """The model that vectors are added to; of a checkpoint that holds several, the one of a name.
+
+    Args:
+        onto: The model as it is named.
+        vectors: What is added: saved vectors, or tuned models.
+        model: Name of the model that is meant where a checkpoint holds several; None for none.
+
+    Raises:
+        UnknownModelError: Neither it nor a tuned model holds one of that name.
+    """
+    return narrowed([onto, *(path for path in vectors if not holds_vector(path))], model)[0]
 
 
 def open_vector(
     path: str,
-    onto: str | Path | Source,
+    onto: Weights,
     *,
     start: Start | None = None,
     vocabulary: Vocabulary | None = None,
     check_config: bool = True,
     leave_out: Sequence[str] = (),
-) -> tuple[TaskVector, str | None]:
+    model: str | None = None,
+) -> tuple[TaskVector, Weights | None]:
     """Open a saved vector, or take the difference of a tuned model to the model that vectors are added to.
 
     Args:
@@ -35,6 +47,7 @@ def open_vector(
         vocabulary: How a merge treats different vocabularies; a tuned model then keeps the rows it shares with ``onto``.
         check_config: As for ``TaskVector.between``.
         leave_out: The same; a pattern may match nothing, as it may be meant for another vector.
+        model: Name of the model that is meant, where a checkpoint holds several.
 
     Returns:
         The vector, and the tuned model it was computed from (None for a saved vector).
@@ -42,13 +55,15 @@ def open_vector(
     Raises:
         SourceError, CorruptFileError, LayoutMismatchError: As ``TaskVector.open`` and ``TaskVector.between``.
     """
-    left_out = LeaveOut(leave_out)
+    left_out, tuned = LeaveOut(leave_out), None
     settings: dict[str, Any] = {"start_kind": start or "instruct", "check_config": check_config, "leave_out": left_out}
     if holds_vector(path):
-        vector, tuned = TaskVector.open(path, check_config=check_config).leaving_out(left_out), None
-    elif vocabulary is None:
-        vector, tuned = TaskVector.between(onto, path, **settings), path
+        vector = TaskVector.open(path, check_config=check_config).leaving_out(left_out)
     else:
-        # The merge says what became of the rows, as it knows all vectors.
-        vector, tuned = between_vocabularies(onto, path, "start", **settings)[0], path
+        before, tuned = narrowed([onto, path], model)
+        if vocabulary is None:
+            vector = TaskVector.between(before, tuned, **settings)
+        else:
+            # The merge says what became of the rows, as it knows all vectors.
+            vector, _ = between_vocabularies(before, tuned, "start", **settings)
     return vector if start is None else TaskVector(vector.tensors, replace(vector.manifest, start=start)), tuned

@@ -181,5 +181,5 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
     path = next((directory / name for name in ADAPTER_WEIGHTS if (directory / name).is_file()), None)
     if path is None:
         raise SourceError(f"{directory} holds neither {' nor '.join(ADAPTER_WEIGHTS)}. Is it complete?")
-    stored = find_format(path).open(path, str(path))
+    stored = find_format(path).open(path, str(path), None)
     return {name: stored.read(name) for name in stored.names} | {alias: stored.read(name) for alias, name in stored.tied.items()}

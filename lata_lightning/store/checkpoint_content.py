@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, NamedTuple
+from typing import Any, Generic, Protocol, TypeVar
 
 from lata_lightning.errors import CorruptFileError, SourceError, first_three
 from lata_lightning.layers import unwrapped
-from lata_lightning.store.layout import Span
+from lata_lightning.store.layout import Entry
 from lata_lightning.store.pickles import Call, kind_of, mapping
 
 _USUAL = ("state_dict", "model_state_dict", "model", "module", "model_state", "weights", "params", "network", "net")
@@ -16,23 +17,76 @@ _USUAL = ("state_dict", "model_state_dict", "model", "module", "model_state", "w
 _OPTIMIZER = ("optim", "sched", "loops", "callbacks", "hyper_parameters", "rng", "scaler")
 
 
-class Weights(NamedTuple):
-    """The tensors of a model by name, and other names of tensors that are listed once."""
+class UnknownModelError(SourceError):
+    """A checkpoint holds no model of the name that was asked for."""
 
-    spans: dict[str, Span]
+
+class Located(Protocol):
+    """Where a tensor lies; hashable."""
+
+    @property
+    def entry(self) -> Entry:
+        """Shape and dtype of the tensor."""
+
+
+Place = TypeVar("Place", bound=Located)
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True)
+class Weights(Generic[Place]):
+    """The tensors of a model.
+
+    Attributes:
+        places: Where each lies, by name.
+        tied: Other names of tensors that are listed once.
+    """
+
+    places: dict[str, Place]
     tied: dict[str, str]
 
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """Shapes and dtypes, by name."""
+        return {name: place.entry for name, place in self.places.items()}
 
-def weights_in(content: object, tensor: Callable[[object], Span | None], label: str, model: str | None = None) -> Weights:
+    def of(self, model: str | None, label: str) -> Weights[Place]:
+        """Those of one module of several (see ``part_of``)."""
+        if model is None:
+            return self
+        everything = {**self.places, **{alias: self.places[name] for alias, name in self.tied.items()}}
+        return _listed_once(part_of(everything, model, label))
+
+
+def part_of(entries: Mapping[str, _Item], model: str, label: str) -> dict[str, _Item]:
+    """What belongs to one module, under the names it has there.
+
+    Args:
+        entries: Anything by the full name of a tensor.
+        model: Name of the module.
+        label: Name of the whole, for messages.
+
+    Raises:
+        UnknownModelError: Nothing has such a name.
+    """
+    prefix = model + "."
+    found = {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
+    if not found:
+        raise unknown_model(model, {name.split(".")[0] for name in entries if "." in name}, label)
+    return found
+
+
+def weights_in(content: object, tensor: Callable[[object], Place | None], label: str, model: str | None = None) -> Weights[Place]:
     """The tensors of the model in a checkpoint: a state dict, or the one that stands under a name in a dictionary.
 
     Args:
         content: What the checkpoint holds.
         tensor: Where a tensor lies; None for what is no tensor.
         label: Name of the checkpoint, for messages.
-        model: Name of the dictionary, where it holds several models.
+        model: Which one is meant, where it holds several: the name of a dictionary, of a module, or both with a dot between them.
 
     Raises:
+        UnknownModelError: It holds nothing of that name.
         SourceError: It holds no model, or several.
     """
     top = mapping(content)
@@ -41,8 +95,17 @@ def weights_in(content: object, tensor: Callable[[object], Span | None], label: 
         raise SourceError(f"{label} holds a {kind_of(content)} where a state dict is expected. {advice}")
     _refuse_partial(top, label)
     holders = {key: held for key, value in top.items() if isinstance(key, str) and (held := _tensors_of(value, tensor))}
-    if model is not None and model in holders:
-        return _listed(mapping(top[model]) or {}, tensor, f"{model!r} of {label}")
+    if model is not None:
+        key = next((key for key in holders if model == key or model.startswith(f"{key}.")), None)
+        if key is not None:
+            return _listed(top[key], tensor, f"{key!r} of {label}").of(model.removeprefix(key).removeprefix(".") or None, label)
+    weights = _only_model(top, holders, tensor, label)
+    return weights.of(model, label)
+
+
+def _only_model(
+    top: Mapping[Any, Any], holders: Mapping[str, set[str]], tensor: Callable[[object], Place | None], label: str
+) -> Weights[Place]:
     usual = [key for key in _USUAL if key in holders]
     if usual:
         first = usual[0]
@@ -51,17 +114,18 @@ def weights_in(content: object, tensor: Callable[[object], Span | None], label: 
         ]
         if copies:
             raise several_models([first, *copies], label)
-        return _listed(mapping(top[first]) or {}, tensor, f"{first!r} of {label}")
-    if any(tensor(value) is not None for value in top.values()):
-        return _listed(top, tensor, label)
+        return _listed(top[first], tensor, f"{first!r} of {label}")
     others = [key for key in holders if not key.startswith(_OPTIMIZER)]
+    bare = sum(_is_tensor(value, tensor) for value in top.values())
+    if bare > max((len(holders[key]) for key in others), default=0):
+        return _listed({key: value for key, value in top.items() if not str(key).startswith(_OPTIMIZER)}, tensor, label)
     if len(others) > 1:
         raise several_models(others, label)
     if not others:
         raise SourceError(
             f"{label} holds no weights: under {first_three(str(key) for key in top)} there are none. Give the checkpoint of a model."
         )
-    return _listed(mapping(top[others[0]]) or {}, tensor, f"{others[0]!r} of {label}")
+    return _listed(top[others[0]], tensor, f"{others[0]!r} of {label}")
 
 
 def several_models(names: Iterable[str], label: str) -> SourceError:
@@ -70,21 +134,21 @@ def several_models(names: Iterable[str], label: str) -> SourceError:
     return SourceError(f"{label} must hold the model once; it holds {first_three(listed)}. Say which is meant: --model {listed[0]}")
 
 
-def unknown_model(model: str, names: Iterable[str], label: str) -> SourceError:
+def unknown_model(model: str, names: Iterable[str], label: str) -> UnknownModelError:
     """The error about a model that a checkpoint does not hold."""
     listed = sorted(names)
     near = get_close_matches(model, listed, 1)
-    return SourceError(
+    return UnknownModelError(
         f"{label} holds nothing named {model!r}; it has {first_three(listed)}" + (f". Did you mean {near[0]!r}?" if near else ".")
     )
 
 
-def _tensors_of(value: object, tensor: Callable[[object], Span | None]) -> set[str]:
+def _tensors_of(value: object, tensor: Callable[[object], Place | None]) -> set[str]:
     """Names of the tensors that are directly in a dictionary; none for anything else."""
     return {key for key, part in (mapping(value) or {}).items() if isinstance(key, str) and _is_tensor(part, tensor)}
 
 
-def _is_tensor(value: object, tensor: Callable[[object], Span | None]) -> bool:
+def _is_tensor(value: object, tensor: Callable[[object], Place | None]) -> bool:
     try:
         return tensor(value) is not None
     except (SourceError, CorruptFileError):
@@ -97,23 +161,17 @@ def _same_names(one: set[str], other: set[str]) -> bool:
     return 2 * len(one & other) > min(len(one), len(other))
 
 
-def _listed(entries: Mapping[Any, Any], tensor: Callable[[object], Span | None], label: str) -> Weights:
-    spans: dict[str, Span] = {}
-    tied: dict[str, str] = {}
-    first_at: dict[Span, str] = {}
+def _listed(entries: object, tensor: Callable[[object], Place | None], label: str) -> Weights[Place]:
+    places: dict[str, Place] = {}
     odd: dict[str, object] = {}
-    for key, value in entries.items():
-        name = unwrapped(key) if isinstance(key, str) else key
-        span = tensor(value)
-        if span is None:
-            odd[str(name)] = value
-        elif not isinstance(name, str):
-            raise SourceError(f"{label} must map names to tensors, and one of its keys is a {type(name).__name__}")
-        elif 0 not in span.entry.shape and span in first_at:
-            tied[name] = first_at[span]
+    for key, value in (mapping(entries) or {}).items():
+        place = tensor(value)
+        if place is None:
+            odd[str(key)] = value
+        elif isinstance(key, str):
+            places[unwrapped(key)] = place
         else:
-            spans[name] = span
-            first_at[span] = name
+            raise SourceError(f"{label} must map names to tensors, and one of its keys is a {type(key).__name__}")
     # Beside its tensors a state dict may hold what modules save by get_extra_state, and numbers such as a step.
     odd = {
         name: value for name, value in odd.items() if not name.endswith("_extra_state") and not isinstance(value, str | int | float | None)
@@ -121,7 +179,20 @@ def _listed(entries: Mapping[Any, Any], tensor: Callable[[object], Span | None],
     if odd:
         name = min(odd)
         raise SourceError(f"{label} must map names to tensors; others are {first_three(odd)}, and {name!r} is a {kind_of(odd[name])}")
-    return Weights(spans, tied)
+    return _listed_once(places)
+
+
+def _listed_once(places: Mapping[str, Place]) -> Weights[Place]:
+    """Tied tensors are two names of one place; the first of them counts."""
+    first_at: dict[Place, str] = {}
+    kept: dict[str, Place] = {}
+    tied: dict[str, str] = {}
+    for name, place in places.items():
+        if 0 not in place.entry.shape and place in first_at:
+            tied[name] = first_at[place]
+        else:
+            kept[name], first_at[place] = place, name
+    return Weights(kept, tied)
 
 
 def _refuse_partial(top: Mapping[Any, Any], label: str) -> None:

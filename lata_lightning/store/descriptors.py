@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -86,7 +87,12 @@ class Descriptors:
 
     def _opened(self, path: Path) -> int:
         try:
-            return os.open(path, os.O_RDONLY)
+            # Without waiting, as opening a named pipe would.
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                os.close(descriptor)
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+            return descriptor
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE) and self._close_oldest(0):
                 return self._opened(path)
@@ -195,7 +201,7 @@ def unreadable(path: Path, error: OSError) -> LataError:
     if isinstance(error, PermissionError):
         return SourceError(f"{path} may not be read by this user ({error.strerror}). Ask its owner for the right to read it.")
     if isinstance(error, IsADirectoryError):
-        return SourceError(f"{path} is a directory where a file is expected")
+        return SourceError(f"{path} is no file where one is expected, but a directory or a device")
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return SourceError(f"too many files are open to open {path} as well. Raise the limit (ulimit -n) or close some.")
     return SourceError(f"{path} cannot be read: {error.strerror or error}")

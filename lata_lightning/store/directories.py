@@ -145,8 +145,9 @@ def weight_files(path: Path, config: Mapping[str, Any] | None = None) -> Files:
         CorruptFileError: The index cannot be read, or there are two sets of weights.
     """
     named = (config or {}).get("transformers_weights")
-    names = [str(named).removesuffix(".index.json")] if named else ["model.safetensors", "pytorch_model.bin", *_FURTHER]
-    for name in names:
+    if named:
+        return _named_files(path, named)
+    for name in ("model.safetensors", "pytorch_model.bin", *_FURTHER):
         files = _files_of(path, name)
         if files is not None:
             return files
@@ -155,20 +156,33 @@ def weight_files(path: Path, config: Mapping[str, Any] | None = None) -> Files:
     raise SourceError(f"{path} holds no model.safetensors and no pytorch_model.bin, nor an index of either. {beside}")
 
 
+def _named_files(directory: Path, named: object) -> Files:
+    """The files that a config names in place of the usual ones."""
+    name = named.removesuffix(".index.json") if isinstance(named, str) else ""
+    if Path(name).name != name or not name.endswith(".safetensors"):
+        raise CorruptFileError(f"transformers_weights in {directory / 'config.json'} must name a file in its directory, it is {named!r}")
+    if name == named:
+        return Files((directory / name,), True)
+    return _listed_files(directory, directory / str(named), True)
+
+
 def _files_of(directory: Path, name: str) -> Files | None:
     """The single file of that name, or the shards that its index lists; None if there is neither."""
     single, index = directory / name, directory / f"{name}.index.json"
-    kind = name.endswith(".safetensors")
+    safetensors = name.endswith(".safetensors")
     if single.is_file():
         _check_alone(single, index)
-        return Files((single,), kind)
-    if not index.is_file():
-        return None
+        return Files((single,), safetensors)
+    return _listed_files(directory, index, safetensors) if index.is_file() else None
+
+
+def _listed_files(directory: Path, index: Path, safetensors: bool) -> Files:
+    """The shards that an index lists."""
     listed = _weight_map(index)
     missing = {file for file in listed.values() if not (directory / file).exists()}
     if missing:
         raise CorruptFileError(f"{directory} lacks files that {index.name} names, {first_three(missing)}. Copy or download it again.")
-    return Files(tuple(directory / file for file in sorted(set(listed.values()))), kind, index, frozenset(listed))
+    return Files(tuple(directory / file for file in sorted(set(listed.values()))), safetensors, index, frozenset(listed))
 
 
 def _check_alone(single: Path, index: Path) -> None:

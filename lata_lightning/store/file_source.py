@@ -70,7 +70,7 @@ class FileSource(Source):
             return super().read_slice(name, slices)
         first, last = slices[0].start, slices[0].stop
         tensor = torch.empty((last - first, *shape[1:]), dtype=self.dtype(name))
-        _fill(tensor, span, first * math.prod(shape[1:]))
+        fill_entries(tensor, span, first * math.prod(shape[1:]))
         return tensor
 
     def load(self, name: str) -> Load:  # noqa: D102
@@ -104,11 +104,11 @@ def read_span(span: Span) -> Tensor:
     dtype = torch_dtype(code)
     if strides is None:
         tensor = torch.empty(shape, dtype=dtype)
-        _fill(tensor, span, 0)
+        fill_entries(tensor, span, 0)
         return tensor
     extent = 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
     flat = torch.empty(extent, dtype=dtype)
-    _fill(flat, span, 0)
+    fill_entries(flat, span, 0)
     return flat.as_strided(shape, strides).contiguous()
 
 
@@ -122,14 +122,14 @@ def load_span(span: Span) -> Load:
         if buffer.numel() < end - begin:
             buffer = torch.empty(end - begin, dtype=dtype)
         part = buffer[: end - begin]
-        _fill(part, span, begin)
+        fill_entries(part, span, begin)
         return part
 
     return piece
 
 
-def _fill(tensor: Tensor, span: Span, first: int) -> None:
-    """Read entries from one of them on."""
+def fill_entries(tensor: Tensor, span: Span, first: int) -> None:
+    """Fill a contiguous tensor with the entries of a span, from one of them on; they must follow row by row there."""
     if tensor.numel():
         target = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
         fill(target, span.file, span.begin + first * item_size(span.entry.code))

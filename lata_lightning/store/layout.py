@@ -8,11 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-
-from lata_lightning.errors import CorruptFileError, LataError, SourceError, first_three
+from lata_lightning.errors import CorruptFileError, SourceError, first_three
 from lata_lightning.layers import layer_map
-from lata_lightning.store.descriptors import DESCRIPTORS, Identity, fill, unreadable
+from lata_lightning.store.descriptors import DESCRIPTORS, Identity, fill
 
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",
@@ -24,6 +22,7 @@ READABLE = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"
 """Codes of the dtypes that tensors can be read in."""
 _BYTES = {"64": 8, "32": 4, "16": 2, "8": 1}
 _PIECE = 1 << 20
+_LONGEST_HEADER = 100_000_000
 # Beyond this, sizes in bytes do not fit the integers of torch.
 _VAST = 1 << 59
 
@@ -57,7 +56,9 @@ def item_size(code: str) -> int:
 
 
 def safetensors_spans(path: Path) -> dict[str, Span]:
-    """The tensors of a safetensors file, from its header, which the library checks.
+    """The tensors of a safetensors file, sorted by name, from its header, which is checked against the size of the file.
+
+    The library is not asked, as it calls a file missing where too many are open.
 
     Raises:
         CorruptFileError: The file is missing, or is not whole.
@@ -65,18 +66,51 @@ def safetensors_spans(path: Path) -> dict[str, Span]:
     """
     file = DESCRIPTORS.identify(path)
     try:
-        with safe_open(path, framework="np") as handle:
-            names = list(handle.keys())
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
-    length = memoryview(bytearray(8))
-    fill(length, file, 0)
-    size = int.from_bytes(length, "little")
-    text = memoryview(bytearray(size))
-    fill(text, file, 8)
-    header = json.loads(bytes(text))
-    entries = {name: Entry(tuple(header[name]["shape"]), header[name]["dtype"]) for name in names}
-    return {name: Span(file, 8 + size + header[name]["data_offsets"][0], entry) for name, entry in entries.items()}
+        size, header = _header(file)
+        return {name: _span(file, 8 + size, header[name]) for name in sorted(header)}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise CorruptFileError(f"{path} is no readable safetensors file ({what}). Is it complete? Copy or download it again.") from error
+
+
+def _header(file: Identity) -> tuple[int, dict[str, Any]]:
+    """Size of the header, and the tensors it lists, which must fill the rest of the file without a gap."""
+    if file.size < 8:
+        raise ValueError("it is shorter than its header")
+    size = int.from_bytes(_bytes(file, 0, 8), "little")
+    if size > min(file.size - 8, _LONGEST_HEADER):
+        raise ValueError("it is shorter than its header")
+    pairs: list[tuple[str, Any]] = json.loads(_bytes(file, 8, size).decode("utf-8"), object_pairs_hook=list)
+    header = {name: dict(entry) for name, entry in pairs if name != "__metadata__"}
+    if len(header) < len([name for name, _ in pairs if name != "__metadata__"]):
+        raise ValueError("it lists a tensor twice")
+    end = 0
+    for begin, last in sorted(_numbers(entry["data_offsets"]) for entry in header.values()):
+        if begin != end or last < begin:
+            raise ValueError("its tensors overlap, or leave gaps")
+        end = last
+    if end != file.size - 8 - size:
+        raise ValueError(f"its tensors take {end} bytes, and {file.size - 8 - size} are there")
+    return size, header
+
+
+def _span(file: Identity, data: int, entry: Mapping[str, Any]) -> Span:
+    shape, code, (begin, end) = _numbers(entry["shape"]), str(entry["dtype"]), _numbers(entry["data_offsets"])
+    if code in DTYPES and end - begin != math.prod(shape) * item_size(code):
+        raise ValueError("a tensor has another size than its shape")
+    return Span(file, data + begin, Entry(shape, code))
+
+
+def _numbers(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or any(type(value) is not int or value < 0 for value in values):
+        raise ValueError("a shape or an offset is no list of whole numbers")
+    return tuple(values)
+
+
+def _bytes(file: Identity, begin: int, size: int) -> bytes:
+    data = bytearray(size)
+    fill(memoryview(data), file, begin)
+    return bytes(data)
 
 
 def joined(parts: Iterable[Mapping[str, Span]]) -> dict[str, Span]:
@@ -145,9 +179,3 @@ def _same_bytes(one: Span, other: Span) -> bool:
         if first[:count] != second[:count]:
             return False
     return True
-
-
-def _damaged(path: Path, error: Exception) -> LataError:
-    if isinstance(error, OSError):
-        return unreadable(path, error)
-    return CorruptFileError(f"{path} is no readable safetensors file ({error}). Is it complete? Copy or download it again.")

@@ -112,7 +112,7 @@ def differing_prefixes(one: Collection[str], other: Collection[str], label: str)
         listed = [prefix or other_prefix for prefix, other_prefix in found]
         raise LayoutMismatchError(
             f"{label} must hold the model once; as many of its tensors are found under each of {first_three(listed)}. "
-            "Give the state dict of the one that is meant."
+            "Say which is meant: --model NAME, or model=NAME in Python."
         )
     return found[0]
 

@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
 from lata_lightning.errors import SourceError
 from lata_lightning.store.adapter_files import adapted_model, named_base
 from lata_lightning.store.adapters import AdaptedWeights, AdapterDifference, check_same_base
+from lata_lightning.store.checkpoint_content import UnknownModelError, part_of
 from lata_lightning.store.directories import ADAPTER_CONFIG, adapter_directory, find_weights
 from lata_lightning.store.foreign_adapters import check_no_factors
 from lata_lightning.store.formats.table import find_format
 from lata_lightning.store.lora import AdaptedModel, check_unwrapped, peft_kinds
-from lata_lightning.store.sources import Source, StateDictSource
+from lata_lightning.store.sources import Source, StateDictSource, View
+
+Weights: TypeAlias = str | Path | nn.Module | Mapping[str, Tensor] | Source
+"""What weights can be given as."""
 
 
-def open_source(weights: str | Path | nn.Module | Mapping[str, Tensor] | Source) -> Source:
+def open_source(weights: Weights, model: str | None = None) -> Source:
     """Weights to read from.
 
     Args:
         weights: A model directory, a safetensors file, a file of ``torch.save`` (``.bin``, ``.pt``, ``.pth``, ``.ckpt``), a sharded checkpoint
             directory, a hub id, a module or a state dict, or a peft adapter directory, which stands for the weights it names as its base plus what
             it adds. Files are told apart by their content.
+        model: Name of the module that is meant, where the weights hold several, such as actor and reference, or a model and its running average;
+            its tensors get the names they have there. For a checkpoint it may also be the key of a state dict.
 
     Raises:
+        UnknownModelError: They hold nothing of that name.
         SourceError: The path is nothing of that kind, or cannot be read.
         CorruptFileError: A file is truncated or its index does not match.
     """
     if isinstance(weights, Source):
-        return weights
+        return weights if model is None else View(weights, part_of({name: name for name in weights.names}, model, weights.label))
     if isinstance(weights, peft_kinds()):
         raise SourceError(
             "a model wrapped by peft stands for its base weights plus its adapters: give it as TUNED, or the directory of its base as START"
@@ -38,18 +46,47 @@ def open_source(weights: str | Path | nn.Module | Mapping[str, Tensor] | Source)
     if isinstance(weights, nn.Module):
         check_unwrapped(weights)
     if isinstance(weights, nn.Module | Mapping):
+        if model is not None:
+            return open_source(StateDictSource(weights), model)
         held = StateDictSource(weights)
         check_no_factors(held.names, held.label, held.config)
         return held
     path, revision = find_weights(weights)
     adapter = adapter_directory(path)
+    if adapter is not None and model is not None:
+        raise UnknownModelError(f"{weights} is an adapter, which holds no model named {model!r}. Leave --model out for it.")
     if adapter is not None:
         source = _open_adapted(adapter, str(weights))
     else:
-        source = find_format(path).open(path, str(weights))
+        source = find_format(path).open(path, str(weights), model)
         check_no_factors(source.names, source.label, source.config)
     source.revision = revision
     return source
+
+
+def narrowed(weights: Sequence[Weights], model: str | None) -> list[Weights]:
+    """Several weights, each narrowed to the module of one name where it holds one; the others as they are.
+
+    Args:
+        weights: As for ``open_source``.
+        model: Name of the module; None to leave all as they are.
+
+    Raises:
+        UnknownModelError: None of them holds it.
+    """
+    if model is None:
+        return list(weights)
+    found: list[Weights] = []
+    errors: list[UnknownModelError] = []
+    for one in weights:
+        try:
+            found.append(open_source(one, model))
+        except UnknownModelError as error:
+            errors.append(error)
+            found.append(one)
+    if len(errors) == len(weights):
+        raise errors[-1]
+    return found
 
 
 def open_difference(weights: object, start: Source) -> AdapterDifference | None:

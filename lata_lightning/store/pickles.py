@@ -112,7 +112,7 @@ def kind_of(value: object) -> str:
         return type(value).__name__
     shown = (
         value.arguments[0]
-        if isinstance(value.function, Global) and value.function.module == "copyreg" and value.arguments
+        if isinstance(value.function, Global) and value.function.module in ("copyreg", "copy_reg") and value.arguments
         else value.function
     )
     return ".".join(shown) if isinstance(shown, Global) else "object"
@@ -136,7 +136,7 @@ def _run(data: Readable | bytes) -> Any:
         elif name in _TUPLES:
             stack[-_TUPLES[name] :] = [tuple(_last(stack, _TUPLES[name]))]
         elif name == "STOP":
-            return stack.pop()
+            return _no_mark(stack.pop())
         elif name not in ("PROTO", "FRAME"):
             _step(stack, name, argument)
     raise EOFError("it has no end")
@@ -206,6 +206,12 @@ def _step(stack: list[Any], name: str, argument: Any) -> None:
             stack.append(stack[-1])
         case _:
             raise ValueError(f"the operation {name} is none that a checkpoint needs")
+
+
+def _no_mark(value: Any) -> Any:
+    if value is _MARK:
+        raise IndexError("an operation lacks its arguments")
+    return value
 
 
 def _last(stack: list[Any], count: int) -> list[Any]:

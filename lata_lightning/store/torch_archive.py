@@ -98,7 +98,7 @@ class TorchArchive:
 
     def _span(self, reference: Persistent, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *rest: Any) -> Span:
         kind, storage, key, _, count = reference.content[:5]
-        shape, strides, (offset, count) = _whole(shape), _whole(strides), _whole((offset, count))
+        shape, strides, (offset, count) = whole_numbers(shape), whole_numbers(strides), whole_numbers((offset, count))
         if kind != "storage" or len(shape) != len(strides) or min((offset, count, *shape, *strides)) < 0:
             raise ValueError("a tensor has an impossible layout")
         if len(reference.content) > 5 and reference.content[5] is not None:
@@ -204,8 +204,19 @@ def _parts(value: object) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else []
 
 
-def _whole(value: Any) -> tuple[int, ...]:
-    """A shape, which old pickles hold as a call of ``torch.Size``."""
+def dtype_code(dtype: Global) -> str:
+    """The code in safetensors files of a dtype that a pickle names.
+
+    Raises:
+        SourceError: No such dtype is read.
+    """
+    if dtype.module != "torch" or dtype.name not in _CODES:
+        raise SourceError(f"tensors of the dtype {dtype.name} are not read. {_PLAIN}")
+    return _CODES[dtype.name]
+
+
+def whole_numbers(value: Any) -> tuple[int, ...]:
+    """The numbers of a shape, which may be held as a call of ``torch.Size``."""
     numbers = value.arguments[0] if isinstance(value, Call) else value
     if not all(type(number) is int for number in numbers):
         raise TypeError("a shape must be made of whole numbers")

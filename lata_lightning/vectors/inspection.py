@@ -11,8 +11,12 @@ from lata_lightning.store.formats.table import find_format
 from lata_lightning.vectors.manifest import Derivation, Identity, read_manifest
 
 
-def describe(path: str | Path) -> dict[str, Any]:
+def describe(path: str | Path, model: str | None = None) -> dict[str, Any]:
     """Facts about a task vector, a peft adapter or whole weights, as plain types.
+
+    Args:
+        path: Where they lie, or a hub id.
+        model: Name of the module that is meant, where a checkpoint holds several.
 
     Raises:
         SourceError, CorruptFileError: The path holds neither, or cannot be read.
@@ -21,7 +25,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     if holds_vector(found):
         return _describe_vector(found)
     adapter = adapter_directory(found)
-    return find_format(found).inspect(found) if adapter is None else _describe_adapter(adapter)
+    return find_format(found).inspect(found, model) if adapter is None else _describe_adapter(adapter)
 
 
 def _describe_vector(path: Path) -> dict[str, Any]:
@@ -73,7 +77,7 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
     config = read_object(path / ADAPTER_CONFIG)
     facts = {"type": "peft_type", "base": "base_model_name_or_path", "rank": "r", "initialisation": "init_lora_weights"}
     weights = next((path / name for name in ADAPTER_WEIGHTS if (path / name).is_file()), None)
-    stored = {} if weights is None else find_format(weights).inspect(weights)
+    stored = {} if weights is None else find_format(weights).inspect(weights, None)
     about_tensors: dict[str, Any] = {fact: stored[fact] for fact in ("tensors", "parameters", "dtype") if fact in stored}
     return {"holds": "peft adapter", **{fact: config.get(key) for fact, key in facts.items()}, **about_tensors}
 

@@ -18,7 +18,7 @@ from lata_lightning.moments import Start, check_start
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.store.meaning import check_same_meaning, difference_meaning
 from lata_lightning.store.names import NOTHING, LeaveOut
-from lata_lightning.store.opening import open_difference, open_source
+from lata_lightning.store.opening import narrowed, open_difference, open_source
 from lata_lightning.store.pairing import brought_to, check_same_shapes, match, measured_names
 from lata_lightning.store.sources import Source, View
 from lata_lightning.store.tied_names import ties_by_alias, ties_of
@@ -58,6 +58,7 @@ class TaskVector(Mapping[str, Tensor]):
         layers: LayerRule | str | None = None,
         check_config: bool = True,
         leave_out: Sequence[str] | LeaveOut = (),
+        model: str | None = None,
     ) -> TaskVector:
         """The difference of two sets of weights; nothing is read before a tensor is asked for.
 
@@ -68,10 +69,10 @@ class TaskVector(Mapping[str, Tensor]):
             kind: ``"task"``, or ``"instruction"`` for instruct − base.
             start_kind: Whether ``start`` is the instruct model or the base model.
             layers: Rule that names the blocks, for modules of no known layout (see ``layer_map``).
-            check_config: Compare the configs of the two sides, and of what the vector is used with. Without it, models that compute different functions
-                of their weights are taken for one.
+            check_config: Refuse sides, and later uses of the vector, whose configs say that equal weights compute another function.
             leave_out: Regular expressions, searched in tensor names: what matches is no part of the vector, as heads of different tasks. Each must match
                 something, unless they come as a ``LeaveOut``.
+            model: Name of the module that is meant, where a side holds several, such as actor and reference.
 
         Returns:
             A vector over all weights of the model that both sides hold, and over its buffers, such as running statistics (``layers.statistics``). Tables
@@ -80,10 +81,10 @@ class TaskVector(Mapping[str, Tensor]):
 
         Raises:
             LataError: A pattern of what to leave out is no regular expression, or matches nothing.
-            LayoutMismatchError: The two sides differ in names, shapes, integer tensors, tokens, or in a key of the config that changes what the weights
-                compute.
+            LayoutMismatchError: The two sides differ in names, shapes, integer tensors, tokens, or in what their configs make of the weights.
             SourceError, CorruptFileError: One side cannot be read.
         """
+        start, tuned = narrowed([start, tuned], model)
         start_source = open_source(start)
         added, aliases = open_difference(tuned, start_source), start_source.tied
         tuned_source: Source

@@ -184,7 +184,7 @@ def test_two_checkpoints_with_one_prefix_pair_under_it(tmp_path):
 def test_a_checkpoint_that_holds_the_model_twice_is_refused_rather_than_guessed():
     both = {prefix + name: tensor for prefix in ("teacher.", "student.") for name, tensor in weights().items()}
     with pytest.raises(
-        LayoutMismatchError, match=r"hold the model once; .* under each of 2: \['student.', 'teacher.'\]. Give the state dict"
+        LayoutMismatchError, match=r"hold the model once; .* under each of 2: \['student.', 'teacher.'\]. Say which is meant: --model NAME"
     ):
         pair(open_source(weights()), open_source(both))
 

@@ -18,15 +18,15 @@ class Format(NamedTuple):
     Attributes:
         name: What it is called in messages, such as ``"safetensors file"``.
         recognise: Whether a path is of this kind, by its content.
-        open: Its tensors; the second argument is the path or hub id it was named by.
-        inspect: Facts about it as plain types, from headers alone.
+        open: Its tensors. The second argument is the path or hub id it was named by, the third the module that is meant, or None for the whole.
+        inspect: Facts about it as plain types, from headers alone; the second argument is the module that is meant, or None.
         verify: Compares its tensors with the hashes that were recorded, and gives their number.
     """
 
     name: str
     recognise: Callable[[Path], bool]
-    open: Callable[[Path, str], Source]
-    inspect: Callable[[Path], dict[str, Any]]
+    open: Callable[[Path, str, str | None], Source]
+    inspect: Callable[[Path, str | None], dict[str, Any]]
     verify: Callable[[Path], int]
 
 
@@ -50,10 +50,10 @@ def not_read(name: str, recognise: Callable[[Path], bool], advice: str) -> Forma
         advice: What to do instead, a sentence; ``{path}`` in it becomes the path.
     """
 
-    def refuse(path: Path, location: str | None = None) -> NoReturn:
+    def refuse(path: Path, location: str | None = None, model: str | None = None) -> NoReturn:
         raise SourceError(f"{location or path} is a {name}, which is not read here. {advice.format(path=path)}")
 
-    def inspect(path: Path) -> dict[str, Any]:
+    def inspect(path: Path, model: str | None) -> dict[str, Any]:
         return {"holds": f"{name}, which is not read here", "what to do": advice.format(path=path)}
 
     return Format(name, recognise, refuse, inspect, refuse)

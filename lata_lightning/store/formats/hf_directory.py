@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lata_lightning.errors import CorruptFileError, SourceError, first_three
+from lata_lightning.store.checkpoint_content import Weights
 from lata_lightning.store.directories import Files, holds_vector, model_config, weight_files
 from lata_lightning.store.formats.format import Format
 from lata_lightning.store.formats.quantised import check_not_quantised, quantisation
@@ -23,19 +24,20 @@ def _recognise(path: Path) -> bool:
     return path.is_dir()
 
 
-def _open(path: Path, location: str) -> Source:
+def _open(path: Path, location: str, model: str | None) -> Source:
     from lata_lightning.store.file_source import FileSource
 
     config = model_config(path)
-    _, spans, tied = _read(path, config)
-    check_not_quantised(location, {name: span.entry for name, span in spans.items()}, config)
-    return FileSource(spans, location, directory=path, config=config, tied=tied)
+    _, weights = _read(path, config)
+    check_not_quantised(location, weights.entries, config)
+    weights = weights.of(model, str(path))
+    return FileSource(weights.places, location, directory=path, config=config, tied=weights.tied)
 
 
-def _inspect(path: Path) -> dict[str, Any]:
+def _inspect(path: Path, model: str | None) -> dict[str, Any]:
     config = model_config(path)
-    files, spans, _ = _read(path, config)
-    entries = {name: span.entry for name, span in spans.items()}
+    files, weights = _read(path, config)
+    entries = weights.of(model, str(path)).entries
     kind = "safetensors" if files.safetensors else "pickled"
     count = len(files.paths)
     return {
@@ -47,8 +49,8 @@ def _inspect(path: Path) -> dict[str, Any]:
     }
 
 
-def _read(path: Path, config: Mapping[str, Any] | None) -> tuple[Files, dict[str, Span], dict[str, str]]:
-    """The files of a directory that hold its weights, where each tensor lies in them, and other names of tensors that are listed once."""
+def _read(path: Path, config: Mapping[str, Any] | None) -> tuple[Files, Weights[Span]]:
+    """The files of a directory that hold its weights, and the tensors in them."""
     if holds_vector(path):
         raise SourceError(f"{path} is a task vector, and a model is needed here")
     files = weight_files(path, config)
@@ -57,14 +59,14 @@ def _read(path: Path, config: Mapping[str, Any] | None) -> tuple[Files, dict[str
         spans = joined(safetensors_spans(file) for file in files.paths)
     else:
         parts = [read_weights(file) for file in files.paths]
-        spans = joined(part.spans for part in parts)
+        spans = joined(part.places for part in parts)
         tied = {alias: name for part in parts for alias, name in part.tied.items()}
     missing = files.listed - set(spans) - set(tied)
     if missing:
         raise CorruptFileError(
             f"{files.index_file} lists tensors that its files do not hold, {first_three(missing)}. Copy the directory again."
         )
-    return files, spans, tied
+    return files, Weights(spans, tied)
 
 
 def _verify(path: Path) -> int:

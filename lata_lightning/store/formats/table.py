@@ -9,10 +9,11 @@ from lata_lightning.store.descriptors import unreadable
 from lata_lightning.store.formats.format import Format
 from lata_lightning.store.formats.hf_directory import MODEL_DIRECTORY
 from lata_lightning.store.formats.safetensors_file import SAFETENSORS_FILE
+from lata_lightning.store.formats.sharded_checkpoint import SHARDED_CHECKPOINT
 from lata_lightning.store.formats.torch_file import TORCH_FILE
 from lata_lightning.store.formats.unread import UNREAD
 
-FORMATS: tuple[Format, ...] = (SAFETENSORS_FILE, TORCH_FILE, *UNREAD, MODEL_DIRECTORY)
+FORMATS: tuple[Format, ...] = (SAFETENSORS_FILE, TORCH_FILE, SHARDED_CHECKPOINT, *UNREAD, MODEL_DIRECTORY)
 """In the order in which they are tried. A new format is a module beside this one and an entry here."""
 
 
@@ -32,6 +33,6 @@ def find_format(path: Path) -> Format:
     except OSError as error:
         raise unreadable(path, error) from error
     raise SourceError(
-        f"{path} is of no format that is read here: expected a safetensors file, a file of torch.save (.bin, .pt, .pth, .ckpt), or a model directory. "
-        "Is it complete?"
+        f"{path} is of no format that is read here: expected a safetensors file, a file of torch.save (.bin, .pt, .pth, .ckpt), a sharded checkpoint "
+        "or a model directory. Is it complete?"
     )

@@ -11,7 +11,7 @@ from lata_lightning.store.checkpoint_content import Weights, weights_in
 from lata_lightning.store.descriptors import DESCRIPTORS, first_bytes
 from lata_lightning.store.formats.format import Format, without_hashes
 from lata_lightning.store.formats.quantised import check_not_quantised
-from lata_lightning.store.layout import weights_facts
+from lata_lightning.store.layout import Span, weights_facts
 from lata_lightning.store.pickles import mapping
 from lata_lightning.store.torch_archive import LEGACY, ZIP, TorchArchive
 
@@ -22,12 +22,12 @@ _NAME = "file of torch.save"
 _PART = re.compile(r"consolidated\.\d+\.pth")
 
 
-def read_weights(path: Path, model: str | None = None) -> Weights:
+def read_weights(path: Path, model: str | None = None) -> Weights[Span]:
     """The weights in a file of ``torch.save``.
 
     Args:
         path: The file.
-        model: Name of the dictionary in it that is meant, where it holds several models.
+        model: Which model in it is meant, where it holds several.
 
     Raises:
         SourceError, CorruptFileError: It holds no weights that can be read.
@@ -45,7 +45,7 @@ def _archive(path: Path) -> TorchArchive:
     return TorchArchive(DESCRIPTORS.identify(path))
 
 
-def _weights(archive: TorchArchive, path: Path, model: str | None = None) -> Weights:
+def _weights(archive: TorchArchive, path: Path, model: str | None = None) -> Weights[Span]:
     return weights_in(archive.content, archive.tensor, str(path), model)
 
 
@@ -56,24 +56,19 @@ def _recognise(path: Path) -> bool:
     return begin == LEGACY or begin.startswith(ZIP)
 
 
-def _open(path: Path, location: str) -> Source:
+def _open(path: Path, location: str, model: str | None) -> Source:
     from lata_lightning.store.file_source import FileSource
 
-    spans, tied = read_weights(path)
-    check_not_quantised(location, {name: span.entry for name, span in spans.items()}, None)
-    return FileSource(spans, location, tied=tied)
+    weights = read_weights(path, model)
+    check_not_quantised(location, weights.entries, None)
+    return FileSource(weights.places, location, tied=weights.tied)
 
 
-def _inspect(path: Path) -> dict[str, Any]:
+def _inspect(path: Path, model: str | None) -> dict[str, Any]:
     archive = _archive(path)
-    entries = {name: span.entry for name, span in _weights(archive, path).spans.items()}
     lightning = "pytorch-lightning_version" in (mapping(archive.content) or {})
-    return {
-        "holds": "weights",
-        "format": f"Lightning checkpoint, a {_NAME}" if lightning else _NAME,
-        "architecture": None,
-        **weights_facts(entries),
-    }
+    kind = f"Lightning checkpoint, a {_NAME}" if lightning else _NAME
+    return {"holds": "weights", "format": kind, "architecture": None, **weights_facts(_weights(archive, path, model).entries)}
 
 
 TORCH_FILE = Format(_NAME, _recognise, _open, _inspect, without_hashes(_NAME))
