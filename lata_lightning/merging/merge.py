@@ -17,12 +17,14 @@ from lata_lightning.merging.term import Term as Term
 from lata_lightning.merging.vocabularies import Fitted, Vocabulary, check_vocabulary, fit_vocabularies
 from lata_lightning.numerics.chunks import in_parallel, worker_count
 from lata_lightning.numerics.combine import Part, combined
+from lata_lightning.store.companions import Companions, companions_of
 from lata_lightning.store.directories import MERGE_RECORD
 from lata_lightning.store.hashing import content_hash
-from lata_lightning.store.model_directory import copy_companions
+from lata_lightning.store.model_directory import finished_config
 from lata_lightning.store.names import LeaveOut
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import named_like, pair_names
+from lata_lightning.store.seal import sealed
 from lata_lightning.store.sources import Fingerprinted, Source
 from lata_lightning.store.writer import (
     MAX_SHARD_BYTES,
@@ -32,7 +34,7 @@ from lata_lightning.store.writer import (
     check_free_directory,
     float_dtype,
     layout_size,
-    write_json,
+    write_config,
 )
 from lata_lightning.vectors.aligning import check_same_model, check_same_start
 from lata_lightning.vectors.cards import merge_card
@@ -64,7 +66,7 @@ def merge(
     ``onto`` stay.
 
     Args:
-        onto: The model to add to. Config, tokenizer and other small files of its directory are copied.
+        onto: The model to add to. Everything in its directory goes along but weights in other formats and what tools keep there, which a note names.
         terms: The vectors, each with its scale.
         output: A directory that does not exist yet; it appears complete or not at all.
         dtype: ``float32``, ``bfloat16`` or ``float16``; by default each tensor keeps the dtype it has in ``onto``.
@@ -80,7 +82,8 @@ def merge(
         command: Recorded in the card as how the model was made.
         workers: Threads that merge a tensor each; by default one for each processor, up to four. The result does not depend on it.
         progress: Called after each piece that is written, with the bytes written so far and the bytes in all.
-        note: Called before anything is written with each sentence about rows that are not shared; they are in the record and card as well.
+        note: Called before anything is written with each sentence about rows that are not shared, which are in the record and card as well, and about
+            files that are not copied.
         leave_out: Regular expressions, searched in tensor names: what matches stays as it is in ``onto``, whatever the vectors hold.
         check_start: Refuse a model that is known to be another than the one a vector started from.
 
@@ -116,8 +119,9 @@ def merge(
     matched = match_terms(source, terms, left_out, same_shapes=rows_of is None)
     onto_weights, fitted = _fitted(source, matched, rows_of, left_out)
     check_same_model(source, [term.vector for term in terms], by_token=rows_of is None)
-    if note is not None:
-        for sentence in fitted.notes:
+    companions = companions_of(source, fitted.tokenizer)
+    for sentence in (*fitted.notes, *_notes_on(source, companions)):
+        if note is not None:
             note(sentence)
     one = None if method == "sum" else OneVector(matched, fitted.vectors, method, device)
 
@@ -132,7 +136,7 @@ def merge(
     integers = {name for name in source.names if not source.dtype(name).is_floating_point}
     layout = {name: (cast_to or onto_weights.dtype(name), fitted.onto.shape(name)) for name in onto_weights.names}
     layout |= {name: (source.dtype(name), source.shape(name)) for name in source.names if name in integers}
-    size = layout_size(layout)
+    size = layout_size(layout) + companions.size
     with atomic_directory(target, size) as directory:
         metadata = {"format": "pt"}
         with ShardWriter(directory, "model", layout, max_shard_bytes=max_shard_bytes, metadata=metadata, progress=progress) as writer:
@@ -156,19 +160,24 @@ def merge(
             matched.check_start(onto_weights.hashes, source.label)
         identity = Identity(source.location, source.revision, content_hash(onto_weights.hashes))
         record = {
+            "format_version": 2,
             "onto": asdict(identity),
             "terms": [term.record() for term in terms],
             "derivation": None if one is None else one.record(),
             "vocabulary": None
             if fitted.rows is None
             else {"rows_of": vocabulary, "before": fitted.rows[0], "after": fitted.rows[1], "notes": list(fitted.notes)},
+            "left_out": list(companions.left_out),
             "command": command,
             "content_hash": content_hash(writer.hashes),
             "tensors": writer.hashes,
             "versions": library_versions(),
         }
-        copy_companions(source, directory, dtype, config=fitted.config, tokenizer=fitted.tokenizer)
-        write_json(directory / MERGE_RECORD, record)
+        companions.copy_to(directory)
+        config = finished_config(source, dtype, fitted.config)
+        if config is not None:
+            write_config(directory / "config.json", config)
+        (directory / MERGE_RECORD).write_text(sealed(record), "utf-8")
         (directory / "README.md").write_text(merge_card(target.name, record), "utf-8")
     return target
 
@@ -185,6 +194,15 @@ def forget(target: str | Path | nn.Module | Mapping[str, Tensor] | Source, term:
     Source: LATA, arXiv:2502.20186, task forgetting.
     """
     return merge(target, [replace(term, scale=-term.scale)], output, **options)
+
+
+def _notes_on(source: Source, companions: Companions) -> list[str]:
+    """Sentences about what does not go along with the weights."""
+    if source.directory is None and source.location is not None:
+        return [
+            f"{source.label} lies in no model directory of its own, so no config and no tokenizer come along: the output holds weights only"
+        ]
+    return [] if companions.note is None else [companions.note]
 
 
 def _part(onto: Source, reader: Source, name: str, factor: float) -> Part:

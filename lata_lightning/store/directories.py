@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lata_lightning.errors import CorruptFileError, SourceError, first_three
+from lata_lightning.errors import CorruptFileError, LataError, SourceError, first_three
 from lata_lightning.store.descriptors import unreadable
 
 MANIFEST_NAME = "task_vector.json"
@@ -19,8 +19,12 @@ ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _FURTHER = ("consolidated.safetensors", "lit_model.pth", "consolidated.00.pth")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-_HUB_PICKLES = ["*.bin", "*.pth"]
+# Of a hub repository everything is fetched but the same weights in other formats; folders may hold parts with pickled weights of their own.
+_HUB_PICKLES = ["pytorch_model*", "consolidated*", "*.pt", "*.pth", "*.ckpt"]
+_HUB_OTHERS = [
+    "*.gguf", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.ot", "*.tflite", "onnx/*", "openvino/*", "coreml/*", "original/*",
+    "optimizer*", "checkpoint-*", "runs/*",
+]  # fmt: skip
 
 
 def holds_vector(path: str | Path) -> bool:
@@ -166,6 +170,18 @@ def _named_files(directory: Path, named: object) -> Files:
     return _listed_files(directory, directory / str(named), True)
 
 
+def home_of(file: Path) -> Path | None:
+    """The model directory whose weights are one file; None if the file lies in none, or is not all of its weights."""
+    directory = file.parent
+    if not (directory / "config.json").is_file():
+        return None
+    try:
+        files = weight_files(directory, model_config(directory))
+    except LataError:
+        return None
+    return directory if files.paths == (file,) else None
+
+
 def _files_of(directory: Path, name: str) -> Files | None:
     """The single file of that name, or the shards that its index lists; None if there is neither."""
     single, index = directory / name, directory / f"{name}.index.json"
@@ -272,10 +288,10 @@ def _download(hub_id: str) -> tuple[Path, str]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        directory = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        directory = Path(snapshot_download(hub_id, ignore_patterns=[*_HUB_PICKLES, *_HUB_OTHERS]))
         if not any(directory.glob("*.safetensors")):
             # Only where there is nothing else: most repositories hold both, and each is the whole model.
-            directory = Path(snapshot_download(hub_id, allow_patterns=[*_HUB_FILES, *_HUB_PICKLES]))
+            directory = Path(snapshot_download(hub_id, ignore_patterns=_HUB_OTHERS))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise SourceError(
             f"{hub_id} is no local directory and could not be had from the hub ({type(error).__name__}). Check the spelling; offline, give a directory."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,58 +10,40 @@ from typing import Any
 from lata_lightning.errors import CorruptFileError, SourceError, first_three
 from lata_lightning.store.directories import MANIFEST_NAME, MERGE_RECORD, shard_files
 from lata_lightning.store.file_source import open_safetensors
+from lata_lightning.store.seal import check_seal
 from lata_lightning.store.sources import Source, hashes_of
-from lata_lightning.store.tokens import tokenizer_files
-from lata_lightning.store.writer import write_config
-
-_COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 
 
-def copy_companions(
-    source: Source,
-    directory: Path,
-    dtype: str | None = None,
-    *,
-    config: Mapping[str, Any] | None = None,
-    tokenizer: Source | None = None,
-) -> None:
-    """Copy config, tokenizer and other small files of a source's directory; weights, shard indices, cards and records stay behind.
+def finished_config(source: Source, dtype: str | None, config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The config.json of a model made from another one; None if it is that of the source as it lies there.
 
     Args:
-        source: Weights; nothing is copied if they lie in no directory.
-        directory: Where to.
-        dtype: Written into config.json, if the weights were cast to it.
-        config: Written as config.json in place of that of the source, where the weights have another shape.
-        tokenizer: Whose tokenizer files are copied in place of those of the source.
+        source: The model it was made from.
+        dtype: What the weights were cast to, if they were.
+        config: In place of that of the source, where the weights have another shape.
     """
-    if source.directory is None:
-        return
-    listed = [file for file in sorted(source.directory.iterdir()) if file.is_file()]
-    if tokenizer is not None and tokenizer.directory is not None:
-        own = tokenizer_files(source.directory)
-        listed = [file for file in listed if file not in own] + tokenizer_files(tokenizer.directory)
-    for file in listed:
-        if file.suffix not in _COMPANION_SUFFIXES or file.name.endswith(".index.json"):
-            continue
-        if file.name in (MANIFEST_NAME, MERGE_RECORD):
-            continue
-        shutil.copyfile(file, directory / file.name)
     written = source.config if config is None else config
-    if written is not None and (dtype is not None or written != source.config):
-        if dtype is not None:
-            written = {**{key: value for key, value in written.items() if key != "torch_dtype"}, "dtype": dtype}
-        write_config(directory / "config.json", written)
+    if written is None or (dtype is None and written == source.config):
+        return None
+    if dtype is None:
+        return written
+    return {**{key: value for key, value in written.items() if key != "torch_dtype"}, "dtype": dtype}
 
 
 def verify_merged(path: Path) -> int:
-    """Compare the bytes of a merged model with the hashes in its record; the number of tensors compared.
+    """Compare the bytes of a merged model with the hashes in its record, and the record with its own; the number of tensors compared.
 
     Raises:
         SourceError: The directory was not made by a merge.
-        CorruptFileError: A tensor is missing, or is not what was written.
+        CorruptFileError: A tensor is missing, or is not what was written; or the record was edited.
     """
     try:
-        expected: dict[str, str] = dict(json.loads((path / MERGE_RECORD).read_text("utf-8"))["tensors"])
+        text = (path / MERGE_RECORD).read_text("utf-8")
+        record = json.loads(text)
+        expected: dict[str, str] = dict(record["tensors"])
+        # Those of earlier releases hold no hash of themselves.
+        if "format_version" in record:
+            check_seal(text, path / MERGE_RECORD)
     except FileNotFoundError as error:
         raise SourceError(f"{path} holds neither {MANIFEST_NAME} nor {MERGE_RECORD}: there are no hashes to compare with") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -708,7 +708,9 @@ def test_an_adapter_of_another_architecture_is_refused(tmp_path):
 def test_a_start_of_no_known_architecture_is_refused(tmp_path):
     start, place, _ = adapter(tmp_path)
     change_config(place, base_model_name_or_path=None)
-    refused(start / "model.safetensors", place, SourceError, "architecture that transformers knows")
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes((start / "model.safetensors").read_bytes())
+    refused(alone, place, SourceError, "architecture that transformers knows")
     config = json.loads((start / "config.json").read_text())
     (start / "config.json").write_text(json.dumps({**config, "architectures": ["MadeUp"]}))
     refused(start, place, SourceError, "architecture that transformers knows")

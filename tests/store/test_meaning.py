@@ -111,7 +111,7 @@ def test_a_saved_vector_is_compared_with_whatever_it_is_used_with(made, tmp_path
 def test_two_saved_vectors_are_compared_where_the_model_is_not_known(made, tmp_path, kind):
     vectors = [TaskVector.open(made / name) for name in ("vector", f"{kind}-vector")]
     with pytest.raises(LayoutMismatchError, match=SAID[kind]):
-        merge(made / "onto/model.safetensors", [Term(vector) for vector in vectors], tmp_path / "out", check_base=False)
+        merge(read_back(made / "onto"), [Term(vector) for vector in vectors], tmp_path / "out", check_base=False)
 
 
 def test_without_the_comparison_of_configs_the_vector_is_used_as_it_is(made, tmp_path):

@@ -252,7 +252,7 @@ def test_a_hub_id_is_opened_from_the_cache_with_its_revision(tmp_path, monkeypat
     import huggingface_hub
 
     snapshot = write_model(tmp_path / "snapshots" / "0123abc", weights())
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda hub_id, allow_patterns: str(snapshot))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda hub_id, ignore_patterns: str(snapshot))
     source = open_source("org/name")
     assert (source.location, source.revision, source.directory) == ("org/name", "0123abc", snapshot)
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import BLOCKS, leftovers, llama, plus, same_bits, weights, write_checkpoint, write_model
 
 from lata_lightning.errors import CorruptFileError, LataError, LayoutMismatchError, OutputError, SourceError, WeightingError
-from lata_lightning.store.model_directory import copy_companions, verify_merged
+from lata_lightning.store.companions import companions_of
+from lata_lightning.store.model_directory import verify_merged
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.writer import write_json
 from lata_lightning.vectors.aligning import align
@@ -554,7 +555,7 @@ def test_a_record_that_is_none_is_refused(merged, text):
 
 
 def test_companions_of_weights_in_memory_are_none(tmp_path):
-    copy_companions(open_source(weights()), tmp_path)
+    companions_of(open_source(weights())).copy_to(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

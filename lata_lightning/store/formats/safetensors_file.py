@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lata_lightning.store.checkpoint_content import Weights
 from lata_lightning.store.descriptors import first_bytes
+from lata_lightning.store.directories import home_of, model_config
 from lata_lightning.store.formats.format import Format, without_hashes
 from lata_lightning.store.formats.quantised import check_not_quantised
 from lata_lightning.store.layout import Span, safetensors_spans, weights_facts
@@ -29,7 +30,8 @@ def _open(path: Path, location: str, model: str | None) -> Source:
 
     weights = _weights(path, model)
     check_not_quantised(location, weights.entries, None)
-    return FileSource(weights.places, location)
+    home = home_of(path)
+    return FileSource(weights.places, location, directory=home, config=None if home is None else model_config(home))
 
 
 def _inspect(path: Path, model: str | None) -> dict[str, Any]:

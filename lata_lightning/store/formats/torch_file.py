@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lata_lightning.errors import SourceError, first_three
 from lata_lightning.store.checkpoint_content import Weights, weights_in
 from lata_lightning.store.descriptors import DESCRIPTORS, first_bytes
+from lata_lightning.store.directories import home_of, model_config
 from lata_lightning.store.formats.format import Format, without_hashes
 from lata_lightning.store.formats.quantised import check_not_quantised
 from lata_lightning.store.layout import Span, weights_facts
@@ -61,7 +62,9 @@ def _open(path: Path, location: str, model: str | None) -> Source:
 
     weights = read_weights(path, model)
     check_not_quantised(location, weights.entries, None)
-    return FileSource(weights.places, location, tied=weights.tied)
+    home = home_of(path)
+    config = None if home is None else model_config(home)
+    return FileSource(weights.places, location, directory=home, config=config, tied=weights.tied)
 
 
 def _inspect(path: Path, model: str | None) -> dict[str, Any]:

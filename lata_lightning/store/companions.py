@@ -1,0 +1,138 @@
+"""What belongs to a model directory besides the weights: which files go along to a model made from it, and which stay behind."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lata_lightning.errors import LataError
+from lata_lightning.store.descriptors import unreadable
+from lata_lightning.store.directories import ADAPTER_CONFIG, MANIFEST_NAME, MERGE_RECORD, weight_files
+from lata_lightning.store.sources import Source
+from lata_lightning.store.tokens import tokenizer_files
+
+_SHOWN = 20
+# Weights in whatever format, and what a training run keeps; at the top of a directory.
+_STATES = re.compile(
+    r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|onnx|onnx_data|h5|msgpack|ot|tflite|npz|pkl|pickle|distcp|data-\d+-of-\d+)$|\.index(\.json)?$|"
+    r"^trainer_state\.json$"
+)
+# The same model in the formats of other tools, also in folders, whose parts may have weights of their own.
+_OTHER_FORMATS = re.compile(r"\.(gguf|ggml|onnx|onnx_data|h5|msgpack|ot|tflite|distcp)$")
+_FOLDERS = re.compile(
+    r"^(onnx|openvino|coreml|gguf|original|tf|flax|runs|logs|wandb|__pycache__|checkpoint-\d+|global_step\d+|.*\.mlpackage)$"
+)
+_OWN = ("README.md", MANIFEST_NAME, MERGE_RECORD)
+
+
+@dataclass(frozen=True)
+class Companions:
+    """The files that go along with weights, decided before anything is written.
+
+    Attributes:
+        copied: Files by the path they get in the new directory.
+        left_out: Paths that stay behind, folders with a slash at their end; the weights themselves are not among them.
+        label: Name of the weights, for the note.
+    """
+
+    copied: Mapping[str, Path]
+    left_out: tuple[str, ...]
+    label: str
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files that go along."""
+        return sum(file.stat().st_size for file in self.copied.values())
+
+    @property
+    def note(self) -> str | None:
+        """A sentence about what stays behind; None if nothing does."""
+        if not self.left_out:
+            return None
+        more = len(self.left_out) - _SHOWN
+        shown = ", ".join(self.left_out[:_SHOWN])
+        return f"not copied from {self.label}: {shown}{f' and {more} more, which merge.json lists' if more > 0 else ''}"
+
+    def copy_to(self, directory: Path) -> None:
+        """Copy the files; links become files."""
+        for name, file in self.copied.items():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, directory / name)
+
+
+def companions_of(source: Source, tokenizer: Source | None = None) -> Companions:
+    """What goes along with weights: every file of their directory but weights, and what tools keep beside them.
+
+    Links are followed to files of the directory itself and of the hub's cache, and nowhere else.
+
+    Args:
+        source: The weights; nothing goes along if they lie in no model directory.
+        tokenizer: Whose tokenizer files are taken in place of those of the source.
+
+    Raises:
+        SourceError: A file cannot be read.
+    """
+    if source.directory is None:
+        return Companions({}, (), source.label)
+    directory = source.directory
+    own = _weights(directory, source)
+    taken = None if tokenizer is None or tokenizer.directory == directory else tokenizer.directory
+    replaced = set() if taken is None else set(tokenizer_files(directory))
+    copied: dict[str, Path] = {}
+    left_out: list[str] = []
+    for name, file in _walk(directory, ""):
+        if file in own or file in replaced:
+            continue
+        if file.is_dir() or _stays(name, file, directory):
+            left_out.append(f"{name}/" if file.is_dir() else name)
+        else:
+            copied[name] = file
+    if taken is not None:
+        copied |= {file.name: file for file in tokenizer_files(taken)}
+    for file in copied.values():
+        try:
+            with file.open("rb"):
+                pass
+        except OSError as error:
+            raise unreadable(file, error) from error
+    return Companions(copied, tuple(left_out), source.label)
+
+
+def _walk(directory: Path, prefix: str) -> Iterator[tuple[str, Path]]:
+    """Every file below a directory, and every folder that is not entered, with the path from the directory."""
+    for entry in sorted(directory.iterdir()):
+        name = prefix + entry.name
+        if entry.is_dir() and not _closed(entry):
+            yield from _walk(entry, f"{name}/")
+        else:
+            yield name, entry
+
+
+def _closed(folder: Path) -> bool:
+    """Whether a folder stays behind whole: a link, hidden, the model in another format, of a training run, or a thing of its own."""
+    if folder.is_symlink() or folder.name.startswith(".") or _FOLDERS.search(folder.name):
+        return True
+    return any((folder / name).exists() for name in (MANIFEST_NAME, MERGE_RECORD, ADAPTER_CONFIG))
+
+
+def _stays(name: str, file: Path, directory: Path) -> bool:
+    if name in _OWN or file.name.startswith(".") or not file.is_file():
+        return True
+    if (_STATES if "/" not in name else _OTHER_FORMATS).search(file.name):
+        return True
+    target, home = file.resolve(), directory.resolve()
+    # In the hub's cache, files are links to blobs two folders above the snapshot.
+    return not (target.is_relative_to(home) or (home.parent.name == "snapshots" and target.is_relative_to(home.parent.parent / "blobs")))
+
+
+def _weights(directory: Path, source: Source) -> set[Path]:
+    """The files that were read as the weights, and their index."""
+    try:
+        files = weight_files(directory, source.config)
+    except LataError:
+        # The weights are no file of this directory: of an adapter's base, say.
+        return set()
+    return {*files.paths, *((files.index_file,) if files.index_file is not None else ())}
