@@ -58,6 +58,10 @@ def adapted_model(start: Source, directory: Path) -> AdaptedModel:
             "with. Save it with save_pretrained(…, path_initial_model_for_weight_conversion=…), or merge_and_unload() it and extract from that."
         )
     module = None if start.config is None else skeleton(start.config)
+    # An adapter without a task type names the class it was trained on, which may have a head that the start lacks.
+    trained_on = (config.get("auto_mapping") or {}).get("base_model_class")
+    if module is not None and trained_on is not None:
+        module = skeleton({**(start.config or {}), "architectures": [trained_on]}) or module
     if module is None:
         raise SourceError(
             f"{start.label} must be a Hugging Face directory of an architecture that transformers knows, to find the layers that {directory} adapts"

@@ -12,10 +12,12 @@ from lata_lightning.errors import SourceError
 from lata_lightning.store.adapter_files import adapted_model, named_base
 from lata_lightning.store.adapters import AdaptedWeights, AdapterDifference, check_same_base
 from lata_lightning.store.checkpoint_content import UnknownModelError, part_of
+from lata_lightning.store.checkpoint_names import under_checkpoint_names
 from lata_lightning.store.directories import ADAPTER_CONFIG, adapter_directory, find_weights
 from lata_lightning.store.foreign_adapters import check_no_factors
 from lata_lightning.store.formats.table import find_format
 from lata_lightning.store.lora import AdaptedModel, check_unwrapped, peft_kinds
+from lata_lightning.store.names import differing_prefixes, keyed
 from lata_lightning.store.sources import Source, StateDictSource, View
 
 Weights: TypeAlias = str | Path | nn.Module | Mapping[str, Tensor] | Source
@@ -103,7 +105,8 @@ def open_difference(weights: object, start: Source) -> AdapterDifference | None:
         SourceError, CorruptFileError, LayoutMismatchError: The adapter cannot be read as factors over ``start``.
     """
     if isinstance(weights, peft_kinds()):
-        return AdapterDifference(start, AdaptedModel(weights), None, start.added if isinstance(start, AdaptedWeights) else None)
+        model = AdaptedModel(weights)
+        return AdapterDifference(_named_for(start, model), model, None, start.added if isinstance(start, AdaptedWeights) else None)
     if not isinstance(weights, str | Path):
         return None
     path, revision = find_weights(weights)
@@ -113,7 +116,8 @@ def open_difference(weights: object, start: Source) -> AdapterDifference | None:
     before = start.added if isinstance(start, AdaptedWeights) and _same_place(named_base(directory), start.base) else None
     if before is None:
         _check_base(start, directory, str(weights))
-    added = AdapterDifference(start, adapted_model(start, directory), str(weights), before)
+    model = adapted_model(start, directory)
+    added = AdapterDifference(_named_for(start, model), model, str(weights), before)
     added.revision = revision
     return added
 
@@ -129,7 +133,21 @@ def _open_adapted(directory: Path, location: str) -> Source:
             f"{directory / ADAPTER_CONFIG} names another adapter as its base, {named}; save what merge_and_unload() gives of that first"
         )
     start = open_source(named)
-    return AdaptedWeights(start, AdapterDifference(start, adapted_model(start, directory), location))
+    model = adapted_model(start, directory)
+    start = _named_for(start, model)
+    return AdaptedWeights(start, AdapterDifference(start, model, location))
+
+
+def _named_for(start: Source, adapted: AdaptedModel) -> Source:
+    """The start under the names of the model that was adapted, which may have a head, and so a prefix, that the start lacks."""
+    wanted = under_checkpoint_names(adapted.module, adapted.plain).keys()
+    if isinstance(start, AdaptedWeights) or wanted <= set(start.names):
+        return start
+    stored = keyed(start.names, start.label)
+    prefix, missing = differing_prefixes(stored, wanted, start.label)
+    if not prefix and not missing:
+        return start
+    return View(start, {missing + key.removeprefix(prefix) if key.startswith(prefix) else key: name for key, name in stored.items()})
 
 
 def _same_place(one: str | None, other: Source) -> bool:

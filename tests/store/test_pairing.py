@@ -220,3 +220,32 @@ def test_ties_follow_the_class_where_the_config_says_nothing(tmp_path, stored):
     save_file(tensors | {"lm_head.weight": tensors["shared.weight"] + 1}, file, metadata={"format": "pt"})
     with pytest.raises(LayoutMismatchError, match=r"on one side only are 1: \['lm_head.weight'\]"):
         TaskVector.between(tmp_path / "start", tmp_path / "tuned")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_lora_on_a_model_with_a_head_fits_the_bare_start(with_and_without_head, request):
+    from peft import LoraConfig, get_peft_model
+
+    directory, prefix = with_and_without_head
+    kind = BARE[request.node.callspec.params["with_and_without_head"]][0]
+    if kind is transformers.ResNetForImageClassification:
+        pytest.skip("its convolutions are adapted as any others")
+    targets = {"gpt2": ["c_attn"], "llama": ["q_proj"], "bert": ["query"], "vit": ["q_proj"]}[
+        request.node.callspec.params["with_and_without_head"]
+    ]
+    model = get_peft_model(
+        kind.from_pretrained(directory / "start-bare"), LoraConfig(target_modules=targets, r=2, fan_in_fan_out="c_attn" in targets)
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    model.save_pretrained(directory / "adapter")
+    before = load_file(directory / "start-bare/model.safetensors")
+    vector = TaskVector.between(directory / "start-bare", directory / "adapter")
+    model.merge_and_unload().base_model.save_pretrained(directory / "merged")
+    after = load_file(directory / "merged/model.safetensors")
+    assert any(vector.low_rank(name) is not None for name in vector)
+    for name in vector:
+        plain = name.removeprefix(prefix)
+        torch.testing.assert_close(vector[name], after[plain] - before[plain], rtol=0, atol=1e-5)
