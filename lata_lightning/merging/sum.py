@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lata_lightning.errors import LataError
+from lata_lightning.errors import LataError, SourceError
 from lata_lightning.merging.matching import match_terms
 from lata_lightning.merging.term import Term
 from lata_lightning.numerics.combine import combine
 from lata_lightning.numerics.low_rank import LowRank
+from lata_lightning.store.directories import find_weights
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import named_like
 from lata_lightning.store.sources import Fingerprinted, Source
@@ -26,12 +27,19 @@ def start_of(terms: Sequence[Term], onto: Onto | None) -> Onto:
 
     Raises:
         LataError: Nothing is given and nothing recorded, as the start was in memory.
+        SourceError: Nothing is where the record says, as where it is a path relative to another directory.
     """
     if onto is not None:
         return onto
     location = terms[0].vector.manifest.start_identity.location
     if location is None:
         raise LataError(f"{terms[0].vector.label} does not record where its start model lies: name it (onto=…, --onto MODEL)")
+    try:
+        find_weights(location)
+    except SourceError as error:
+        raise SourceError(
+            f"{terms[0].vector.label} records its start model as {location}, which is not there, seen from {Path.cwd()}: name it (onto=…, --onto MODEL)"
+        ) from error
     return location
 
 

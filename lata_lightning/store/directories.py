@@ -270,7 +270,7 @@ def json_rows(lines: Iterable[str], path: str | Path) -> Iterator[dict[str, Any]
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CorruptFileError(f"line {number} of {path} is no JSON ({error})") from error
         if not isinstance(row, dict):
             raise CorruptFileError(f"line {number} of {path} must be a JSON object, it is a {type(row).__name__}")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lata_lightning.errors import CorruptFileError, SourceError, first_three
-from lata_lightning.store.directories import MANIFEST_NAME, MERGE_RECORD, shard_files
+from lata_lightning.store.directories import MANIFEST_NAME, MERGE_RECORD, read_object, shard_files
 from lata_lightning.store.file_source import open_safetensors
 from lata_lightning.store.seal import check_seal
 from lata_lightning.store.sources import Source, hashes_of
@@ -37,15 +36,14 @@ def verify_merged(path: Path) -> int:
         SourceError: The directory was not made by a merge.
         CorruptFileError: A tensor is missing, or is not what was written; or the record was edited.
     """
+    if not (path / MERGE_RECORD).is_file():
+        raise SourceError(f"{path} holds neither {MANIFEST_NAME} nor {MERGE_RECORD}: there are no hashes to compare with")
     try:
-        text = (path / MERGE_RECORD).read_text("utf-8")
-        record = json.loads(text)
+        record = read_object(path / MERGE_RECORD)
         expected: dict[str, str] = dict(record["tensors"])
         # Those of earlier releases hold no hash of themselves.
         if "format_version" in record:
-            check_seal(text, path / MERGE_RECORD)
-    except FileNotFoundError as error:
-        raise SourceError(f"{path} holds neither {MANIFEST_NAME} nor {MERGE_RECORD}: there are no hashes to compare with") from error
+            check_seal((path / MERGE_RECORD).read_text("utf-8"), path / MERGE_RECORD)
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptFileError(f"{path / MERGE_RECORD} is no merge record ({error!r})") from error
     stored = open_safetensors(shard_files(path, "model"), path)

@@ -18,8 +18,8 @@ _LITERALS = {
 }  # fmt: skip
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-# What reading a damaged pickle can end in.
-DAMAGE = (ValueError, LookupError, TypeError, AttributeError, EOFError, OverflowError, RecursionError, MemoryError)
+# What reading a damaged pickle can end in; a warning where warnings are errors.
+DAMAGE = (DeprecationWarning, ValueError, LookupError, TypeError, AttributeError, EOFError, OverflowError, RecursionError, MemoryError)
 _MARK = object()
 
 

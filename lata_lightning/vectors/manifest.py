@@ -14,6 +14,7 @@ from lata_lightning.alignment import RANKING, Alignment
 from lata_lightning.errors import CorruptFileError, SourceError
 from lata_lightning.layers import LEVELS, LayerMap, Level, Place
 from lata_lightning.moments import STARTS, Start
+from lata_lightning.store.descriptors import unreadable
 from lata_lightning.store.directories import MANIFEST_NAME
 from lata_lightning.store.meaning import Meaning
 from lata_lightning.store.seal import check_seal, sealed
@@ -304,7 +305,9 @@ def read_manifest(directory: Path, *, sealed_only: bool = False) -> Manifest:
         if sealed_only and data["format_version"] >= _FIRST_SEALED:
             check_seal(text, path)
         return Manifest.from_json(data)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptFileError(f"{path} is no valid task vector manifest ({error!r})") from error
 
 

@@ -226,3 +226,15 @@ def test_the_first_bytes_of_a_short_file_are_all_of_them(tmp_path):
     assert first_bytes(tmp_path / "a", 8) == b"12"
     with pytest.raises(SourceError, match="is no file where one is expected"):
         first_bytes(tmp_path, 1)
+
+
+def test_a_recorded_path_that_is_not_there_hints_at_the_option(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "models" / "start", weights(0))
+    TaskVector.between("models/start", weights(1)).save("vector")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["export", "../vector", "--to", "hf", "--output", "out"]) == 1
+    assert "records its start model as models/start, which is not there, seen from" in (error := capsys.readouterr().err)
+    assert "--onto MODEL" in error
+    assert main(["export", "../vector", "--to", "hf", "--onto", "../models/start", "--output", "out"]) == 0
