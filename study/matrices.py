@@ -11,19 +11,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lata_lightning.numerics.singular import iso_c
+
 Vector = Mapping[str, Tensor]
 
 COMMON_FRACTION = 0.8
 """Share of the directions that Iso-CTS takes from the sum; the published default."""
 _RIDGE = 1e-6
-
-
-def iso_c(vectors: Sequence[Vector], matrices: Collection[str]) -> dict[str, Tensor]:
-    """The sum of the task vectors with all singular values of a matrix replaced by their mean.
-
-    Source: Iso-C, arXiv:2502.04959.
-    """
-    return _by_matrix(vectors, matrices, lambda _, found: _flattened(found.sum(0)))
 
 
 def iso_cts(vectors: Sequence[Vector], matrices: Collection[str], common: float = COMMON_FRACTION) -> dict[str, Tensor]:
@@ -41,7 +35,7 @@ def iso_cts(vectors: Sequence[Vector], matrices: Collection[str], common: float 
         rank = min(found.shape[1:])
         own = round((rank - int(rank * common)) / len(found))
         if own == 0:
-            return _flattened(found.sum(0))
+            return iso_c(list(found))
         left, values, right = torch.linalg.svd(found.sum(0), full_matrices=False)
         kept = rank - own * len(found)
         lefts, all_values, rights = [left[:, :kept]], [values[:kept]], [right[:kept]]
@@ -52,22 +46,6 @@ def iso_cts(vectors: Sequence[Vector], matrices: Collection[str], common: float 
             all_values.append(values[:own])
             rights.append(right[:own])
         return torch.cat(all_values).mean() * _nearest_orthogonal(torch.cat(lefts, 1)) @ _nearest_orthogonal(torch.cat(rights))
-
-    return _by_matrix(vectors, matrices, merged)
-
-
-def tsv_m(vectors: Sequence[Vector], matrices: Collection[str]) -> dict[str, Tensor]:
-    """The leading singular directions of every task vector, an equal share of them each, made orthogonal to one another.
-
-    Source: Task Singular Vectors, arXiv:2412.00081, TSV-Merge.
-    """
-
-    def merged(_: str, found: Tensor) -> Tensor:
-        own = max(1, min(found.shape[1:]) // len(found))
-        left, values, right = torch.linalg.svd(found, full_matrices=False)
-        lefts, rights = torch.cat(list(left[:, :, :own]), 1), torch.cat(list(right[:, :own]))
-        joined: Tensor = _nearest_orthogonal(lefts) * values[:, :own].reshape(-1) @ _nearest_orthogonal(rights)
-        return joined
 
     return _by_matrix(vectors, matrices, merged)
 
@@ -94,12 +72,6 @@ def _by_matrix(vectors: Sequence[Vector], matrices: Collection[str], merged: Cal
         stacked = torch.stack([vector[name].double() for vector in vectors])
         found[name] = (merged(name, stacked) if name in matrices else stacked.mean(0)).float()
     return found
-
-
-def _flattened(matrix: Tensor) -> Tensor:
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    flat: Tensor = values.mean() * left @ right
-    return flat
 
 
 def _nearest_orthogonal(matrix: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from torch import Tensor
 from lata_lightning.alignment import Alignment
 from lata_lightning.evaluation.tuning import under_rules
 from lata_lightning.layers import LEVELS, Level
+from lata_lightning.linearity.from_vectors import merge_matrices
+from lata_lightning.linearity.matrix_merges import MatrixMethod
 from lata_lightning.linearity.regression import regress
 from lata_lightning.linearity.solving import DEFAULT_RIDGE, Products, solve_coefficients
 from lata_lightning.moments import STARTS, Start
@@ -38,6 +40,7 @@ Onto = Literal["start", "instruct"]
 TASK_ARITHMETIC = "task arithmetic"
 ANCHORED = "task arithmetic, anchored"
 REGRESSION = "lata regress"
+WITHOUT_SAMPLES = "lata regress without samples"
 RANDOM_ROWS = 5
 CONFIRMED = (
     REGRESSION,
@@ -46,6 +49,7 @@ CONFIRMED = (
     "own direction kept, block",
     "across instruction, block",
     "TSV-M, anchored",
+    WITHOUT_SAMPLES,
     "few-shot from LATA linear",
     "few-shot from uniform",
 )
@@ -219,6 +223,11 @@ def regressed(case: Case, in_order: bool) -> Weights:
     return summed([regress(case.anchored, case.model, case.calibration, in_order=in_order)])
 
 
+def from_vectors(case: Case, method: MatrixMethod = "regression", anchored: bool = True) -> Weights:
+    """One vector made of the vectors alone, by the package."""
+    return summed([merge_matrices(case.anchored if anchored else case.vectors, method, check_base=False)])
+
+
 def few_shot(case: Case, first: Weighting) -> Weights:
     """Coefficients per block and expert, and one outside the blocks, searched by validation score from those of a rule.
 
@@ -313,9 +322,9 @@ def _listed() -> list[Method]:
         *(method(f"TIES {density:g}", onto="start", build=partial(ties, density=density)) for density in (0.2, 0.5)),
         method("DARE 0.5", onto="start", build=partial(dare, density=0.5)),
         method("DARE 0.5 + TIES", onto="start", build=partial(dare_ties, density=0.5)),
-        method("Iso-C", onto="start", build=partial(by_matrix, merge=matrices.iso_c)),
+        method("Iso-C", onto="start", build=partial(from_vectors, method="iso", anchored=False)),
         method("Iso-CTS", onto="start", build=partial(by_matrix, merge=matrices.iso_cts)),
-        method("TSV-M", onto="start", build=partial(by_matrix, merge=matrices.tsv_m)),
+        method("TSV-M", onto="start", build=partial(from_vectors, method="tsv", anchored=False)),
         *(
             method(f"LATA {rule}, {level}", onto="instruct", build=partial(lata, weighting=rule, level=level))
             for level in LEVELS
@@ -358,7 +367,9 @@ def _listed() -> list[Method]:
             build=partial(closed_form, level="submodule", anchored=True),
             starts=from_base,
         ),
-        candidate("TSV-M, anchored", onto="instruct", build=partial(by_matrix, merge=matrices.tsv_m, anchored=True), starts=from_base),
+        candidate("TSV-M, anchored", onto="instruct", build=partial(from_vectors, method="tsv"), starts=from_base),
+        candidate(WITHOUT_SAMPLES, onto="start", build=partial(from_vectors, anchored=False)),
+        candidate(f"{WITHOUT_SAMPLES}, anchored", onto="instruct", build=from_vectors, starts=from_base),
         candidate(
             "interference regression", onto="instruct", build=partial(by_matrix, merge=matrices.interference_regression, anchored=True)
         ),

@@ -114,6 +114,7 @@ def build(
                 _layers(shown),
                 _parts([(number, subject.label, vector) for number, subject, vector in holding], tables, direction is not None),
                 _pairs([subject.label for _, subject, _ in holding], measured, vectors),
+                _conflicts([(number, subject.label, vector) for number, subject, vector in holding]),
                 _models(subjects),
                 _scales(subjects),
                 _provenance([(subject.label, subject.vector_path) for _, subject, _ in holding]),
@@ -260,6 +261,16 @@ def _pairs(labels: Sequence[str], measured: Measured, vectors: Sequence[TaskVect
     if len(vectors) < 2:
         return Section("pairs", "Pairs", lead, [], empty="Name a second run or vector to compare this one with.")
     return Section("pairs", "Pairs", lead, figures.pairwise(labels, measured, vectors[0].layers))
+
+
+def _conflicts(holding: Sequence[tuple[int, str, TaskVector]]) -> Section | None:
+    made = [(number, label, vector.manifest.derivation) for number, label, vector in holding if vector.manifest.derivation is not None]
+    charts = figures.interference([(number, label, derivation) for number, label, derivation in made if derivation is not None])
+    lead = (
+        "Which layers of which vectors get into each other's way: the share of what a vector does on its own inputs, as these show in its weights, that "
+        "making it one with the others changes. 0 is nothing."
+    )
+    return Section("interference", "Interference", lead, charts) if charts else None
 
 
 def _scales(subjects: Sequence[Subject]) -> Section | None:

@@ -21,6 +21,7 @@ from lata_lightning.layers import LayerMap
 from lata_lightning.moments import Moments, total
 from lata_lightning.report.measuring import Measured
 from lata_lightning.report.reading import Measurement, ScaleCurves
+from lata_lightning.vectors.manifest import OUTSIDE, Derivation
 
 Histories = Sequence[tuple[int, str, Sequence[Measurement]]]
 """Number, label and measurements of each run; the number decides its colour."""
@@ -108,6 +109,41 @@ def by_part(vectors: Sequence[tuple[int, str, Mapping[str, Moments]]], layers: L
                         bounds=(min(every), max(every)),
                     )
                 )
+    return charts
+
+
+def interference(derivations: Sequence[tuple[int, str, Derivation]]) -> list[HeatMap]:
+    """How far the vectors that were made into one get into each other's way, by layer: one heat map for each vector that was made so.
+
+    Args:
+        derivations: Number and label of each derived vector, and how it was made.
+    """
+    charts = []
+    for number, label, made in derivations:
+        measured = [entry for entry in made.measured if entry.vector is not None]
+        values = {f"{entry.vector}, {layer}": value for entry in measured for layer, value in entry.layers.items() if value is not None}
+        if not values:
+            continue
+        layers = tuple(dict.fromkeys(layer for entry in measured for layer in entry.layers))
+        inside = [layer for layer in layers if layer != OUTSIDE]
+        ticks, prefix = short_names(inside)
+        rows = tuple(str(entry.vector) for entry in measured)
+        charts.append(
+            HeatMap(
+                key=f"interference-{number + 1}",
+                title=f"Interference: {label}",
+                summary=f"{len(rows)} vectors in {len(layers)} layers: {extremes(values, '.3f')}.",
+                rows=rows,
+                columns=layers,
+                values=tuple(tuple(entry.layers.get(layer) for layer in layers) for entry in measured),
+                row_title="vector",
+                column_title=axis_title("layer", prefix),
+                value_title=measured[0].name,
+                row_ticks=tuple(clip(row) for row in rows),
+                column_ticks=(*ticks, *(["outside"] if OUTSIDE in layers else [])),
+                form=".3f",
+            )
+        )
     return charts
 
 

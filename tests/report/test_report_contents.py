@@ -6,6 +6,7 @@ import pytest
 import torch
 from report_inputs import row, write_run, write_vectors
 
+from lata_lightning import regress
 from lata_lightning.callbacks.handover import VECTOR_NAME
 from lata_lightning.display.charts import HeatMap
 from lata_lightning.errors import BaseMismatchError, CorruptFileError, LataError, LayoutMismatchError, SourceError
@@ -157,6 +158,20 @@ def test_cosines_of_a_zero_vector_are_undefined(vectors, tmp_path):
     found = charts(build([tmp_path / "zero", directory / "math"]))
     assert found["pairs-whole"].values[0] == (None, None)
     assert "no cosine is defined" in found["pairs-whole"].summary
+
+
+def test_interference_is_a_heat_map_for_each_vector_that_was_made_of_several(vectors, tmp_path):
+    directory, _ = vectors
+    one = regress([TaskVector.open(directory / name) for name in ("math", "string")]).save(tmp_path / "one")
+    found = section(build([directory / "math", tmp_path / "one"]), "interference")
+    (chart,) = found.charts
+    interference = [entry for entry in one.manifest.derivation.measured if entry.name == "interference"]
+    assert chart.rows == tuple(entry.vector for entry in interference) == (str(directory / "math"), str(directory / "string"))
+    assert chart.columns == (*BLOCKS, "outside the layers")
+    assert chart.column_ticks == ("0", "1", "outside")
+    assert chart.values == tuple(tuple(entry.layers.values()) for entry in interference)
+    with pytest.raises(StopIteration):
+        section(build([directory / "math", directory / "string"]), "interference")
 
 
 def test_scale_curves_show_every_score_in_rising_order(tmp_path):

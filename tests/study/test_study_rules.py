@@ -7,8 +7,10 @@ from tiny_models import llama
 
 from lata_lightning.alignment import Alignment, LayerStats
 from lata_lightning.errors import LataError
+from lata_lightning.linearity.from_vectors import merge_matrices
 from lata_lightning.linearity.regression import regress
 from lata_lightning.linearity.solving import solve_coefficients
+from lata_lightning.numerics.singular import iso_c
 from lata_lightning.vectors.projection import project
 from lata_lightning.vectors.task_vector import TaskVector
 from lata_lightning.weighting import linear_drop_by_rank
@@ -101,7 +103,8 @@ def test_only_rows_that_say_so_look_at_validation_scores():
 
 def test_rows_that_only_differ_where_experts_started_from_base_are_left_out_elsewhere():
     lone = set(METHODS) - set(methods_for("instruct"))
-    assert lone == {"task arithmetic, anchored", "task arithmetic on instruct", "closed form, submodule, anchored", "TSV-M, anchored"}
+    anchored = {f"{name}, anchored" for name in ("task arithmetic", "closed form, submodule", "TSV-M", "lata regress without samples")}
+    assert lone == {"task arithmetic on instruct", *anchored}
     assert set(methods_for("base")) == set(METHODS)
 
 
@@ -211,24 +214,9 @@ def rotation(size, seed):
     return torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).Q
 
 
-def test_task_singular_vectors_that_do_not_interfere_are_added_whole():
-    left, right = rotation(8, 0), rotation(6, 1)
-    vectors = [
-        {"w": (left[:, 3 * task : 3 * task + 3] * torch.tensor([3.0, 2.0, 1.0]) @ right[:, 3 * task : 3 * task + 3].T)} for task in range(2)
-    ]
-    assert torch.allclose(matrices.tsv_m(vectors, {"w"})["w"].double(), vectors[0]["w"] + vectors[1]["w"], atol=1e-6)
-
-
-def test_task_singular_vectors_keep_an_equal_share_of_directions_of_each():
-    vectors = [{"w": torch.randn(8, 6, generator=torch.Generator().manual_seed(task)).double()} for task in range(3)]
-    values = torch.linalg.svdvals(matrices.tsv_m(vectors, {"w"})["w"].double())
-    expected = torch.cat([torch.linalg.svdvals(vector["w"])[:2] for vector in vectors]).sort(descending=True).values
-    assert torch.allclose(values, expected, atol=1e-5)
-
-
 def test_iso_cts_with_all_directions_common_is_iso_c():
     vectors = [{"w": torch.randn(8, 6, generator=torch.Generator().manual_seed(task)).double()} for task in range(3)]
-    assert torch.equal(matrices.iso_cts(vectors, {"w"}, common=1.0)["w"], matrices.iso_c(vectors, {"w"})["w"])
+    assert torch.equal(matrices.iso_cts(vectors, {"w"}, common=1.0)["w"], iso_c([vector["w"] for vector in vectors]).float())
 
 
 def test_iso_cts_gives_every_task_a_direction_that_the_common_ones_lack():
@@ -444,6 +432,22 @@ def test_regression_is_that_of_the_package_onto_instruct():
         delta = built(name, case)
         assert delta.keys() == expected.keys()
         assert all(torch.equal(delta[tensor], expected[tensor]) for tensor in delta)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "anchored"),
+    [
+        ("lata regress without samples", "regression", False),
+        ("lata regress without samples, anchored", "regression", True),
+        ("TSV-M", "tsv", False),
+        ("Iso-C", "iso", False),
+    ],
+)
+def test_merges_of_the_vectors_alone_are_those_of_the_package(name, method, anchored):
+    case = made("base")
+    expected = merge_matrices(case.anchored if anchored else case.vectors, method)
+    assert close(built(name, case), dict(expected))
+    assert METHODS[name].weights(case) is (case.instruct if anchored else case.start)
 
 
 def test_regression_of_one_vector_is_that_vector():
