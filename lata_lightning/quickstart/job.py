@@ -23,7 +23,7 @@ from lata_lightning.evaluation.scales import Reweighting, best_scale, scale_for_
 from lata_lightning.linearity.regression import regress
 from lata_lightning.merging.merge import Term, forget, merge
 from lata_lightning.quickstart.experts import BASE, EXPERTS, INSTRUCT, fine_tune, training_samples
-from lata_lightning.quickstart.methods import LATA_METHODS, METHODS, REGRESSION
+from lata_lightning.quickstart.methods import LATA_METHODS, METHODS, REGRESSION, WITHOUT_SAMPLES
 from lata_lightning.quickstart.results import Results, Row
 from lata_lightning.quickstart.scoring import Scoring, mean
 from lata_lightning.training.loading import load_causal_lm
@@ -131,6 +131,7 @@ class _Job:
         rows = [Row("instruct, nothing merged", self._test(model), 0.0)]
         samples = [training_samples(name, self._tokenizer, SAMPLES, self._experts) for name in MERGED_SKILLS]
         merges = {name: [method(vector) for vector in vectors] for name, method in METHODS.items()}
+        merges[WITHOUT_SAMPLES] = [regress(vectors)]
         merges[REGRESSION] = [regress(vectors, str(self._model("instruct")), samples)]
         bar = self._progress.add_task("merge at each scale", total=len(merges) * len(MERGE_SCALES))
         for name, weighted in merges.items():

@@ -35,6 +35,8 @@ METHODS: Mapping[str, Method] = {
     "control: blocks only": _blocks_only,
     "control: ranks reversed": _rule(ranks_reversed),
 }
+WITHOUT_SAMPLES = "lata regress, no samples"
+"""For merges only: it needs several vectors."""
 REGRESSION = "lata regress"
 """For merges only: it needs several vectors, and samples of their tasks."""
 LATA_METHODS: dict[str, Weighting] = {"LATA linear": "linear", "LATA log": "log", "LATA threshold": "threshold"}

@@ -20,6 +20,7 @@ from lata_lightning.errors import CorruptFileError, LataError, OutputError, firs
 from lata_lightning.evaluation.continual import summary
 from lata_lightning.layers import Level
 from lata_lightning.merging.merge import Term, merge
+from lata_lightning.merging.methods import Method, check_method
 from lata_lightning.merging.weigh import weigh
 from lata_lightning.store.writer import write_json
 from lata_lightning.training.loading import load_causal_lm
@@ -83,6 +84,7 @@ def learn_in_sequence(
     rule: Rule = "merge",
     weighting: Weighting = "none",
     scale: float = 1.0,
+    method: Method = "sum",
     instruction_vector: str | Path | TaskVector | None = None,
     level: Level = "block",
     threshold: float = DEFAULT_THRESHOLD,
@@ -108,6 +110,8 @@ def learn_in_sequence(
         rule: ``merge`` or ``sequential``.
         weighting: Rule for the coefficients, with ``merge``; others than ``none`` need an instruction vector.
         scale: Multiplier of every vector, with ``merge``.
+        method: How the vectors become one, with ``merge``: ``sum``, or ``regression``, ``tsv`` or ``iso``, which take them whole (see
+            ``lata_lightning.merging.merge.merge``).
         instruction_vector: A saved one, of which ``start`` is the instruct model, to measure alignment with under ``merge``.
         level: Unit of the coefficients.
         threshold: For the weighting ``threshold``.
@@ -124,11 +128,11 @@ def learn_in_sequence(
 
     Source: Sequence and matrix as in Lopez-Paz and Ranzato, arXiv:1706.08840; merged task vectors, arXiv:2212.04089 and 2502.20186.
     """
-    _check(tasks, rule, weighting, scale, instruction_vector)
+    _check(tasks, rule, weighting, scale, method, instruction_vector)
     directory, names = Path(output), tuple(task.name for task in tasks)
     settings = {
         "start": str(start), "tasks": list(names), "rule": rule, "weighting": weighting, "scale": scale, "level": level,
-        "threshold": threshold, "outside": outside,
+        "threshold": threshold, "outside": outside, **({} if method == "sum" else {"method": method}),
     }  # fmt: skip
     record = _Record.open(directory, settings)
     if not record.reference:
@@ -156,7 +160,7 @@ def learn_in_sequence(
             _train(task, origin, partial, callback, keep_checkpoints)
             new = Term(learned(partial), scale if rule == "merge" else 1.0)
             shutil.rmtree(partial / MODEL_NAME, ignore_errors=True)
-            merge(origin, [*terms, new], partial / MODEL_NAME)
+            merge(origin, [*terms, new], partial / MODEL_NAME, method=method)
             shutil.rmtree(partial / _CHECKPOINT, ignore_errors=True)
             partial.rename(stage)
         if rule == "merge":
@@ -208,7 +212,7 @@ class _Record:
         partial.replace(self._path)
 
 
-def _check(tasks: Sequence[Task], rule: str, weighting: Weighting, scale: float, instruction_vector: object) -> None:
+def _check(tasks: Sequence[Task], rule: str, weighting: Weighting, scale: float, method: Method, instruction_vector: object) -> None:
     names = [task.name for task in tasks]
     wrong = {name for name in names if names.count(name) > 1 or not _SAFE_NAME.fullmatch(name)}
     if not names or wrong:
@@ -217,6 +221,12 @@ def _check(tasks: Sequence[Task], rule: str, weighting: Weighting, scale: float,
         )
     if rule not in get_args(Rule):
         raise LataError(f"unknown rule {rule!r}; choose one of {', '.join(get_args(Rule))}")
+    check_method(method, "cpu")
+    if method != "sum" and (rule == "sequential" or weighting != "none"):
+        raise LataError(
+            f"the method {method!r} makes one vector of all, taken whole, so it needs the rule 'merge' and the weighting 'none'; got the rule {rule!r} and "
+            f"the weighting {weighting!r}"
+        )
     if rule == "sequential" and (weighting != "none" or scale != 1.0):
         raise LataError(f"under the rule 'sequential' nothing is weighted or scaled, got weighting {weighting!r} and scale {scale}")
     if weighting != "none" and instruction_vector is None:

@@ -100,6 +100,14 @@ def test_merging_adds_the_scaled_vectors_of_all_tasks_so_far_to_the_start(start,
     assert vectors[0].manifest.coefficients is None
 
 
+def test_a_method_makes_one_vector_of_all_tasks_so_far(start, tmp_path):
+    learned = learn_in_sequence(start, Fits().tasks(), tmp_path / "out", method="regression")
+    vectors = [vector_of(tmp_path / "out", stage) for stage in ("01-first", "02-second")]
+    merge(start, [Term(vector) for vector in vectors], tmp_path / "by-hand", method="regression")
+    assert same_bits(read_back(learned.model), read_back(tmp_path / "by-hand"))
+    assert not same_bits(read_back(merge(start, [Term(vector) for vector in vectors], tmp_path / "summed")), read_back(learned.model))
+
+
 def test_the_weighting_gives_the_vectors_their_coefficients(start, instruction, tmp_path):
     learned = learn_in_sequence(start, Fits().tasks("only"), tmp_path / "out", weighting="linear", instruction_vector=instruction)
     vector = vector_of(tmp_path / "out", "01-only")
@@ -244,6 +252,11 @@ def test_settings_without_meaning_are_refused(start, tmp_path):
         learn_in_sequence(start, tasks, output, rule="sequential", scale=0.5)
     with pytest.raises(LataError, match="the weighting 'log' needs an instruction vector"):
         learn_in_sequence(start, tasks, output, weighting="log")
+    with pytest.raises(LataError, match="unknown method 'ties'; choose one of sum, regression, tsv, iso"):
+        learn_in_sequence(start, tasks, output, method="ties")
+    for options in ({"rule": "sequential"}, {"weighting": "log"}):
+        with pytest.raises(LataError, match="needs the rule 'merge' and the weighting 'none'"):
+            learn_in_sequence(start, tasks, output, method="tsv", **options)
 
 
 def test_several_processes_and_scores_that_are_no_numbers_are_refused(start, tmp_path):
