@@ -224,8 +224,8 @@ def _check(tasks: Sequence[Task], rule: str, weighting: Weighting, scale: float,
     check_method(method, "cpu")
     if method != "sum" and (rule == "sequential" or weighting != "none"):
         raise LataError(
-            f"the method {method!r} makes one vector of all, taken whole, so it needs the rule 'merge' and the weighting 'none'; got the rule {rule!r} and "
-            f"the weighting {weighting!r}"
+            f"the method {method!r} makes one vector of all, taken whole, so it needs the rule 'merge' and the weighting 'none'; got the rule {rule!r} "
+            f"and the weighting {weighting!r}"
         )
     if rule == "sequential" and (weighting != "none" or scale != 1.0):
         raise LataError(f"under the rule 'sequential' nothing is weighted or scaled, got weighting {weighting!r} and scale {scale}")
