@@ -17,6 +17,7 @@ from lata_lightning.layers import unwrapped
 from lata_lightning.live.live_model import find_model
 from lata_lightning.live.projections import attention_projections
 from lata_lightning.store.lora import peft_kinds
+from lata_lightning.store.names import LeaveOut
 
 STATE_VERSION = 1
 
@@ -35,7 +36,7 @@ class AttentionOnlyFinetuning(pl.Callback):
             is frozen.
         heads: Paths of heads inside the LightningModule that are trained, too: modules that belong to one task, such as a freshly
             initialised classifier. They take no part in the task vector: a LATACallback beside this one must follow a model that does not contain
-            them, ``LATACallback(model="model.vit")`` for a head at ``model.classifier``.
+            them, ``LATACallback(model="model.vit")`` for a head at ``model.classifier``, or leave them out, ``LATACallback(leave_out=["classifier"])``.
 
     Checkpoint state, which loads with ``weights_only=True``, some 50 bytes per trained tensor:
 
@@ -143,12 +144,13 @@ class AttentionOnlyFinetuning(pl.Callback):
         headed = {id(parameter) for name in self.heads for parameter in pl_module.get_submodule(name).parameters()}
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(other, LATACallback):
+                left_out = LeaveOut(other.leave_out)
                 followed = find_model(pl_module, other.model).named_parameters()
-                inside = [name for name, parameter in followed if id(parameter) in headed]
+                inside = [name for name, parameter in followed if id(parameter) in headed and not left_out(unwrapped(name))]
                 if inside:
                     raise LataError(
                         f"a trained head must not be part of the task vector, and LATACallback follows a model that contains {first_three(inside)}. "
-                        "Give LATACallback the path of the encoder with model=…"
+                        "Give LATACallback the path of the encoder with model=…, or leave the head out with leave_out=…"
                     )
 
 

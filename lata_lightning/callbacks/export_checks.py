@@ -55,7 +55,7 @@ def _try_onto_start(kinds: Sequence[str], tracker: Tracker, measurement: Measure
     if onto.location is None:
         raise LataError("the model was not loaded from any place.")
     source = open_source(onto.location)
-    found = match(source, live)
+    found = match(source, live, tracker.leave_out)
     check_same_shapes(found)
     stored = {found.tuned.origin_name(name): name for name in found.start.names}
     if not from_base and not tracker.unhashable:

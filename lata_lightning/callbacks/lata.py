@@ -32,6 +32,7 @@ from lata_lightning.live.gathering import export, manifest_of
 from lata_lightning.live.measuring import Measurement
 from lata_lightning.live.tracker import Fingerprint, Tracker
 from lata_lightning.moments import Start, check_start, total
+from lata_lightning.store.names import LeaveOut
 from lata_lightning.store.writer import float_dtype
 from lata_lightning.vectors.task_vector import TaskVector
 from lata_lightning.weighting import DEFAULT_THRESHOLD, Rule, Weighting, follows_alignment, rule_name
@@ -67,6 +68,8 @@ class LATACallback(pl.Callback):
         outside: Coefficient of the tensors that belong to no layer.
         model: Path of the model inside the LightningModule, where it holds several.
         layers: Rule that names the blocks, for modules of no known layout (see ``layer_map``).
+        leave_out: Regular expressions, searched in tensor names. What matches is neither measured nor exported: a head that belongs to one task,
+            or embeddings to which training adds tokens.
         dtype: Precision of the exported vector.
         table: Print a table of the layers at the end of training.
         name: Prefix of the logged keys. Several callbacks in one trainer need different names.
@@ -139,6 +142,7 @@ class LATACallback(pl.Callback):
         outside: float = 0.0,
         model: str | None = None,
         layers: LayerRule | str | None = None,
+        leave_out: Sequence[str] = (),
         dtype: str = "float32",
         table: bool = True,
         name: str = "lata",
@@ -156,6 +160,7 @@ class LATACallback(pl.Callback):
         self.threshold, self.outside, self.model, self.layers, self.dtype, self.table, self.name = (
             threshold, outside, model, layers, dtype, table, name
         )  # fmt: skip
+        self.leave_out = LeaveOut(leave_out).patterns
         self.alignment: Alignment | None = None
         """The last measurement; with coefficients once training has ended."""
         self._tracker: Tracker | None = None
@@ -184,7 +189,9 @@ class LATACallback(pl.Callback):
         if self._settled and trainer.global_step > 0 and self._tracker is not None and self._tracker.root is pl_module:
             return  # Another fit of the same trainer goes on from the weights it has: the start stays what it was.
         self._last_step, self._settled, self.alignment = None, False, None
-        self._tracker = Tracker(pl_module, model=self.model, base_weights=self.base_weights, layers=self.layers)
+        self._tracker = Tracker(
+            pl_module, model=self.model, base_weights=self.base_weights, layers=self.layers, leave_out=LeaveOut(self.leave_out)
+        )
         self._measurement = Measurement(self._tracker, _open_instruction(self.instruction_vector), self.start)
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._tracker.ranks.agree(self._tracker.capture_early)
@@ -201,7 +208,7 @@ class LATACallback(pl.Callback):
         if not self._settled:
             tracker.ranks.agree(lambda: self._check_companions(trainer))
             tracker.ranks.agree(lambda: tracker.settle(self._directory))
-            rank_zero_info(f"LATACallback: start weights: {tracker.kept.describe(tracker.live)}")
+            rank_zero_info(f"LATACallback: start weights: {tracker.describe()}")
             self._require_measurement().check_instruction(self.level, weighted=self.weighting != "none")
             self._settled, self._decided = True, False
             if not trainer.strategy.restore_checkpoint_after_setup:
@@ -303,14 +310,13 @@ class LATACallback(pl.Callback):
         return self._measurement
 
     def _check_companions(self, trainer: pl.Trainer) -> None:
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if (
-                isinstance(other, LATACallback)
-                and other is not self
-                and self._directory is not None
-                and other._directory == self._directory
-            ):
-                raise OutputError(f"two LATACallbacks would write to {self._directory}; give each an output_dir of its own")
+        others = [other for other in trainer.callbacks if isinstance(other, LATACallback) and other is not self]  # type: ignore[attr-defined]
+        if any(other.name == self.name for other in others):
+            raise LataError(
+                f"LATACallbacks in one trainer must have different names, and two are called {self.name!r}: give one another name=…"
+            )
+        if self._directory is not None and any(other._directory == self._directory for other in others):
+            raise OutputError(f"two LATACallbacks would write to {self._directory}; give each an output_dir of its own")
 
     def _decide(self, trainer: pl.Trainer) -> None:
         """Fresh or resumed? A fresh run must not meet the output of another, a resumed one must have its first start weights."""

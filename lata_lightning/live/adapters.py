@@ -14,6 +14,7 @@ from lata_lightning.live.live_model import LiveModel, find_model
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.store.foreign_adapters import check_no_factors
 from lata_lightning.store.lora import AdaptedModel, check_unwrapped, packed_bytes, peft_kinds
+from lata_lightning.store.names import NOTHING, LeaveOut
 
 
 class LoraModel(LiveModel):
@@ -24,12 +25,13 @@ class LoraModel(LiveModel):
 
     Args:
         model: A ``peft.PeftModel``.
+        leave_out: Tells of a name whether its tensor is left out.
 
     Raises:
         LataError: An adapter is no plain LoRA, is merged, or the model is sharded.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, leave_out: LeaveOut = NOTHING) -> None:
         self._adapters = AdaptedModel(model)
         if self._adapters.merged:
             raise LataError(
@@ -38,14 +40,14 @@ class LoraModel(LiveModel):
             )
         if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
             raise LataError("LATACallback cannot measure adapters of a sharded model; use one device or strategy='ddp'")
-        self._take(self._adapters.module, self._adapters.plain)
+        self._take(self._adapters.module, self._adapters.plain, leave_out)
         # What the factors start with may be taken off the base weights.
         self.residual = self._adapters.residual
 
     @property
     def adapted(self) -> frozenset[str]:
         """Names of the tensors that an adapter adds to."""
-        return self._adapters.adapted
+        return self._adapters.adapted & self._tensors.keys()
 
     def added(self, name: str) -> LowRank:
         """What the active adapters add to a tensor, as their factors."""
@@ -69,15 +71,15 @@ class LoraModel(LiveModel):
         return tuple(name for name in self.names if name in by_adapter or name in by_themselves)
 
 
-def look_at(root: nn.Module, name: str | None = None) -> LiveModel:
-    """The model inside a LightningModule as it now stands (see ``find_model``)."""
+def look_at(root: nn.Module, name: str | None = None, leave_out: LeaveOut = NOTHING) -> LiveModel:
+    """The model inside a LightningModule as it now stands (see ``find_model``), without the tensors that are left out."""
     for part in root.modules():
         # After a forward pass without gradients the parameters of the outermost group stay gathered, as plain tensors.
         if isinstance(part, FSDPModule):
             part.reshard()
     module = find_model(root, name)
     if isinstance(module, peft_kinds()):
-        return LoraModel(module)
+        return LoraModel(module, leave_out)
     check_unwrapped(module)
     check_no_factors((unwrapped(parameter) for parameter, _ in module.named_parameters()), "the model in training")
-    return LiveModel(module)
+    return LiveModel(module, leave_out)

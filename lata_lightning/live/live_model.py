@@ -16,6 +16,8 @@ from lata_lightning.layers import unwrapped
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
 from lata_lightning.store.lora import peft_kinds
+from lata_lightning.store.names import NOTHING, LeaveOut
+from lata_lightning.store.roles import named_role
 from lata_lightning.store.sources import Source
 
 
@@ -40,9 +42,13 @@ class LiveModel(Source):
     Tied tensors appear once, under their first name; what wrappers add to names is taken off (see ``unwrapped``). ``read`` gives the tensor as it
     stands, on its device and without a copy, so what it returns changes with the next optimizer step. (Where a checkpoint stores in pieces what the
     module holds as one, some pieces are copies: look at the model anew before each measurement.)
+
+    Args:
+        module: The model.
+        leave_out: Tells of a name whether its tensor is left out.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, leave_out: LeaveOut = NOTHING) -> None:
         held = {unwrapped(name): tensor for name, tensor in [*module.named_parameters(), *_persistent_buffers(module)]}
         packed = [name for name, parameter in module.named_parameters() if not parameter.is_floating_point()]
         if packed:
@@ -50,9 +56,9 @@ class LiveModel(Source):
                 f"LATACallback cannot measure quantised weights, whose parameters are integers: {first_three(packed)}. "
                 "Train a model in full or half precision, or LoRA on top of the quantised one."
             )
-        self._take(module, {name: tensor for name, tensor in held.items() if tensor.is_floating_point()})
+        self._take(module, {name: tensor for name, tensor in held.items() if tensor.is_floating_point()}, leave_out)
 
-    def _take(self, module: nn.Module, held: dict[str, Tensor]) -> None:
+    def _take(self, module: nn.Module, held: dict[str, Tensor], leave_out: LeaveOut) -> None:
         """Hold these tensors of a module, named as the module names them."""
         self.module = module
         config = getattr(module, "config", None)
@@ -67,12 +73,17 @@ class LiveModel(Source):
             raise LataError(
                 f"LATACallback cannot measure {first_three(cut)} while sharded: a checkpoint stores them in other pieces than the module"
             )
-        self._tensors = {name: tensor.detach() for name, tensor in named.items()}
+        buffers = {name: tensor for name, tensor in held.items() if not isinstance(tensor, nn.Parameter)}
+        buffer_names = frozenset(under_checkpoint_names(module, buffers))
+        # Tables that the model computes by itself, as older releases save them.
+        tables = {name for name in buffer_names if named_role(name, tuple(named[name].shape), named[name].dtype) == "table"}
+        self._tensors = {name: tensor.detach() for name, tensor in named.items() if name not in tables and not leave_out(name)}
+        self.left_out = frozenset(name for name in named if leave_out(name))
+        """Names of the tensors that are neither followed nor measured."""
+        self.buffers = buffer_names & self._tensors.keys()
+        """Names of the tensors that are no parameters: they are followed, and not measured."""
         self._names = tuple(self._tensors)
         self.index = {name: number for number, name in enumerate(self._tensors)}
-        buffers = {name: tensor for name, tensor in held.items() if not isinstance(tensor, nn.Parameter)}
-        self.buffers = frozenset(under_checkpoint_names(module, buffers))
-        """Names of the tensors that are no parameters: they are followed, and not measured."""
         self._changing: tuple[tuple[bool, ...], tuple[str, ...]] | None = None
 
     @property

@@ -9,11 +9,12 @@ from torch import nn
 from lata_lightning.errors import LayoutMismatchError, first_three
 from lata_lightning.layers import unwrapped
 from lata_lightning.live.live_model import LiveModel
+from lata_lightning.store.names import NOTHING, LeaveOut
 from lata_lightning.store.pairing import pair
 from lata_lightning.store.sources import Source, View
 
 
-def matched_to(live: LiveModel, source: Source, what: str, root: nn.Module) -> Source:
+def matched_to(live: LiveModel, source: Source, what: str, root: nn.Module, leave_out: LeaveOut = NOTHING) -> Source:
     """A source under the names of the live model.
 
     Args:
@@ -21,22 +22,27 @@ def matched_to(live: LiveModel, source: Source, what: str, root: nn.Module) -> S
         source: Holds the same parameters. Buffers may be on one side only.
         what: What the source is, for messages: ``"the start weights /path"``.
         root: The LightningModule, in which an error may name the model that is meant.
+        leave_out: What the source need not hold; the live model does not.
 
     Raises:
         LayoutMismatchError: The source lacks a parameter, or holds it in another shape.
     """
     weights = {name: name for name in live.names if name not in live.buffers}
     try:
-        matched, found = pair(live, source)
+        matched, found = pair(live, source, leave_out)
     except LayoutMismatchError as error:
         try:
-            matched, found = pair(View(live, weights), View(source, {name: name for name in source.names if name not in live.buffers}))
+            matched, found = pair(
+                View(live, weights), View(source, {name: name for name in source.names if name not in live.buffers}), leave_out
+            )
         except LayoutMismatchError:
             raise LayoutMismatchError(f"{what} must fit the model in training: {error}{_advice(live, source, root)}") from error
     names = {matched.origin_name(name): name for name in matched.names}
     missing = weights.keys() - names.keys()
     if missing:
-        raise LayoutMismatchError(f"{what} must hold every parameter of the model in training; it lacks {first_three(missing)}")
+        raise LayoutMismatchError(
+            f"{what} must hold every parameter of the model in training; it lacks {first_three(missing)}.{_advice(live, source, root)}"
+        )
     return View(found, names)
 
 
@@ -61,7 +67,7 @@ def _advice(live: LiveModel, source: Source, root: nn.Module) -> str:
     grown = [name for name in grown if live.shape(name)[0] != source.shape(name)[0]]
     if grown:
         return (
-            f" Where training added tokens, resize the other side alike and save it, or leave {first_three(grown)} out of the measurement: "
-            f"leave_out={sorted(grown)[:1]!r}."
+            f" Where training added tokens, resize the other side alike and save it, or leave these tensors out of the measurement: "
+            f"leave_out={sorted(grown)!r}."
         )
     return ""

@@ -50,7 +50,7 @@ class Measurement:
             return
         tracker, ranks = self.tracker, self.tracker.ranks
         what = f"the instruction vector {self.instruction.label}"
-        direction = self._direction = matched_to(tracker.live, self.instruction.tensors, what, tracker.root)
+        direction = self._direction = matched_to(tracker.live, self.instruction.tensors, what, tracker.root, tracker.leave_out)
         check_same_meaning(
             (f"the model in training ({tracker.live.label})", meaning_in_memory(tracker.live.config, tracker.live.location)),
             (what, self.instruction.manifest.meaning),

@@ -49,8 +49,13 @@ class StartWeights:
         """Bytes of memory that the copies take."""
         return sum(copy.nbytes for copy in self._copies.values())
 
-    def describe(self, live: LiveModel) -> str:
-        """What is kept where, for the log."""
+    def describe(self, live: LiveModel, spill_to: Path | None = None) -> str:
+        """What is kept where, for the log.
+
+        Args:
+            live: The model in training.
+            spill_to: Where the copies go before the first step; None if they stay in memory.
+        """
         parts = []
         if live.adapted:
             parts.append(f"{len(live.adapted)} tensors under adapters need no copy")
@@ -58,7 +63,11 @@ class StartWeights:
             parts.append(f"{len(self._sourced)} tensors are read again from {self._origin.location}, at 0 bytes per parameter")
         if self._spill is not None:
             parts.append(f"{len(self._spill)} tensors lie in {self._spill.directory}, at 0 bytes of memory per parameter")
-        if self._copies:
+        if self._copies and spill_to is not None:
+            parts.append(
+                f"{len(self._copies)} tensors are written to {spill_to}: {self.copied_bytes / 2**20:,.1f} MiB of disk, none of memory"
+            )
+        elif self._copies:
             each = self.copied_bytes / sum(copy.numel() for copy in self._copies.values())
             parts.append(
                 f"{len(self._copies)} tensors are copied to memory: {self.copied_bytes / 2**20:,.1f} MiB, {each:.0f} bytes per parameter"

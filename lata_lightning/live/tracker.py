@@ -19,6 +19,7 @@ from lata_lightning.live.start_weights import SPILL_NAME, StartWeights
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.numerics.measure import same_values
 from lata_lightning.store.hashing import value_sums
+from lata_lightning.store.names import NOTHING, LeaveOut
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.sources import Source
 
@@ -39,6 +40,7 @@ class Tracker:
         model: Path of the model inside of it; None to look for it.
         base_weights: How the start weights are kept: one of ``PROVIDERS``, or where they lie.
         layers: Rule that names the blocks.
+        leave_out: What is neither followed nor measured.
     """
 
     def __init__(
@@ -48,8 +50,9 @@ class Tracker:
         model: str | None = None,
         base_weights: str = "auto",
         layers: LayerRule | str | None = None,
+        leave_out: LeaveOut = NOTHING,
     ) -> None:
-        self.root, self._model = root, model
+        self.root, self._model, self.leave_out = root, model, leave_out
         self._base_weights, self._rule = base_weights, layers
         self.ranks = Ranks()
         self._live: LiveModel | None = None
@@ -84,7 +87,7 @@ class Tracker:
 
     def capture_early(self) -> None:
         """Keep the weights as they are before a resumed run restores trained ones; nothing if the model has none yet."""
-        live = look_at(self.root, self._model)
+        live = look_at(self.root, self._model, self.leave_out)
         if live.materialized:
             self._live = live
             self._kept = self._new_kept()
@@ -104,6 +107,7 @@ class Tracker:
         live, self._spill_to = self.look(), spill_to
         if not live.materialized:
             raise LataError("the model has no weights when the fit starts; build them in __init__, configure_model or setup")
+        self.leave_out.check_used([*live.names, *live.left_out], "the model in training")
         if self._kept is None:
             self._kept = self._new_kept()
         for name in self._changing:
@@ -114,6 +118,11 @@ class Tracker:
         self._check_provider(live)
         layers = layer_map([name for name in live.names if name not in live.buffers], structure=live.module, rule=self._rule)
         self.places = LayerMap({name: layers.places.get(name, _BUFFER) for name in live.names}, layers.blocks)
+
+    def describe(self) -> str:
+        """How the start weights are kept, for the log."""
+        spilled = self._base_weights == "spill" and self._spill_to is not None
+        return self.kept.describe(self.live, self._spill_to / SPILL_NAME if spilled and self._spill_to is not None else None)
 
     def take_up(self, recorded: Fingerprint | None) -> None:
         """On a resumed run: keep what the first run has kept, its spilled start weights before those that were kept since.
@@ -238,7 +247,7 @@ class Tracker:
 
     def look(self) -> LiveModel:
         """The model as it now stands."""
-        self._live = look_at(self.root, self._model)
+        self._live = look_at(self.root, self._model, self.leave_out)
         return self._live
 
     def owner(self, name: str) -> int:
@@ -321,11 +330,13 @@ class Tracker:
         """Where the start weights may be read again from, and whether they are known to lie there."""
         live = self.live
         if self._base_weights not in PROVIDERS:
-            return matched_to(live, open_source(self._base_weights), f"the start weights {self._base_weights}", self.root), True
+            return matched_to(
+                live, open_source(self._base_weights), f"the start weights {self._base_weights}", self.root, self.leave_out
+            ), True
         if self._base_weights not in ("auto", "source") or live.location is None or not Path(live.location).is_dir():
             return None, False
         try:
-            return matched_to(live, open_source(live.location), live.location, self.root), False
+            return matched_to(live, open_source(live.location), live.location, self.root, self.leave_out), False
         except LataError:
             # What the model says it was loaded from need not be weights of its own shape; then they are copied.
             return None, False
