@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
@@ -57,7 +58,8 @@ def export(tracker: Tracker, write: Callable[[TaskVector], _Result], start: Mani
 
 def manifest_of(tracker: Tracker, start: Start, alignment: Alignment | None, step: int, epoch: int) -> Manifest:
     """Manifest of the vector as it now stands, without tensors and identities."""
-    return Manifest(kind="task", start=start, layers=tracker.places, alignment=alignment, step=step, epoch=epoch)
+    left_out = tracker.leave_out.patterns
+    return Manifest(kind="task", start=start, layers=tracker.places, alignment=alignment, step=step, epoch=epoch, leave_out=left_out)
 
 
 def _states(tracker: Tracker) -> tuple[frozenset[str], frozenset[str]]:
@@ -108,6 +110,7 @@ def _task_vector(tracker: Tracker, manifest: Manifest, still: Set[str], lost: Se
         meaning=meaning_in_memory(live.config, tracker.location or live.location),
         tied=ties_of(live.module, names),
         tensors=entries,
+        leave_out=(*manifest.leave_out, *(f"^{re.escape(name)}$" for name in sorted(lost))),
     )
     return TaskVector(_LiveDifference(tracker, sides["start"], sides["live"], known, still), manifest)
 

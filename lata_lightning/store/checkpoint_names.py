@@ -125,7 +125,7 @@ def loading_names(module: nn.Module) -> Callable[[str], str]:
 def tied_groups(module: nn.Module) -> list[frozenset[str]]:
     """Names of a module that are one tensor, group by group."""
     groups: dict[int, list[str]] = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
+    for name, tensor in nn.Module.state_dict(module, keep_vars=True).items():
         groups.setdefault(id(tensor), []).append(name)
     return [frozenset(names) for names in groups.values() if len(names) > 1]
 

@@ -10,7 +10,7 @@ from lightning_models import Module, batches, tiny_llama, trainer
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from lata_lightning import AttentionOnlyFinetuning, LATACallback, LataError, TaskVector
+from lata_lightning import AttentionOnlyFinetuning, LATACallback, LataError, TaskVector, Term, merge
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -42,6 +42,16 @@ def test_what_is_left_out_is_neither_measured_nor_exported(tmp_path, models, ins
     norm = sum((live[name].detach().double() - start[name]).square().sum() for name in kept).sqrt()
     assert run.callback_metrics["lata/task_norm"].item() == pytest.approx(norm.item(), rel=1e-6)
     assert set(callback.alignment.values) == {f"model.layers.{index}" for index in range(3)}
+
+
+def test_a_vector_without_a_head_is_merged_onto_a_model_with_a_head_of_its_own(tmp_path, models, instruct):
+    fit(tmp_path, Module(instruct), leave_out=["lm_head"], base_weights="memory", export=("vector", "hf"))
+    merge(models / "instruct", [Term(TaskVector.open(tmp_path / "lata/task_vector"))], tmp_path / "merged")
+    start = LlamaForCausalLM.from_pretrained(models / "instruct").state_dict()
+    for made in ("merged", "lata/hf"):
+        merged = LlamaForCausalLM.from_pretrained(tmp_path / made).state_dict()
+        assert torch.equal(merged["lm_head.weight"], start["lm_head.weight"])
+        torch.testing.assert_close(merged["model.norm.weight"], instruct.state_dict()["model.norm.weight"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
