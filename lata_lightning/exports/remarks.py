@@ -40,10 +40,9 @@ def size_remark(size: int, model_size: int, whole: Mapping[str, int]) -> str | N
     if size <= model_size / 2:
         return None
     large = sorted(whole, key=lambda path: -whole[path])
+    leave_out = " Leave modules out that you can do without (--leave-out, as for embeddings), or consider" if whole else " Consider"
     modules = f", {_gigabytes(sum(whole.values()))} of it for modules that are stored whole, {first_three(large)}" if whole else ""
-    return (
-        f"the adapter takes {_gigabytes(size)}{modules}; the model itself takes {_gigabytes(model_size)}. Consider a merged model (--to hf)"
-    )
+    return f"the adapter takes {_gigabytes(size)}{modules}; the model itself takes {_gigabytes(model_size)}.{leave_out} a merged model (--to hf)"
 
 
 def _gigabytes(size: int) -> str:

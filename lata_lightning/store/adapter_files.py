@@ -152,7 +152,7 @@ def _fill(model: Any, held: Mapping[str, Tensor], directory: Path, config: Mappi
         head = _HEADS.get(str(config.get("task_type")))
         advice = (
             f" It was trained on a {head}: save the start as one, with as many labels, by transformers.{head}.from_pretrained({label!r}, "
-            "num_labels=…).save_pretrained(DIR), give DIR as START, and leave the head out of the vector."
+            "num_labels=…).save_pretrained(DIR), give DIR as START, and leave the head out of the vector (--leave-out)."
             if head
             else ""
         )

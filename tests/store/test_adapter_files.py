@@ -195,3 +195,6 @@ def test_an_adapter_of_a_classifier_says_which_start_it_needs(tmp_path):
     expected = layer.scaling["default"] * layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
     torch.testing.assert_close(vector[name].double(), expected.detach(), rtol=1e-6, atol=1e-9)
     assert vector["score.weight"].any()
+    left = TaskVector.between(tmp_path / "start", tmp_path / "adapter", leave_out=["score"])
+    assert set(vector) - set(left) == {"score.weight"}
+    assert left.low_rank(name).equals(vector.low_rank(name))
