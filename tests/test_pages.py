@@ -299,6 +299,7 @@ def manifest():
         instruction_identity=(Identity("base"), Identity("start")),
         meaning=Meaning({"rope_theta": 1.0}, (Vocabulary.from_json(vocabulary),)),
         tied=(("e", "h"),),
+        leave_out=("head",),
         step=1,
         epoch=1,
         precision_loss=PrecisionLoss(0.0, 1.0),

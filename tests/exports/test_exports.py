@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tiny_models import BLOCKS, leftovers, llama, read_back, same_bits, weights, write_model
 from transformers import AutoModelForCausalLM
 
-from lata_lightning.errors import BaseMismatchError, LataError, OutputError
+from lata_lightning.errors import BaseMismatchError, LataError, OutputError, SourceError
 from lata_lightning.exports import EXPORTS, export_to
 from lata_lightning.merging.merge import Term, merge
 from lata_lightning.vectors.aligning import align
@@ -216,3 +216,17 @@ def test_what_is_not_added_to_a_model_has_no_scale(tmp_path, models, kind):
 
 def test_nothing_to_export_is_refused(tmp_path):
     refused(tmp_path, LataError, "there is nothing to export", "hf", [])
+
+
+@pytest.mark.parametrize("kind", ["hf", "mergekit"])
+def test_a_start_recorded_by_a_relative_path_is_asked_for_where_it_cannot_be_read_from(tmp_path, models, monkeypatch, kind):
+    monkeypatch.chdir(models["start"].parent)
+    TaskVector.between(models["start"].name, models["one"].name).save(tmp_path / "saved")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    terms = [Term(TaskVector.open(tmp_path / "saved"))]
+    with pytest.raises(
+        SourceError, match=r"records its start model as start, which is not there, seen from .*elsewhere: name it .*--onto MODEL"
+    ):
+        export_to(kind, terms, tmp_path / "out")
+    export_to(kind, terms, tmp_path / "out", onto=models["start"])
