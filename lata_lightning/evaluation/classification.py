@@ -39,10 +39,9 @@ class Accuracy:
         kinds = {type(sample.label) for sample in samples}
         if len(kinds) > 1:
             raise LataError(f"the labels of {name} must all be words or all be whole numbers; there are both")
-        self.count, self._name, self._tokenizer = len(samples), name, tokenizer
+        self.count, self._name = len(samples), name
         self._labels: list[Any] = [sample.label for sample in samples]
-        rows = [tokenizer(sample.text, truncation=True)["input_ids"] for sample in samples]
-        self._rows = rows
+        self._rows = [tokenizer(sample.text, truncation=True)["input_ids"] for sample in samples]
         self._tokens_per_batch = tokens_per_batch
 
     def __call__(self, model: Any) -> float:
@@ -65,13 +64,11 @@ class Accuracy:
         return right / self.count
 
     def _batches(self, model: Any) -> list[list[int]]:
-        """Numbers of the texts of each batch, shortest first; without a padding token all of a batch are of one length."""
+        """Numbers of the texts of each batch, shortest first; one text each for a model without a padding token."""
         batches: list[list[int]] = []
         for index in sorted(range(self.count), key=lambda index: len(self._rows[index])):
-            length = len(self._rows[index])
-            full = batches and (len(batches[-1]) + 1) * length > self._tokens_per_batch
-            uneven = batches and model.config.pad_token_id is None and len(self._rows[batches[-1][0]]) != length
-            if not batches or full or uneven:
+            full = batches and (len(batches[-1]) + 1) * len(self._rows[index]) > self._tokens_per_batch
+            if not batches or full or model.config.pad_token_id is None:
                 batches.append([])
             batches[-1].append(index)
         return batches

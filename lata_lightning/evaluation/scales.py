@@ -46,7 +46,8 @@ class Reweighting:
         copies = {name: tensor.to("cpu", copy=True) for name, tensor in self._tensors.values()}
         saved = under_checkpoint_names(model, copies)
         self._copied: dict[int, Source] = {}
-        self._onto = StateDictSource({name: _narrowed(tensor, (dtypes or {}).get(name)) for name, tensor in saved.items()}, "the model")
+        narrowed = {name: _narrowed(tensor, (dtypes or {}).get(name)) for name, tensor in saved.items()}
+        self._onto = StateDictSource(narrowed, "the model", StateDictSource(model).config)
 
     def apply(self, terms: Sequence[Term]) -> None:
         """Set the weights to onto + Σ scale · coefficient · vector.
@@ -54,21 +55,30 @@ class Reweighting:
         Raises:
             LayoutMismatchError: A vector does not hold the tensors of the model.
         """
-        total = Sum([self._fixed(term) for term in terms], self._onto, check_base=False) if terms else None
-        names = set(self._onto.names if total is None else total.names)
-
-        def value(name: str) -> Tensor | None:
-            if name not in names:
-                return None
-            return self._onto.read(name) if total is None else total.merged(name, None)
-
-        for name, tensor in self._tensors.values():
-            for merged in self._shell.fill([name], value, "the model", tensor.dtype).values():
-                tensor.copy_(merged)
+        if not terms:
+            self._set(self._onto.names, self._onto.read)
+            return
+        total = Sum([self._fixed(term) for term in terms], self._onto, check_base=False)
+        self._set(total.names, lambda name: total.merged(name, None), total)
 
     def restore(self) -> None:
         """Give the model its own weights back."""
         self.apply([])
+
+    def _set(self, names: Sequence[str], read: Callable[[str], Tensor], total: Sum | None = None) -> None:
+        """Set every tensor of the model to what is stored under its name; with a sum, piece by piece where it is stored as one tensor."""
+        stored = set(names)
+        for name, tensor in self._tensors.values():
+            whole = next((other for other in self._shell.tied(name) if other in stored), None)
+            if total is not None and whole is not None and total.weights.shape(whole) == tensor.shape and tensor.is_contiguous():
+                flat, begin = tensor.view(-1), 0
+                for piece in total.pieces(whole):
+                    flat[begin : begin + len(piece)].copy_(piece)
+                    begin += len(piece)
+                continue
+            values = self._shell.fill([name], lambda key: read(key) if key in stored else None, "the model", tensor.dtype)
+            for value in values.values():
+                tensor.copy_(value)
 
     def _fixed(self, term: Term) -> Term:
         """The term with a vector that stays as it is when the model changes, from which a difference in memory may be taken."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from lata_lightning.errors import BaseMismatchError, LataError
 from lata_lightning.layers import LayerMap, Place
 from lata_lightning.merging.term import Term
+from lata_lightning.numerics.combine import Part
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.store.hashing import content_hash
 from lata_lightning.store.names import NOTHING, LeaveOut
@@ -182,3 +183,14 @@ def _shares(name: str, weights: Source, readers: Sequence[Padded], terms: Sequen
                 f"from. Leave them out (--leave-out 'running_(mean|var)$', leave_out=…) and take them anew on data."
             )
     return shares
+
+
+def summand(onto: Source, reader: Source, name: str, factor: float) -> Part:
+    """One summand of a tensor, computed from two models without reading anything twice."""
+    sides = reader.sides(name)
+    if sides is None:
+        return Part(factor, reader.load(name))
+    tuned, start, held = sides
+    if start.place(held) is not None and start.place(held) == onto.place(name):
+        return Part(factor, tuned.load(held), from_onto=True)
+    return Part(factor, tuned.load(held), start.load(held))

@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from lata_lightning.errors import CorruptFileError, LataError
-from lata_lightning.merging.matching import Matched, match_terms
+from lata_lightning.merging.matching import Matched, match_terms, summand
 from lata_lightning.merging.methods import Method, OneVector, check_method
 from lata_lightning.merging.term import Term as Term
 from lata_lightning.merging.vocabularies import Fitted, Vocabulary, check_vocabulary, fit_vocabularies
 from lata_lightning.numerics.chunks import in_parallel, worker_count
-from lata_lightning.numerics.combine import Part, combined
+from lata_lightning.numerics.combine import combined
 from lata_lightning.store.companions import Companions, companions_of
 from lata_lightning.store.directories import MERGE_RECORD
 from lata_lightning.store.hashing import content_hash
@@ -146,7 +146,7 @@ def merge(
                     writer.write(name, source.read(name))
                     return
                 acting = acting_on(name)
-                parts = [_part(fitted.onto, reader, name, factor) for reader, factor in acting]
+                parts = [summand(fitted.onto, reader, name, factor) for reader, factor in acting]
                 dtype, shape = layout[name]
                 try:
                     writer.stream(name, combined(prod(shape), fitted.onto.load(name), parts, dtype))
@@ -203,17 +203,6 @@ def _notes_on(source: Source, companions: Companions) -> list[str]:
             f"{source.label} lies in no model directory of its own, so no config and no tokenizer come along: the output holds weights only"
         ]
     return [] if companions.note is None else [companions.note]
-
-
-def _part(onto: Source, reader: Source, name: str, factor: float) -> Part:
-    """One summand of a tensor, computed from two models without reading anything twice."""
-    sides = reader.sides(name)
-    if sides is None:
-        return Part(factor, reader.load(name))
-    tuned, start, held = sides
-    if start.place(held) is not None and start.place(held) == onto.place(name):
-        return Part(factor, tuned.load(held), from_onto=True)
-    return Part(factor, tuned.load(held), start.load(held))
 
 
 def _fitted(source: Source, matched: Matched, vocabulary: Vocabulary | None, leave_out: LeaveOut) -> tuple[Fingerprinted, Fitted]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lata_lightning.errors import LataError, SourceError
-from lata_lightning.merging.matching import match_terms
+from lata_lightning.merging.matching import match_terms, summand
 from lata_lightning.merging.term import Term
-from lata_lightning.numerics.combine import combine
+from lata_lightning.numerics.combine import combine, combined
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.store.directories import find_weights
 from lata_lightning.store.opening import open_source
@@ -93,6 +94,12 @@ class Sum:
         """The sum of a tensor, rounded once to the dtype (by default that of the start), bit for bit as a merge writes it."""
         start = self.weights.read(name)
         return combine(start, self.parts(name), dtype or start.dtype)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The sum of a tensor piece by piece, rounded once to the dtype of the start; each piece is valid until the next is asked for."""
+        acting = zip(self._matched.readers, self.factors(name), strict=True)
+        parts = [summand(self.weights, reader, name, factor) for reader, factor in acting if factor != 0]
+        return combined(prod(self.weights.shape(name)), self.weights.load(name), parts, self.weights.dtype(name))
 
     def check_start(self) -> None:
         """Read what has not been read of the start, if a vector records a hash to compare with.

@@ -100,11 +100,20 @@ class Source(ABC):
 
 
 class StateDictSource(Source):
-    """Tensors in memory: a module, a state dict, or the state dict of a checkpoint file."""
+    """Tensors in memory: a module, a state dict, or the state dict of a checkpoint file.
+
+    Args:
+        tensors: A module, or tensors by name.
+        location: Where they come from.
+        config: Content of the config.json that belongs to them; that of a module is its own.
+    """
 
     parallel = True
 
-    def __init__(self, tensors: nn.Module | Mapping[str, Tensor], location: str | None = None) -> None:
+    def __init__(
+        self, tensors: nn.Module | Mapping[str, Tensor], location: str | None = None, config: Mapping[str, Any] | None = None
+    ) -> None:
+        self.config = config
         module = tensors if isinstance(tensors, nn.Module) else None
         if isinstance(tensors, nn.Module):
             config = getattr(tensors, "config", None)

@@ -5,7 +5,8 @@ from typing import get_args
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers_of_kinds import bert
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from lata_lightning.cli.main import main, parser_of
 from lata_lightning.evaluation import tuning, unlearning
@@ -245,6 +246,87 @@ def test_tune_says_when_nothing_helps(lata):
     status, printed, _ = lata("tune instruct base --data copy.jsonl --grid 1 --figure false --output out")
     assert status == 0
     assert printed.strip().splitlines()[-1] == "No scale above 0 is better than the model as it is."
+
+
+def test_tune_says_that_exact_match_cannot_choose_where_it_is_0_everywhere(lata, tmp_path):
+    (tmp_path / "wrong.jsonl").write_text(json.dumps({"prompt": "copy a", "answer": "zzz"}) + "\n")
+    status, printed, _ = lata("tune instruct base --data wrong.jsonl --grid 0.05 --figure false --output out")
+    assert status == 0
+    assert printed.strip().splitlines()[-1].startswith("Exact match is 0 at every point, so nothing is chosen.")
+    assert "--metric perplexity" in printed
+
+
+def test_tune_searches_from_coarse_to_fine_unless_a_grid_is_given_and_says_how_long_it_takes(lata, monkeypatch):
+    monkeypatch.setattr("lata_lightning.cli.common._SECONDS_BETWEEN_LINES", 0.0)
+    status, _, said = lata("tune base instruct --data prose.jsonl --figure false --output out")
+    assert status == 0
+    data = json.loads(open_text("out/tune.json"))
+    assert (data["search"], data["metric"]) == ("coarse-to-fine", "perplexity")
+    assert 2 < len(data["points"]) <= 12
+    assert "lata: tune: 2 of at most 12 points, about " in said
+    assert lata("tune base instruct --data prose.jsonl --figure false --output again")[0] == 0
+    assert json.loads(open_text("again/tune.json"))["points"] == data["points"]
+
+
+def test_files_that_suit_different_metrics_are_refused(lata):
+    status, _, said = lata("tune base instruct --data copy.jsonl prose.jsonl --figure false --output out")
+    assert (status, "copy.jsonl suits exact_match, prose.jsonl suits perplexity. Give --metric perplexity" in said) == (1, True)
+
+
+def test_a_row_of_another_form_is_refused_with_the_nearest_before_a_model_is_loaded(lata, tmp_path):
+    (tmp_path / "odd.jsonl").write_text(json.dumps({"promt": "a", "answer": "b"}) + "\n")
+    for command in ("evaluate nowhere --data odd.jsonl", "tune nowhere instruct --data odd.jsonl --figure false --output out"):
+        status, _, said = lata(command)
+        assert (status, "row 1 of odd.jsonl must hold 'messages'" in said, "'prompt' is missing" in said) == (1, True, True)
+
+
+def test_a_score_under_autocast_is_near_the_one_in_float32(lata):
+    found = []
+    for more in ("", "--autocast bfloat16", "--dtype bfloat16"):
+        status, printed, said = lata(f"evaluate base --data prose.jsonl --format json {more}")
+        assert status == 0, said
+        found.append(json.loads(printed)["prose"]["perplexity"])
+    assert found[1:] == pytest.approx([found[0]] * 2, rel=0.05)
+    assert len(set(found)) == 3
+
+
+@pytest.fixture
+def classifiers(tmp_path):
+    """Two classifiers of one base in directories, and rows that the second one labels rightly."""
+    tokenizer = bert()
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.8}
+    config = BertConfig(vocab_size=270, pad_token_id=256, num_labels=3, **sizes)
+    for seed, name in enumerate(("first", "second")):
+        torch.manual_seed(seed)
+        model = BertForSequenceClassification(config).eval()
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    texts = ["a", "some words", "a longer text", "b", "x y z"]
+    with torch.no_grad():
+        labels = [model(**tokenizer(text, return_tensors="pt")).logits.argmax().item() for text in texts]
+    rows = [{"text": text, "label": label} for text, label in zip(texts, labels, strict=True)]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_classifiers_are_scored_and_tuned_by_their_labels(lata, classifiers):
+    status, printed, said = lata("evaluate second --data labels.jsonl --format json")
+    assert (status, json.loads(printed)) == (0, {"labels": {"accuracy": 1.0}}), said
+    status, printed, said = lata("tune first second --data labels.jsonl --grid 0.5 1 --figure false --output out")
+    assert status == 0, said
+    best = json.loads(open_text("out/tune.json"))["best"]
+    assert best["score"] == 1
+    line = printed.strip().splitlines()[-1]
+    assert lata(line.removeprefix("lata "))[0] == 0
+    assert json.loads(lata("evaluate MODEL --data labels.jsonl --format json")[1]) == {"labels": {"accuracy": 1.0}}
+
+
+def test_a_model_without_a_head_is_no_classifier(lata, classifiers, tmp_path):
+    BertForSequenceClassification.from_pretrained(tmp_path / "first").bert.save_pretrained(tmp_path / "encoder")
+    bert().save_pretrained(tmp_path / "encoder")
+    status, _, said = lata("evaluate encoder --data labels.jsonl")
+    assert (status, "lacks 2: ['classifier.bias', 'classifier.weight'], which would be random numbers" in said) == (1, True)
+    status, _, said = lata("evaluate first --data labels.jsonl copy.jsonl")
+    assert (status, "cannot be both a classifier and a language model" in said) == (1, True)
 
 
 def test_tune_says_what_it_needs(lata, monkeypatch):
