@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel
 
 from lata_lightning.errors import LataError
 from lata_lightning.training.loading import load_causal_lm, with_adapters
+from lata_lightning.training.loss import is_wide, piecewise_loss
 from lata_lightning.training.optimizing import Schedule, adamw, check_optimizing
 
 
@@ -23,7 +25,7 @@ class CausalLMModule(LightningModule):
 
     Batches are dictionaries with ``input_ids`` and ``labels`` of shape (rows, tokens), and ``attention_mask`` or
     ``position_ids`` where there are any. The loss is the mean negative log-likelihood, in nats, of the tokens whose
-    label is not -100.
+    label is not -100. Under one device or DDP, logits that would take more than 256 MiB are computed a few positions at a time.
 
     ============== ======================================================= ===================================================
     logged key     when                                                    what
@@ -122,13 +124,21 @@ class CausalLMModule(LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch."""
-        loss: Tensor = self(**batch).loss
+        loss = self._loss(batch)
         self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=_predicted(batch))
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Logs the loss; every label weighs the same, whatever the batches' sizes."""
-        self.log("val_loss", self(**batch).loss, prog_bar=True, sync_dist=True, batch_size=_predicted(batch))
+        self.log("val_loss", self._loss(batch), prog_bar=True, sync_dist=True, batch_size=_predicted(batch))
+
+    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+        # Where the weights are sharded, the head is whole only inside one run of the model.
+        whole_weights = self._trainer is not None and isinstance(self._trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+        if whole_weights and is_wide(self.model, batch):
+            return piecewise_loss(self.model, batch)
+        loss: Tensor = self(**batch).loss
+        return loss
 
     def configure_optimizers(self) -> Any:
         """AdamW over the trainable parameters, and its schedule by optimizer step."""
