@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lata_lightning.errors import LataError
 from lata_lightning.linearity.shell import Shell
-from lata_lightning.merging.merge import Term
 from lata_lightning.merging.sum import Sum
+from lata_lightning.merging.term import Term
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
 from lata_lightning.store.sources import Source, StateDictSource
 from lata_lightning.vectors.task_vector import TaskVector

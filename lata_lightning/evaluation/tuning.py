@@ -15,7 +15,7 @@ from lata_lightning.evaluation.questions import MetricName
 from lata_lightning.evaluation.scales import Reweighting
 from lata_lightning.evaluation.search import MOST_POINTS, coarse_to_fine
 from lata_lightning.layers import Level
-from lata_lightning.merging.merge import Term
+from lata_lightning.merging.term import Term
 from lata_lightning.merging.weigh import from_instruct, weigh
 from lata_lightning.vectors.aligning import align
 from lata_lightning.vectors.task_vector import TaskVector
