@@ -17,6 +17,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # Whole models that transformers does not load by itself: of Mistral, LitGPT and Meta.
 _FURTHER = ("consolidated.safetensors", "lit_model.pth", "consolidated.00.pth")
+MODEL_FILES = tuple(f"{name}{more}" for name in ("model.safetensors", "pytorch_model.bin") for more in ("", ".index.json"))
+"""The files by which transformers knows the weights in a directory, the first that is there."""
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 # Of a hub repository everything is fetched but the same weights in other formats; folders may hold parts with pickled weights of their own.

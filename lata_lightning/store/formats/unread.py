@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lata_lightning.store.descriptors import first_bytes
+from lata_lightning.store.directories import MODEL_FILES
 from lata_lightning.store.formats.format import Format, not_read
 
 _DEEPSPEED_FILE = re.compile(r"(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_(model|optim)_states\.pt|mp_rank_\d+_model_states\.pt")
@@ -17,6 +18,9 @@ def _begins(*words: bytes) -> Callable[[Path], bool]:
 
 
 def _is_deepspeed(path: Path) -> bool:
+    # The trainer of transformers saves the model beside the state of DeepSpeed: then there is nothing to convert.
+    if any((path / name).is_file() for name in MODEL_FILES):
+        return False
     folders = [path, *(part for part in path.iterdir() if part.is_dir())] if path.is_dir() else []
     return any(_DEEPSPEED_FILE.fullmatch(file.name) for folder in folders for file in folder.iterdir())
 

@@ -224,9 +224,9 @@ def test_a_hub_repository_of_pickled_weights_only_is_downloaded(tmp_path, monkey
 
     snapshot, asked = tmp_path / "snapshots" / "0123abc", []
 
-    def download(hub_id, allow_patterns):
-        asked.append(allow_patterns)
-        if "*.bin" in allow_patterns:
+    def download(hub_id, ignore_patterns):
+        asked.append(ignore_patterns)
+        if "*.bin" not in ignore_patterns:
             write_pickled(snapshot, weights())
         return str(snapshot)
 
@@ -234,4 +234,4 @@ def test_a_hub_repository_of_pickled_weights_only_is_downloaded(tmp_path, monkey
     source = open_source("org/name")
     assert same_bits(contents(source), weights())
     assert source.revision == "0123abc"
-    assert ["*.bin" in patterns for patterns in asked] == [False, True]
+    assert ["*.bin" in patterns for patterns in asked] == [True, False]

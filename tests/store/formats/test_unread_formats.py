@@ -59,6 +59,13 @@ def test_a_deepspeed_directory_is_refused_with_the_command_that_converts_it(tmp_
         open_source(tmp_path)
 
 
+def test_a_model_that_is_saved_beside_the_state_of_deepspeed_is_read(tmp_path):
+    write_model(tmp_path / "m", weights())
+    (tmp_path / "m/global_step3").mkdir()
+    torch.save({}, tmp_path / "m/global_step3/zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    assert set(open_source(tmp_path / "m").names) == set(weights())
+
+
 def test_every_format_has_a_name_of_its_own():
     assert len({known.name for known in FORMATS}) == len(FORMATS)
 
