@@ -7,7 +7,7 @@ Each task is then fine-tuned from it under the three regimes, on the same batche
 grid, the same for all, whose single-task models are best on validation. The linearised regime trains f(x; θ0) + J (θ − θ0) by forward-mode
 differentiation. Each regime runs in a process of its own. Writes benchmarks/results/regimes.json and .md.
 
-Source of the comparison: arXiv:2407.07089 and arXiv:2305.12827.
+TensorSource of the comparison: arXiv:2407.07089 and arXiv:2305.12827.
 """
 
 from __future__ import annotations

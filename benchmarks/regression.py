@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench import MIB, process, publish, read_all, seconds_of, table
-from lata_lightning.numerics.chunks import slices
+from lata_lightning.numerics.chunks import tensor_chunks
 from lata_lightning.numerics.matrix_regression import Figures, Operand, Settings, regressed
 from lata_lightning.numerics.singular import tsv_m
 
@@ -47,7 +47,7 @@ def matrices(rows: int, columns: int) -> list[Tensor]:
 def solved(taus: Sequence[Tensor], precision: torch.dtype = torch.float64) -> tuple[Tensor, Figures]:
     """The regression of matrices, and what was found out."""
     figures = Figures.empty(len(taus))
-    operands = [Operand(slices(tau), slices(tau)) for tau in taus]
+    operands = [Operand(tensor_chunks(tau), tensor_chunks(tau)) for tau in taus]
     shape = (taus[0].shape[0], taus[0].shape[1])
     return torch.cat(list(regressed(operands, shape, Settings(precision=precision), figures))), figures
 

@@ -40,7 +40,7 @@ _EMBEDDING = re.compile(r"embed(?!_out)|^wte$|^wpe$|^shared$|patch|position|cls_
 _HEAD = re.compile(r"(?<!multi)(?<!multi_)head|embed_out|classifier|^score$|qa_outputs|pooler|predictions|^cls$", re.IGNORECASE)
 
 
-class Place(NamedTuple):
+class LayerPosition(NamedTuple):
     """Where a tensor stands: its block (None outside the stack) and the part of the block, or its role outside of it."""
 
     block: str | None
@@ -52,17 +52,17 @@ class LayerMap:
     """The place of every tensor of a model, blocks in the order in which the model runs them.
 
     Attributes:
-        places: Tensor name to place. Parts inside a block: ``attention``, ``cross_attention``, ``mlp``, ``norm``, ``other``.
+        positions: Tensor name to position. Parts inside a block: ``attention``, ``cross_attention``, ``mlp``, ``norm``, ``other``.
             Roles outside: ``embedding``, ``head``, ``final_norm``, ``other``, and ``statistics`` for buffers.
         blocks: Names of the blocks in order.
     """
 
-    places: Mapping[str, Place]
+    positions: Mapping[str, LayerPosition]
     blocks: tuple[str, ...]
 
     def layer_of(self, name: str, level: Level = "block") -> str | None:
         """Name of the layer that holds the tensor; None for a tensor outside the blocks."""
-        block, part = self.places[name]
+        block, part = self.positions[name]
         if block is None:
             return None
         return {"block": block, "submodule": f"{block}.{part}", "tensor": name}[check_level(level)]
@@ -70,9 +70,11 @@ class LayerMap:
     def layers(self, level: Level = "block") -> dict[str, list[str]]:
         """Tensor names by layer, layers in order."""
         order = {block: index for index, block in enumerate(self.blocks)}
-        inside = [name for name, place in self.places.items() if place.block is not None]
+        inside = [name for name, place in self.positions.items() if place.block is not None]
         # Not the order of a file: equal alignments are ranked in layer order, which must not depend on how weights were saved.
-        inside.sort(key=lambda name: (order[cast(str, self.places[name].block)], _PARTS.index(self.places[name].part), _natural(name)))
+        inside.sort(
+            key=lambda name: (order[cast(str, self.positions[name].block)], _PARTS.index(self.positions[name].part), _natural(name))
+        )
         found: dict[str, list[str]] = {}
         for name in inside:
             found.setdefault(cast(str, self.layer_of(name, level)), []).append(name)
@@ -80,12 +82,12 @@ class LayerMap:
 
     def outside(self) -> dict[str, str]:
         """Role by tensor name, for the weights that belong to no block."""
-        return {name: place.part for name, place in self.places.items() if place.block is None and place.part != STATISTICS}
+        return {name: place.part for name, place in self.positions.items() if place.block is None and place.part != STATISTICS}
 
     @cached_property
     def statistics(self) -> frozenset[str]:
         """Names of the tensors that are no weights but buffers, which are measured nowhere and never scaled."""
-        return frozenset(name for name, place in self.places.items() if place.part == STATISTICS)
+        return frozenset(name for name, place in self.positions.items() if place.part == STATISTICS)
 
 
 class DeferredLayerMap(LayerMap):
@@ -105,15 +107,15 @@ class DeferredLayerMap(LayerMap):
         return made
 
     @property
-    def places(self) -> Mapping[str, Place]:  # noqa: D102
-        return self._map.places
+    def positions(self) -> Mapping[str, LayerPosition]:  # noqa: D102
+        return self._map.positions
 
     @property
     def blocks(self) -> tuple[str, ...]:  # noqa: D102
         return self._map.blocks
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, LayerMap) and (self.places, self.blocks) == (other.places, other.blocks)
+        return isinstance(other, LayerMap) and (self.positions, self.blocks) == (other.positions, other.blocks)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -131,7 +133,7 @@ def unwrapped(name: str) -> str:
 
 
 def layer_map(names: Iterable[str], *, structure: nn.Module | None = None, rule: LayerRule | str | None = None) -> LayerMap:
-    """Place of every named tensor.
+    """LayerPosition of every named tensor.
 
     Args:
         names: Tensor names as in a Hugging Face checkpoint or ``named_parameters()``.
@@ -161,7 +163,7 @@ def layer_map(names: Iterable[str], *, structure: nn.Module | None = None, rule:
     places = {}
     for name in names:
         block = block_of[name]
-        places[name] = Place(block, part_of(name, block, modules) if block is not None else _role(name, modules))
+        places[name] = LayerPosition(block, part_of(name, block, modules) if block is not None else _role(name, modules))
     return LayerMap(places, tuple(blocks))
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from lata_lightning import TaskVector
-from lata_lightning.numerics.chunks import products
+from lata_lightning.numerics.chunks import factor_chunks
 from lata_lightning.numerics.low_rank import Factors, LowRank
 from lata_lightning.store.sources import View
 from lata_lightning.vectors.entries import TensorEntry
@@ -19,8 +19,8 @@ class _InFactors(View):
     def low_rank(self, name):
         return self._factors.get(name)
 
-    def load(self, name):
-        return products(self._factors[name]) if name in self._factors else super().load(name)
+    def chunks(self, name):
+        return factor_chunks(self._factors[name]) if name in self._factors else super().chunks(name)
 
 
 def vector_in_factors(directory, weights, factors):

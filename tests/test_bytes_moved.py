@@ -8,7 +8,7 @@ from in_factors import random_factors, vector_in_factors
 from tiny_models import read_back, write_model
 
 from lata_lightning.merging.merge import Term, merge
-from lata_lightning.numerics.chunks import PIECE, in_parallel, worker_count
+from lata_lightning.numerics.chunks import CHUNK, in_parallel, worker_count
 from lata_lightning.vectors.aligning import align
 from lata_lightning.vectors.artefact import verify
 from lata_lightning.vectors.task_vector import TaskVector
@@ -58,7 +58,7 @@ def moved(monkeypatch):
 def test_a_merge_of_tuned_models_reads_each_model_once_and_writes_the_result_once(tmp_path, models, moved):
     onto, *tuned = models
     merge(onto, [Term(TaskVector.between(onto, model), 0.3) for model in tuned], tmp_path / "out")
-    assert moved == {"read": 3 * 2 * SIZE, "written": 2 * SIZE, "largest": 2 * PIECE}
+    assert moved == {"read": 3 * 2 * SIZE, "written": 2 * SIZE, "largest": 2 * CHUNK}
 
 
 def test_a_merge_of_saved_vectors_reads_each_of_them_once(tmp_path, models, moved):
@@ -67,19 +67,19 @@ def test_a_merge_of_saved_vectors_reads_each_of_them_once(tmp_path, models, move
         TaskVector.between(onto, model).save(tmp_path / f"vector-{index}")
     moved.update(read=0, written=0, largest=0)
     merge(onto, [Term(TaskVector.open(tmp_path / f"vector-{index}"), 0.3) for index in range(2)], tmp_path / "out")
-    assert moved == {"read": 2 * SIZE + 2 * 4 * SIZE, "written": 2 * SIZE, "largest": 4 * PIECE}
+    assert moved == {"read": 2 * SIZE + 2 * 4 * SIZE, "written": 2 * SIZE, "largest": 4 * CHUNK}
 
 
 def test_what_a_merge_leaves_alone_is_copied_without_reading_the_vector(tmp_path, models, moved):
     onto, tuned, _ = models
     merge(onto, [Term(TaskVector.between(onto, tuned), 0.0)], tmp_path / "out")
-    assert moved == {"read": 2 * SIZE, "written": 2 * SIZE, "largest": 2 * PIECE}
+    assert moved == {"read": 2 * SIZE, "written": 2 * SIZE, "largest": 2 * CHUNK}
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])
 def test_extracting_reads_both_models_once_and_writes_the_vector_once(tmp_path, models, moved, dtype, width):
     TaskVector.between(models[0], models[1]).save(tmp_path / "vector", dtype=dtype)
-    assert moved == {"read": 2 * 2 * SIZE, "written": width * SIZE, "largest": max(2, width) * PIECE}
+    assert moved == {"read": 2 * 2 * SIZE, "written": width * SIZE, "largest": max(2, width) * CHUNK}
 
 
 def test_aligning_and_verifying_read_the_vectors_once(tmp_path, models, moved):
@@ -97,8 +97,8 @@ def test_aligning_and_verifying_read_the_vectors_once(tmp_path, models, moved):
 def test_the_result_does_not_depend_on_the_number_of_workers_or_the_size_of_pieces(tmp_path, models, monkeypatch):
     onto, *tuned = models
     results = []
-    for number, (workers, piece) in enumerate([(1, PIECE), (2, PIECE), (5, PIECE), (1, 4096), (3, 70_001)]):
-        monkeypatch.setattr("lata_lightning.numerics.chunks.PIECE", piece)
+    for number, (workers, piece) in enumerate([(1, CHUNK), (2, CHUNK), (5, CHUNK), (1, 4096), (3, 70_001)]):
+        monkeypatch.setattr("lata_lightning.numerics.chunks.CHUNK", piece)
         terms = [Term(TaskVector.between(onto, model), scale) for model, scale in zip(tuned, (0.37, -0.81), strict=True)]
         merge(onto, terms, tmp_path / f"out-{number}", workers=workers)
         TaskVector.between(onto, tuned[0]).save(tmp_path / f"vector-{number}", dtype="float16", workers=workers)
@@ -169,4 +169,4 @@ def test_merging_a_vector_in_factors_reads_the_start_once_and_piece_by_piece(tmp
     moved.update(read=0, written=0, largest=0)
     merge(models[0], [Term(low)], tmp_path / "merged", check_base=False)
     assert moved["read"] == 2 * SIZE + 4 * 2 * (ROWS + COLUMNS)
-    assert moved["largest"] <= 2 * PIECE
+    assert moved["largest"] <= 2 * CHUNK

@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 
 from lata_lightning.errors import LataError, first_three
-from lata_lightning.layers import Place, check_level, layer_map, skeleton
+from lata_lightning.layers import LayerPosition, check_level, layer_map, skeleton
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 CAUSAL = {**SMALL, "num_key_value_heads": 1, "vocab_size": 40}
@@ -247,9 +247,9 @@ def test_blocks_and_parts_are_those_of_the_architecture_with_and_without_its_str
     with_structure, from_names = layer_map(names, structure=model), layer_map(names)
 
     assert list(with_structure.blocks) == blocks
-    assert {name: tuple(with_structure.places[name]) for name in places} == places
+    assert {name: tuple(with_structure.positions[name]) for name in places} == places
     assert with_structure == from_names
-    assert list(with_structure.places) == names, "every tensor has a place, and in the order given"
+    assert list(with_structure.positions) == names, "every tensor has a place, and in the order given"
     listed = [name for inside in with_structure.layers().values() for name in inside]
     assert sorted([*listed, *with_structure.outside()]) == sorted(names)
 
@@ -278,7 +278,7 @@ def test_a_mixture_of_experts_in_its_older_checkpoint_names_keeps_every_expert_i
     by_names = layer_map(names)
     assert by_names.blocks == ("model.layers.0", "model.layers.1")
     assert {len(inside) for inside in by_names.layers().values()} == {27}
-    assert by_names.places["model.layers.1.block_sparse_moe.experts.7.w3.weight"] == Place("model.layers.1", "mlp")
+    assert by_names.positions["model.layers.1.block_sparse_moe.experts.7.w3.weight"] == LayerPosition("model.layers.1", "mlp")
     # The module of today has other names below its blocks; the map is the same.
     assert layer_map(names, structure=empty_model(*ARCHITECTURES["mixtral"][:3])) == by_names
 
@@ -345,16 +345,16 @@ def test_the_layers_of_a_torch_transformer_encoder_are_its_blocks():
     found = layer_map(names, structure=model)
     assert found == layer_map(names)
     assert found.blocks == ("layers.0", "layers.1", "layers.2")
-    assert found.places["layers.0.self_attn.in_proj_weight"] == Place("layers.0", "attention")
-    assert found.places["layers.2.linear1.weight"] == Place("layers.2", "mlp")
-    assert found.places["layers.1.norm2.bias"] == Place("layers.1", "norm")
+    assert found.positions["layers.0.self_attn.in_proj_weight"] == LayerPosition("layers.0", "attention")
+    assert found.positions["layers.2.linear1.weight"] == LayerPosition("layers.2", "mlp")
+    assert found.positions["layers.1.norm2.bias"] == LayerPosition("layers.1", "norm")
 
 
 def test_the_cross_attention_of_a_torch_transformer_decoder_is_told_from_its_self_attention():
     model = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16), 2)
     found = layer_map([name for name, _ in model.named_parameters()], structure=model)
-    assert found.places["layers.1.multihead_attn.in_proj_weight"] == Place("layers.1", "cross_attention")
-    assert found.places["layers.1.self_attn.out_proj.weight"] == Place("layers.1", "attention")
+    assert found.positions["layers.1.multihead_attn.in_proj_weight"] == LayerPosition("layers.1", "cross_attention")
+    assert found.positions["layers.1.self_attn.out_proj.weight"] == LayerPosition("layers.1", "attention")
 
 
 def test_the_linear_layers_of_a_sequential_mlp_are_its_blocks():
@@ -385,7 +385,7 @@ def test_repeated_children_of_a_module_without_attention_are_its_blocks():
     names = [name for name, _ in model.named_parameters()]
     found = layer_map(names, structure=model)
     assert found.blocks == ("tower.0", "tower.1", "tower.2")
-    assert found.places["tower.1.scale"] == Place("tower.1", "other")
+    assert found.positions["tower.1.scale"] == LayerPosition("tower.1", "other")
     assert set(found.outside()) == {"entry.weight", "entry.bias", "numbers.0", "numbers.1"}
 
 
@@ -407,8 +407,8 @@ class Named(nn.Module):
 def test_where_names_tell_nothing_the_class_of_the_module_does():
     model = Named()
     found = layer_map([name for name, _ in model.named_parameters()], structure=model)
-    assert found.places["stack.0.before.weight"] == Place("stack.0", "norm")
-    assert found.places["stack.1.one.weight"] == Place("stack.1", "other")
+    assert found.positions["stack.0.before.weight"] == LayerPosition("stack.0", "norm")
+    assert found.positions["stack.1.one.weight"] == LayerPosition("stack.1", "other")
     assert found.outside() == {"table.weight": "embedding", "last.weight": "final_norm", "last.bias": "final_norm"}
 
 
@@ -440,14 +440,14 @@ NAMES = ["body.first.w", "body.second.w", "body.second.attention.w", "tail.w"]
 def test_a_rule_names_the_blocks_of_a_module_of_no_known_layout(rule):
     found = layer_map(NAMES, rule=rule)
     assert found.blocks == ("body.first", "body.second")
-    assert found.places["body.second.attention.w"] == Place("body.second", "attention")
-    assert found.places["tail.w"] == Place(None, "other")
+    assert found.positions["body.second.attention.w"] == LayerPosition("body.second", "attention")
+    assert found.positions["tail.w"] == LayerPosition(None, "other")
 
 
 def test_a_rule_may_join_tensors_whose_names_do_not_begin_with_the_block():
     found = layer_map(["a_1.attn", "b_1.w", "a_10.w", "a_2.w"], rule=lambda name: "half " + name.split(".")[0].split("_")[1])
     assert found.layers() == {"half 1": ["a_1.attn", "b_1.w"], "half 2": ["a_2.w"], "half 10": ["a_10.w"]}
-    assert found.places["a_1.attn"].part == "attention"
+    assert found.positions["a_1.attn"].part == "attention"
 
 
 def test_a_rule_that_places_nothing_is_refused_with_the_names_it_saw():
@@ -505,7 +505,7 @@ def test_the_many_heads_of_attention_are_no_output_head():
     model = nn.ModuleDict(
         {"multihead_attn": nn.MultiheadAttention(4, 2), "multi_head_attention": nn.Linear(4, 4), "lm_head": nn.Linear(4, 4)}
     )
-    places = layer_map([name for name, _ in model.named_parameters()], structure=model).places
+    places = layer_map([name for name, _ in model.named_parameters()], structure=model).positions
     assert {name.split(".")[0]: place.part for name, place in places.items()} == {
         "multihead_attn": "other", "multi_head_attention": "other", "lm_head": "head"
     }  # fmt: skip

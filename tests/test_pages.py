@@ -18,7 +18,7 @@ from lata_lightning import TaskVector, Term, merge
 from lata_lightning.alignment import Alignment, LayerStats
 from lata_lightning.callbacks.history import append_history, summary
 from lata_lightning.exports.coefficients import export_coefficients
-from lata_lightning.layers import LayerMap, Place
+from lata_lightning.layers import LayerMap, LayerPosition
 from lata_lightning.linearity.solution import Solution
 from lata_lightning.moments import Moments
 from lata_lightning.store.meaning import Meaning
@@ -289,7 +289,7 @@ def manifest():
     found = Manifest(
         kind="task",
         start="instruct",
-        layers=LayerMap({"w": Place("b", "mlp"), "e": Place(None, "embedding")}, ("b",)),
+        layers=LayerMap({"w": LayerPosition("b", "mlp"), "e": LayerPosition(None, "embedding")}, ("b",)),
         start_identity=Identity("start", "main", "blake3:00"),
         tuned_identity=Identity("tuned", "main", "blake3:01"),
         weighting="threshold",

@@ -354,7 +354,7 @@ class LATACallback(pl.Callback):
         """Take the sums and log; ``on_step`` is None where logging through the module is not allowed any more."""
         tracker = self._require_tracker()
         table = self._require_measurement().moments()
-        alignment = alignment_of(table, tracker.places, self.level, self.start)
+        alignment = alignment_of(table, tracker.positions, self.level, self.start)
         figures = summary(total(table.values()), alignment, self.instruction_vector is not None)
         self.alignment, self._last_step = alignment, trainer.global_step
         if not trainer.barebones and on_step is not None:

@@ -143,8 +143,8 @@ class DisentanglementError(Metric):
 
         Args:
             task: 0 or 1: whose samples these are.
-            row: Place of scale_1 in ``scales_1``.
-            column: Place of scale_2 in ``scales_2``.
+            row: LayerPosition of scale_1 in ``scales_1``.
+            column: LayerPosition of scale_2 in ``scales_2``.
             alone: Outputs with this task's vector alone, at its scale: shape (…, classes or features).
             together: Outputs on the same samples with both vectors, of the same shape.
 

@@ -86,6 +86,6 @@ def _squares(function: WeightFunction, part: Mapping[str, Tensor], batch: Any) -
 
 def _parts(model: nn.Module, vector: Mapping[str, Tensor]) -> dict[str, list[str]]:
     sets: dict[str, list[str]] = {"all": list(vector)}
-    for name, place in layer_map(vector, structure=model).places.items():
+    for name, place in layer_map(vector, structure=model).positions.items():
         sets.setdefault(place.part if place.block is not None else "outside", []).append(name)
     return sets

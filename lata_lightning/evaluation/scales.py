@@ -15,7 +15,7 @@ from lata_lightning.linearity.shell import Shell
 from lata_lightning.merging.sum import Sum
 from lata_lightning.merging.term import Term
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
-from lata_lightning.store.sources import Source, StateDictSource
+from lata_lightning.store.sources import StateDictSource, TensorSource
 from lata_lightning.vectors.task_vector import TaskVector
 
 
@@ -45,7 +45,7 @@ class Reweighting:
         self._tensors = {id(state[name]): (name, state[name].detach()) for name in reversed(self._shell.names)}
         copies = {name: tensor.to("cpu", copy=True) for name, tensor in self._tensors.values()}
         saved = under_checkpoint_names(model, copies)
-        self._copied: dict[int, Source] = {}
+        self._copied: dict[int, TensorSource] = {}
         narrowed = {name: _narrowed(tensor, (dtypes or {}).get(name)) for name, tensor in saved.items()}
         self._onto = StateDictSource(narrowed, "the model", StateDictSource(model).config)
 
@@ -138,13 +138,13 @@ def scale_for_residual(residual_at: Callable[[float], float], scales: Sequence[f
     return ResidualSearch(right, tried)
 
 
-def _in_files(source: Source, name: str) -> bool:
+def _in_files(source: TensorSource, name: str) -> bool:
     """Whether a tensor is read from files, or is factors, which no model in training holds."""
     sides = source.sides(name)
     if sides is not None:
         tuned, start, held = sides
         return _in_files(tuned, held) and _in_files(start, held)
-    return source.place(name) is not None or source.low_rank(name) is not None
+    return source.byte_range(name) is not None or source.low_rank(name) is not None
 
 
 def _narrowed(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lata_lightning.merging.merge import Term
-    from lata_lightning.store.sources import Source
+    from lata_lightning.store.sources import TensorSource
     from lata_lightning.store.writer import Progress
 
 Export = Literal["pure", "hf", "peft", "mergekit", "coefficients"]
@@ -24,7 +24,7 @@ def export_to(
     terms: Sequence[Term],
     output: str | Path,
     *,
-    onto: str | Path | nn.Module | Mapping[str, Tensor] | Source | None = None,
+    onto: str | Path | nn.Module | Mapping[str, Tensor] | TensorSource | None = None,
     dtype: str | None = None,
     rank: int | None = None,
     energy: float | None = None,

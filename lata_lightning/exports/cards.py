@@ -20,7 +20,7 @@ def reconstruction(
 
     Args:
         figures: By tensor: ``factors`` (exact but for rounding), ``cut`` (down to a rank) or ``whole``; its rank; ‖error‖² and ‖τ‖².
-        layers: Place of the tensors.
+        layers: LayerPosition of the tensors.
         truncation: What dense differences were cut down to.
         dtype: Of the adapter; None for the defaults.
 
@@ -30,7 +30,7 @@ def reconstruction(
     blocks: dict[str, list[float]] = {block: [0.0, 0.0] for block in layers.blocks}
     outside = {}
     for name, (_, _, error, norm) in figures.items():
-        block = layers.places[name].block if name in layers.places else None
+        block = layers.positions[name].block if name in layers.positions else None
         if block is None:
             outside[name] = relative(error, norm)
         else:

@@ -15,7 +15,7 @@ from lata_lightning.layers import skeleton
 from lata_lightning.merging.merge import Term, merge
 from lata_lightning.merging.sum import Onto, Sum
 from lata_lightning.store.opening import open_source
-from lata_lightning.store.sources import Source
+from lata_lightning.store.sources import TensorSource
 from lata_lightning.store.writer import Progress, atomic_directory, check_free_directory
 from lata_lightning.vectors.task_vector import TaskVector
 
@@ -87,7 +87,7 @@ def export_mergekit(
     return target
 
 
-def start_for_mergekit(source: Source) -> str:
+def start_for_mergekit(source: TensorSource) -> str:
     """The start model as mergekit's configuration names it.
 
     Raises:
@@ -139,7 +139,7 @@ def _path(directory: Path) -> str:
     return path
 
 
-def _tuned(vector: TaskVector, start: Source) -> str | None:
+def _tuned(vector: TaskVector, start: TensorSource) -> str | None:
     """Path of the tuned model of a vector, if it is there and its difference to the start is this very vector."""
     location = vector.manifest.tuned_identity.location
     if location is None or not (Path(location) / "config.json").is_file() or set(_SPLITS) & set(str(Path(location).resolve())):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lata_lightning.errors import LataError, first_three
 from lata_lightning.layers import skeleton
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
-from lata_lightning.store.sources import Source
+from lata_lightning.store.sources import TensorSource
 
 Form = Literal["linear", "turned", "embedding", "convolution"]
 
@@ -49,7 +49,7 @@ class Structure:
         LataError: The start has no config, or transformers cannot build the model it describes.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: TensorSource) -> None:
         if source.config is None:
             raise LataError(
                 f"{source.label} has no config.json, which says what its modules are: name a model directory (onto=…, --onto MODEL)"

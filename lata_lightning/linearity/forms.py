@@ -71,7 +71,7 @@ def _turned(shapes: Mapping[str, tuple[int, ...]], layers: LayerMap) -> set[str]
     for name, shape in shapes.items():
         length = shapes.get(f"{name.removesuffix('weight')}bias") if name.endswith(".weight") else None
         if len(shape) == 2 and length is not None and len(length) == 1:
-            if shape[0] == shape[1] == length[0] and layers.places[name].block is not None:
+            if shape[0] == shape[1] == length[0] and layers.positions[name].block is not None:
                 square.add(name)
             elif length[0] == shape[1] != shape[0]:
                 found.add(name)
@@ -81,6 +81,6 @@ def _turned(shapes: Mapping[str, tuple[int, ...]], layers: LayerMap) -> set[str]
             if len(down) == 3 and shape[1] == down[2] and shape[2] == 2 * down[1]:
                 found |= {name, other}
     # Of a square one the bias says nothing; a model has all its blocks made of one kind of layer.
-    if any(layers.places[name].block is not None and len(shapes[name]) == 2 for name in found):
+    if any(layers.positions[name].block is not None and len(shapes[name]) == 2 for name in found):
         found |= square
     return found

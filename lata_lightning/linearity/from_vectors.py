@@ -11,7 +11,7 @@ from lata_lightning.linearity.matrix_merges import MATRIX_METHODS, NAMES, Matrix
 from lata_lightning.numerics.matrix_regression import Settings
 from lata_lightning.store.meaning import check_all_mean_the_same
 from lata_lightning.store.pairing import pair
-from lata_lightning.store.sources import Source
+from lata_lightning.store.sources import TensorSource
 from lata_lightning.vectors.aligning import check_same_start
 from lata_lightning.vectors.entries import TensorEntry
 from lata_lightning.vectors.manifest import Derivation, Identity, Input, Manifest
@@ -47,7 +47,7 @@ def merge_matrices(
     if check_base:
         check_same_start(vectors)
     settings = settings or Settings()
-    readers: list[Source] = [vectors[0].tensors]
+    readers: list[TensorSource] = [vectors[0].tensors]
     for vector in vectors[1:]:
         common, reader = pair(readers[-1], vector.tensors)
         readers[-1] = common

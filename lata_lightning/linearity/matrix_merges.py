@@ -14,12 +14,12 @@ from torch import Tensor
 from lata_lightning.errors import CorruptFileError
 from lata_lightning.layers import LayerMap
 from lata_lightning.linearity.forms import Form, matrix_forms
-from lata_lightning.numerics.chunks import Load, MemoryLimit, slices, streamed
+from lata_lightning.numerics.chunks import ChunkReader, MemoryLimit, streamed, tensor_chunks
 from lata_lightning.numerics.low_rank import Factors, LowRank
 from lata_lightning.numerics.matrix_regression import Figures, Operand, Settings, regressed, regressed_factors, working_bytes
 from lata_lightning.numerics.measure import all_finite
 from lata_lightning.numerics.singular import iso_c, tsv_m
-from lata_lightning.store.sources import Source
+from lata_lightning.store.sources import TensorSource
 from lata_lightning.vectors.manifest import OUTSIDE
 
 MatrixMethod = Literal["regression", "tsv", "iso"]
@@ -33,7 +33,7 @@ _BY_SINGULAR_VECTORS: Mapping[str, Callable[[Sequence[Tensor]], Tensor]] = {"tsv
 _MEMORY = 4 << 30
 
 
-class MatrixMerge(Source):
+class MatrixMerge(TensorSource):
     """The merge of some vectors, of which each tensor is computed when it is read.
 
     Args:
@@ -52,7 +52,7 @@ class MatrixMerge(Source):
 
     def __init__(
         self,
-        vectors: Sequence[Source],
+        vectors: Sequence[TensorSource],
         labels: Sequence[str],
         unchanged: Sequence[Collection[str]],
         layers: LayerMap,
@@ -69,7 +69,7 @@ class MatrixMerge(Source):
         self.parallel = all(vector.parallel for vector in vectors)
         forms = matrix_forms({name: vectors[-1].shape(name) for name in self.names}, layers)
         everywhere = method == "regression" or not layers.blocks
-        self.forms = {name: form for name, form in forms.items() if everywhere or layers.places[name].block is not None}
+        self.forms = {name: form for name, form in forms.items() if everywhere or layers.positions[name].block is not None}
 
     @property
     def names(self) -> tuple[str, ...]:  # noqa: D102
@@ -86,14 +86,14 @@ class MatrixMerge(Source):
         if factors is not None:
             return factors.dense()
         count = math.prod(self.shape(name))
-        return self.load(name)(0, count).reshape(self.shape(name)).float()
+        return self.chunks(name)(0, count).reshape(self.shape(name)).float()
 
-    def load(self, name: str) -> Load:  # noqa: D102
+    def chunks(self, name: str) -> ChunkReader:  # noqa: D102
         acting = self._acting(name)
         if not acting:
-            return slices(torch.zeros(self.shape(name)))
+            return tensor_chunks(torch.zeros(self.shape(name)))
         if len(acting) == 1:
-            return self._vectors[acting[0]].load(name)
+            return self._vectors[acting[0]].chunks(name)
         return streamed(self._blocks(name, acting), math.prod(self.shape(name)))
 
     def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
@@ -177,7 +177,7 @@ class MatrixMerge(Source):
 
     def _regressed(self, name: str, acting: Sequence[int], form: Form) -> Iterator[Tensor]:
         figures = Figures.empty(len(acting))
-        loads = [(self._vectors[number].load(name), self._vectors[number].load(name)) for number in acting]
+        loads = [(self._vectors[number].chunks(name), self._vectors[number].chunks(name)) for number in acting]
         held = [self._vectors[number].low_rank(name) if form.count == 1 else None for number in acting]
         size = form.outputs * form.inputs
         for index in range(form.count):
@@ -192,7 +192,7 @@ class MatrixMerge(Source):
 
     def _by_singular_vectors(self, name: str, acting: Sequence[int], form: Form) -> Iterator[Tensor]:
         size = form.outputs * form.inputs
-        loads = [self._vectors[number].load(name) for number in acting]
+        loads = [self._vectors[number].chunks(name) for number in acting]
         # The stored order of axes serves as well: what comes out is transposed with what goes in.
         rows, columns = reversed(form.shape) if form.turned else form.shape
         for index in range(form.count):
@@ -210,14 +210,14 @@ def interference(figures: Sequence[Figures]) -> list[float | None]:
     return [math.sqrt(lost / own) if own else None for lost, own in sums]
 
 
-def _operand(first: Load, again: Load, offset: int, form: Form, factors: LowRank | None) -> Operand:
+def _operand(first: ChunkReader, again: ChunkReader, offset: int, form: Form, factors: LowRank | None) -> Operand:
     if form.turned:
         # Such models are small: a matrix is read whole and turned over.
         size = form.outputs * form.inputs
         matrix = first(offset, offset + size).reshape(form.inputs, form.outputs).T.contiguous()
-        return Operand(slices(matrix), slices(matrix), None if factors is None else _as_matrix(factors, form))
+        return Operand(tensor_chunks(matrix), tensor_chunks(matrix), None if factors is None else _as_matrix(factors, form))
 
-    def moved(load: Load) -> Load:
+    def moved(load: ChunkReader) -> ChunkReader:
         return lambda begin, end: load(offset + begin, offset + end)
 
     return Operand(moved(first), moved(again), None if factors is None else _as_matrix(factors, form))

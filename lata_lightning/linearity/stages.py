@@ -23,11 +23,11 @@ from lata_lightning.linearity.shell import Shell, empty_copy
 from lata_lightning.linearity.walk import Batch, call, relative
 from lata_lightning.numerics.matrix_regression import Settings
 from lata_lightning.numerics.measure import all_finite
-from lata_lightning.store.sources import Source
+from lata_lightning.store.sources import TensorSource
 from lata_lightning.store.writer import Progress
 
 
-class Merged(Source):
+class Merged(TensorSource):
     """Fitted matrices, and of every other tensor the mean of the vectors, which is computed when it is read.
 
     Args:
@@ -38,7 +38,7 @@ class Merged(Source):
         fitted: By name, float32.
     """
 
-    def __init__(self, vectors: Sequence[Source], location: str) -> None:
+    def __init__(self, vectors: Sequence[TensorSource], location: str) -> None:
         self._vectors = vectors
         self.fitted: dict[str, Tensor] = {}
         self.location, self.parallel = location, all(vector.parallel for vector in vectors)
@@ -80,8 +80,8 @@ class Stages:
     def __init__(
         self,
         start: Shell,
-        source: Source,
-        vectors: Sequence[tuple[str, Source]],
+        source: TensorSource,
+        vectors: Sequence[tuple[str, TensorSource]],
         merged: Merged,
         blocks: Mapping[str, Sequence[str]],
         unchanged: frozenset[str],
@@ -223,7 +223,7 @@ class Stages:
         delta = self._fill(names, self._merged if self._in_order else self._vectors[task][1])
         return {name: tensor + delta[name] for name, tensor in self._fill(names, self._source).items()}
 
-    def _fill(self, names: Sequence[str], source: Source) -> dict[str, Tensor]:
+    def _fill(self, names: Sequence[str], source: TensorSource) -> dict[str, Tensor]:
         held = set(source.names)
         return self._start.fill(names, lambda name: source.read(name) if name in held else None, source.label)
 

@@ -73,7 +73,7 @@ class Blocks:
             if level == "block":
                 found.append(Unit(block, "block", block, path, tuple(names)))
                 continue
-            parts = {name: {self._layers.places[stored].part for stored in kept} for name, kept in self._kept(names).items()}
+            parts = {name: {self._layers.positions[stored].part for stored in kept} for name, kept in self._kept(names).items()}
             for part in PARTS:
                 held = tuple(name for name in names if parts[name] == {part})
                 if held:
@@ -81,7 +81,7 @@ class Blocks:
         return found
 
     def _name(self, path: str) -> str:
-        found = {self._layers.places[kept].block for stored in self._kept(self.tensors[path]).values() for kept in stored}
+        found = {self._layers.positions[kept].block for stored in self._kept(self.tensors[path]).values() for kept in stored}
         if len(found) != 1 or None in found:
             raise LayoutMismatchError(
                 f"the block {path} of the model must be one block of the vectors; its tensors lie in {first_three(str(block) for block in found)}"
@@ -90,7 +90,7 @@ class Blocks:
 
     def _kept(self, names: Sequence[str]) -> dict[str, set[str]]:
         """By tensor of the model, the names under which the vectors hold it."""
-        return {name: stored & self._layers.places.keys() for name, stored in self._shell.stored_names(names).items()}
+        return {name: stored & self._layers.positions.keys() for name, stored in self._shell.stored_names(names).items()}
 
     def _smallest_module(self, tensors: Sequence[str], block: str) -> str:
         paths = [name.split(".")[:-1] for name in tensors]

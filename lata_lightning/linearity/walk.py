@@ -23,7 +23,7 @@ from lata_lightning.linearity.shell import Shell, empty_copy, empty_model
 from lata_lightning.linearity.units import Blocks, Unit
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import named_like, pair
-from lata_lightning.store.sources import Source, View
+from lata_lightning.store.sources import TensorSource, View
 from lata_lightning.store.writer import Progress
 from lata_lightning.vectors.aligning import check_same_model, check_same_start
 from lata_lightning.vectors.task_vector import TaskVector
@@ -251,7 +251,7 @@ class Walker:
         deltas = self._fill(names, self._vectors[vector])
         return {name: tensor + scale * deltas[name] for name, tensor in start.items()}
 
-    def _fill(self, names: Sequence[str], source: Source) -> dict[str, Tensor]:
+    def _fill(self, names: Sequence[str], source: TensorSource) -> dict[str, Tensor]:
         held = set(source.names)
         return self.shell.fill(names, lambda name: source.read(name) if name in held else None, source.label)
 
@@ -269,7 +269,7 @@ class _Now:
         self.inside = self.visiting = False
 
 
-def opened(start: StartModel, vectors: Sequence[TaskVector], *, check_base: bool = True) -> tuple[Shell, Source, list[Source]]:
+def opened(start: StartModel, vectors: Sequence[TaskVector], *, check_base: bool = True) -> tuple[Shell, TensorSource, list[TensorSource]]:
     """A start model without weights, its floating weights, and every vector, all under the names of the vectors.
 
     Args:
@@ -328,11 +328,11 @@ def call(model: nn.Module, batch: Batch) -> Any:
         return model(**inputs)
 
 
-def _match(source: Source, vectors: Sequence[TaskVector]) -> tuple[Source, list[Source]]:
+def _match(source: TensorSource, vectors: Sequence[TaskVector]) -> tuple[TensorSource, list[TensorSource]]:
     """The floating weights of the start and every vector, under the names of the vectors."""
     source = named_like(source, vectors[0].tensors)
-    weights: Source = View(source, {name: name for name in source.names if source.dtype(name).is_floating_point})
-    readers: list[Source] = []
+    weights: TensorSource = View(source, {name: name for name in source.names if source.dtype(name).is_floating_point})
+    readers: list[TensorSource] = []
     for vector in vectors:
         weights, reader = pair(weights, vector.tensors)
         readers.append(reader)

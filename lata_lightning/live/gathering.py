@@ -21,7 +21,7 @@ from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.numerics.measure import same_values
 from lata_lightning.store.hashing import hash_values
 from lata_lightning.store.meaning import meaning_in_memory
-from lata_lightning.store.sources import Source
+from lata_lightning.store.sources import TensorSource
 from lata_lightning.store.tied_names import ties_of
 from lata_lightning.vectors.differences import Difference
 from lata_lightning.vectors.entries import TensorEntry
@@ -59,7 +59,7 @@ def export(tracker: Tracker, write: Callable[[TaskVector], _Result], start: Mani
 def manifest_of(tracker: Tracker, start: Start, alignment: Alignment | None, step: int, epoch: int) -> Manifest:
     """Manifest of the vector as it now stands, without tensors and identities."""
     left_out = tracker.leave_out.patterns
-    return Manifest(kind="task", start=start, layers=tracker.places, alignment=alignment, step=step, epoch=epoch, leave_out=left_out)
+    return Manifest(kind="task", start=start, layers=tracker.positions, alignment=alignment, step=step, epoch=epoch, leave_out=left_out)
 
 
 def _states(tracker: Tracker) -> tuple[frozenset[str], frozenset[str]]:
@@ -102,7 +102,7 @@ def _task_vector(tracker: Tracker, manifest: Manifest, still: Set[str], lost: Se
     # Of tensors that are not written, the identity of the start is to be known all the same.
     known = {name: hash_values(sides["start"].read(name)) for name in unread}
     entries = {name: TensorEntry(live.shape(name), "float32", unchanged=True) for name in names if name in still}
-    layers = LayerMap({name: manifest.layers.places[name] for name in names}, manifest.layers.blocks)
+    layers = LayerMap({name: manifest.layers.positions[name] for name in names}, manifest.layers.blocks)
     manifest = replace(
         manifest,
         layers=layers,
@@ -115,7 +115,7 @@ def _task_vector(tracker: Tracker, manifest: Manifest, still: Set[str], lost: Se
     return TaskVector(_LiveDifference(tracker, sides["start"], sides["live"], known, still), manifest)
 
 
-class _Gathered(Source):
+class _Gathered(TensorSource):
     """One side of the difference, gathered when it is read."""
 
     def __init__(self, tracker: Tracker, side: Side, names: tuple[str, ...]) -> None:
@@ -141,7 +141,7 @@ class _Gathered(Source):
 class _LiveDifference(Difference):
     """Live minus start weights; of a tensor under an adapter, what the adapter adds, without a detour over the sum."""
 
-    def __init__(self, tracker: Tracker, start: Source, live: Source, known: Mapping[str, str], still: Set[str]) -> None:
+    def __init__(self, tracker: Tracker, start: TensorSource, live: TensorSource, known: Mapping[str, str], still: Set[str]) -> None:
         super().__init__(start, live, start.names, known=known)
         self._model, self._tracker, self._still = tracker.live, tracker, still
 

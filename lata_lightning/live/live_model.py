@@ -18,7 +18,7 @@ from lata_lightning.store.checkpoint_names import under_checkpoint_names
 from lata_lightning.store.lora import peft_kinds
 from lata_lightning.store.names import NOTHING, LeaveOut
 from lata_lightning.store.roles import named_role
-from lata_lightning.store.sources import Source
+from lata_lightning.store.sources import TensorSource
 
 
 class Shard(NamedTuple):
@@ -36,7 +36,7 @@ class Shard(NamedTuple):
     counted: bool | None = None
 
 
-class LiveModel(Source):
+class LiveModel(TensorSource):
     """Floating parameters and persistent buffers of a module in training, under the names its checkpoint would have.
 
     Tied tensors appear once, under their first name; what wrappers add to names is taken off (see ``unwrapped``). ``read`` gives the tensor as it

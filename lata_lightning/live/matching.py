@@ -11,10 +11,10 @@ from lata_lightning.layers import unwrapped
 from lata_lightning.live.live_model import LiveModel
 from lata_lightning.store.names import NOTHING, LeaveOut
 from lata_lightning.store.pairing import pair
-from lata_lightning.store.sources import Source, View
+from lata_lightning.store.sources import TensorSource, View
 
 
-def matched_to(live: LiveModel, source: Source, what: str, root: nn.Module, leave_out: LeaveOut = NOTHING) -> Source:
+def matched_to(live: LiveModel, source: TensorSource, what: str, root: nn.Module, leave_out: LeaveOut = NOTHING) -> TensorSource:
     """A source under the names of the live model.
 
     Args:
@@ -46,7 +46,7 @@ def matched_to(live: LiveModel, source: Source, what: str, root: nn.Module, leav
     return View(found, names)
 
 
-def _advice(live: LiveModel, source: Source, root: nn.Module) -> str:
+def _advice(live: LiveModel, source: TensorSource, root: nn.Module) -> str:
     """What to do about a layout that does not fit, where that can be told; begins with a space."""
     wanted = set(source.names)
     below: Counter[str] = Counter()

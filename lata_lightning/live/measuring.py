@@ -14,7 +14,7 @@ from lata_lightning.moments import Moments, Start
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.numerics.measure import moments_table, same_values, tensor_sums
 from lata_lightning.store.meaning import check_same_meaning, meaning_in_memory
-from lata_lightning.store.sources import Source
+from lata_lightning.store.sources import TensorSource
 from lata_lightning.vectors.task_vector import TaskVector
 
 
@@ -31,7 +31,7 @@ class Measurement:
 
     def __init__(self, tracker: Tracker, instruction: TaskVector | None, start: Start) -> None:
         self.tracker, self.instruction, self.start = tracker, instruction, start
-        self._direction: Source | None = None
+        self._direction: TensorSource | None = None
         self._squares: dict[str, float] = {}
         self._local_squares: dict[str, float] = {}
 
@@ -62,7 +62,7 @@ class Measurement:
                 sums[index] = tensor_sums(_stored(direction, name))
         table = moments_table(dict(zip(names, ranks.total(sums), strict=True)))
         self._squares = {name: row.task for name, row in table.items()}
-        layers = tracker.places.layers(level)
+        layers = tracker.positions.layers(level)
         empty = [layer for layer, inside in layers.items() if not any(self._squares[name] for name in inside)]
         if empty and weighted:
             raise WeightingError(
@@ -123,6 +123,6 @@ class Measurement:
         return torch.tensor(row, dtype=torch.float64)
 
 
-def _stored(source: Source, name: str) -> Tensor | LowRank:
+def _stored(source: TensorSource, name: str) -> Tensor | LowRank:
     """A tensor in the form a source holds it in, for sums that do not need the dense one."""
     return source.low_rank(name) or source.read(name)

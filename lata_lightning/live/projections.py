@@ -50,7 +50,7 @@ def attention_projections(model: nn.Module, *, train_bias: bool = False) -> dict
         for path, owner in model.named_modules()
         for leaf, parameter in owner.named_parameters(recurse=False)
     }
-    places = layer_map(held, structure=model).places
+    places = layer_map(held, structure=model).positions
     modules = {unwrapped(path): module for path, module in model.named_modules()}
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()

@@ -15,7 +15,7 @@ from torch import Tensor
 from lata_lightning.errors import CorruptFileError, LataError
 from lata_lightning.live.live_model import LiveModel, Shard
 from lata_lightning.numerics.measure import same_values
-from lata_lightning.store.sources import Source
+from lata_lightning.store.sources import TensorSource
 
 SPILL_NAME = "start_weights"
 
@@ -31,7 +31,7 @@ class StartWeights:
         trusted: Whether ``origin`` is known to hold the start values, even where the live ones differ by now.
     """
 
-    def __init__(self, origin: Source | None = None, *, trusted: bool = False) -> None:
+    def __init__(self, origin: TensorSource | None = None, *, trusted: bool = False) -> None:
         self._origin, self._trusted = origin, trusted
         self._available = frozenset(() if origin is None else origin.names)
         self._stamps = _stamps(origin)
@@ -221,7 +221,7 @@ def _slices(shard: Shard) -> tuple[slice, ...]:
     return shard.slices if shard.slices is not None else tuple(slice(0, length) for length in shard.local.shape)
 
 
-def _stamps(origin: Source | None) -> list[tuple[str, int, int]]:
+def _stamps(origin: TensorSource | None) -> list[tuple[str, int, int]]:
     """Size and time of the files of a directory, by which a change is noticed."""
     if origin is None or origin.directory is None:
         return []

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lata_lightning.errors import BaseMismatchError, LataError, first_three
-from lata_lightning.layers import STATISTICS, LayerMap, LayerRule, Place, layer_map
+from lata_lightning.layers import STATISTICS, LayerMap, LayerPosition, LayerRule, layer_map
 from lata_lightning.live.adapters import LoraModel, look_at
 from lata_lightning.live.live_model import LiveModel
 from lata_lightning.live.matching import matched_to
@@ -21,10 +21,10 @@ from lata_lightning.numerics.measure import same_values
 from lata_lightning.store.hashing import value_sums
 from lata_lightning.store.names import NOTHING, LeaveOut
 from lata_lightning.store.opening import open_source
-from lata_lightning.store.sources import Source
+from lata_lightning.store.sources import TensorSource
 
 PROVIDERS = ("auto", "lora", "source", "spill", "memory")
-_BUFFER = Place(None, STATISTICS)
+_BUFFER = LayerPosition(None, STATISTICS)
 _ADVICE = "Pass base_weights=<directory or checkpoint of the start weights>, or train with base_weights='spill' from the start."
 Fingerprint = Mapping[str, list[int]]
 
@@ -62,7 +62,7 @@ class Tracker:
         self._start_factors: dict[str, LowRank] = {}
         self._spill_to: Path | None = None
         self._frozen: dict[str, list[int]] = {}
-        self.places = LayerMap({}, ())
+        self.positions = LayerMap({}, ())
         self.fingerprint: dict[str, list[int]] = {}
         """Two sums over the bits of every start value, by tensor: the same for every number of processes."""
 
@@ -117,7 +117,7 @@ class Tracker:
         self._capture(name for name in live.changing if name not in self._changing)
         self._check_provider(live)
         layers = layer_map([name for name in live.names if name not in live.buffers], structure=live.module, rule=self._rule)
-        self.places = LayerMap({name: layers.places.get(name, _BUFFER) for name in live.names}, layers.blocks)
+        self.positions = LayerMap({name: layers.positions.get(name, _BUFFER) for name in live.names}, layers.blocks)
 
     def describe(self) -> str:
         """How the start weights are kept, for the log."""
@@ -226,7 +226,7 @@ class Tracker:
             self._take_fingerprint(new)
             self._spill()
 
-    def other_values(self, source: Source) -> list[str]:
+    def other_values(self, source: TensorSource) -> list[str]:
         """Tensors of which this process keeps a start value that is not exactly what another source holds.
 
         Args:
@@ -326,7 +326,7 @@ class Tracker:
         origin, trusted = self._origin()
         return StartWeights(origin, trusted=trusted)
 
-    def _origin(self) -> tuple[Source | None, bool]:
+    def _origin(self) -> tuple[TensorSource | None, bool]:
         """Where the start weights may be read again from, and whether they are known to lie there."""
         live = self.live
         if self._base_weights not in PROVIDERS:

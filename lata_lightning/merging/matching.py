@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lata_lightning.errors import BaseMismatchError, LataError
-from lata_lightning.layers import LayerMap, Place
+from lata_lightning.layers import LayerMap, LayerPosition
 from lata_lightning.merging.term import Term
 from lata_lightning.numerics.combine import Part
 from lata_lightning.numerics.low_rank import LowRank
@@ -17,7 +17,7 @@ from lata_lightning.store.hashing import content_hash
 from lata_lightning.store.names import NOTHING, LeaveOut
 from lata_lightning.store.pairing import Pairing, check_same_shapes, match
 from lata_lightning.store.roles import is_variance
-from lata_lightning.store.sources import Source, View
+from lata_lightning.store.sources import TensorSource, View
 
 
 class Padded(View):
@@ -28,7 +28,7 @@ class Padded(View):
         onto: Whose tensors to have.
     """
 
-    def __init__(self, source: Source, onto: Source) -> None:
+    def __init__(self, source: TensorSource, onto: TensorSource) -> None:
         super().__init__(source, {name: name for name in source.names})
         self._onto, self._held = onto, frozenset(source.names)
 
@@ -50,7 +50,7 @@ class Padded(View):
         return super().read(name) if name in self._held else torch.zeros(self._onto.shape(name))
 
     def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:  # noqa: D102
-        return super().read_slice(name, slices) if name in self._held else Source.read_slice(self, name, slices)
+        return super().read_slice(name, slices) if name in self._held else TensorSource.read_slice(self, name, slices)
 
     def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
         return super().low_rank(name) if name in self._held else None
@@ -67,7 +67,7 @@ class Matched:
         shares: Factor of each vector by buffer: one vector that changed it gives its own, several their mean.
     """
 
-    onto: Source
+    onto: TensorSource
     readers: Sequence[Padded]
     terms: Sequence[Term]
     shares: Mapping[str, tuple[float, ...]]
@@ -90,10 +90,10 @@ class Matched:
 
     @property
     def layers(self) -> LayerMap:
-        """Place of every tensor of ``onto``, as the first vector that holds it says."""
-        places = {name: Place(None, "other") for name in self.onto.names}
+        """LayerPosition of every tensor of ``onto``, as the first vector that holds it says."""
+        places = {name: LayerPosition(None, "other") for name in self.onto.names}
         for term, reader in reversed(list(zip(self.terms, self.readers, strict=True))):
-            places |= {name: term.vector.layers.places[reader.origin_name(name)] for name in reader.names if reader.holds(name)}
+            places |= {name: term.vector.layers.positions[reader.origin_name(name)] for name in reader.names if reader.holds(name)}
         return LayerMap(places, self.terms[0].vector.layers.blocks)
 
     def check_start(self, hashes: Mapping[str, str], label: str) -> None:
@@ -120,7 +120,7 @@ class Matched:
                 )
 
 
-def match_terms(source: Source, terms: Sequence[Term], leave_out: LeaveOut = NOTHING, *, same_shapes: bool = True) -> Matched:
+def match_terms(source: TensorSource, terms: Sequence[Term], leave_out: LeaveOut = NOTHING, *, same_shapes: bool = True) -> Matched:
     """Bring a model and vectors under one set of names: those of the model, or, where it stores fused what a vector has in pieces, the pieces.
 
     Args:
@@ -133,7 +133,7 @@ def match_terms(source: Source, terms: Sequence[Term], leave_out: LeaveOut = NOT
         LayoutMismatchError: A vector does not fit the model.
         LataError: Buffers of the vectors cannot be taken over.
     """
-    weights: Source = View(source, {name: name for name in source.names if source.dtype(name).is_floating_point})
+    weights: TensorSource = View(source, {name: name for name in source.names if source.dtype(name).is_floating_point})
     for term in terms:
         weights = _completed(weights, _found(weights, term, leave_out, same_shapes))
     # A later vector may have asked for other pieces of the model than those before it.
@@ -149,7 +149,7 @@ def match_terms(source: Source, terms: Sequence[Term], leave_out: LeaveOut = NOT
     return Matched(weights, readers, terms, shares)
 
 
-def _found(weights: Source, term: Term, leave_out: LeaveOut, same_shapes: bool) -> Pairing:
+def _found(weights: TensorSource, term: Term, leave_out: LeaveOut, same_shapes: bool) -> Pairing:
     given = LeaveOut((*term.vector.manifest.leave_out, *leave_out.patterns), leave_out.names)
     found = match(weights, term.vector.tensors, given)
     if same_shapes:
@@ -157,7 +157,7 @@ def _found(weights: Source, term: Term, leave_out: LeaveOut, same_shapes: bool) 
     return found
 
 
-def _completed(weights: Source, found: Pairing) -> Source:
+def _completed(weights: TensorSource, found: Pairing) -> TensorSource:
     """What is paired of the weights, and the rest of them under their own names; without second copies of tied tensors."""
     paired = {name: found.start.stored_name(name) for name in found.start.names}
     if found.start.source is weights:
@@ -166,7 +166,9 @@ def _completed(weights: Source, found: Pairing) -> Source:
     return View(found.start.source, {name: name for name in found.start.source.names if name not in found.copies})
 
 
-def _shares(name: str, weights: Source, readers: Sequence[Padded], terms: Sequence[Term], buffers: Sequence[set[str]]) -> tuple[float, ...]:
+def _shares(
+    name: str, weights: TensorSource, readers: Sequence[Padded], terms: Sequence[Term], buffers: Sequence[set[str]]
+) -> tuple[float, ...]:
     """With which factor each vector acts on a buffer: what changed it is taken over, of several the mean."""
     acting = [
         name in held and term.factor(reader.origin_name(name)) > 0 and bool(reader.read(name).any())
@@ -185,12 +187,12 @@ def _shares(name: str, weights: Source, readers: Sequence[Padded], terms: Sequen
     return shares
 
 
-def summand(onto: Source, reader: Source, name: str, factor: float) -> Part:
+def summand(onto: TensorSource, reader: TensorSource, name: str, factor: float) -> Part:
     """One summand of a tensor, computed from two models without reading anything twice."""
     sides = reader.sides(name)
     if sides is None:
-        return Part(factor, reader.load(name))
+        return Part(factor, reader.chunks(name))
     tuned, start, held = sides
-    if start.place(held) is not None and start.place(held) == onto.place(name):
-        return Part(factor, tuned.load(held), from_onto=True)
-    return Part(factor, tuned.load(held), start.load(held))
+    if start.byte_range(held) is not None and start.byte_range(held) == onto.byte_range(name):
+        return Part(factor, tuned.chunks(held), from_onto=True)
+    return Part(factor, tuned.chunks(held), start.chunks(held))

@@ -25,7 +25,7 @@ from lata_lightning.store.names import LeaveOut
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import named_like, pair_names
 from lata_lightning.store.seal import sealed
-from lata_lightning.store.sources import Fingerprinted, Source
+from lata_lightning.store.sources import Fingerprinted, TensorSource
 from lata_lightning.store.writer import (
     MAX_SHARD_BYTES,
     Progress,
@@ -42,7 +42,7 @@ from lata_lightning.vectors.manifest import Identity, library_versions
 
 
 def merge(
-    onto: str | Path | nn.Module | Mapping[str, Tensor] | Source,
+    onto: str | Path | nn.Module | Mapping[str, Tensor] | TensorSource,
     terms: Sequence[Term],
     output: str | Path,
     *,
@@ -125,7 +125,7 @@ def merge(
             note(sentence)
     one = None if method == "sum" else OneVector(matched, fitted.vectors, method, device)
 
-    def acting_on(name: str) -> list[tuple[Source, float]]:
+    def acting_on(name: str) -> list[tuple[TensorSource, float]]:
         # Buffers are taken over whatever becomes of the weights.
         if one is None or name in matched.shares:
             sides = list(zip(fitted.vectors, matched.factors(name), strict=True))
@@ -149,7 +149,7 @@ def merge(
                 parts = [summand(fitted.onto, reader, name, factor) for reader, factor in acting]
                 dtype, shape = layout[name]
                 try:
-                    writer.stream(name, combined(prod(shape), fitted.onto.load(name), parts, dtype))
+                    writer.stream(name, combined(prod(shape), fitted.onto.chunks(name), parts, dtype))
                 except CorruptFileError as error:
                     among = ", ".join([source.label, *(reader.label for reader, _ in acting)])
                     raise CorruptFileError(f"{name}: {error} in one of {among}") from error
@@ -182,7 +182,7 @@ def merge(
     return target
 
 
-def forget(target: str | Path | nn.Module | Mapping[str, Tensor] | Source, term: Term, output: str | Path, **options: Any) -> Path:
+def forget(target: str | Path | nn.Module | Mapping[str, Tensor] | TensorSource, term: Term, output: str | Path, **options: Any) -> Path:
     """Write target − scale · coefficient · vector as a model directory: the merge of the negated term.
 
     Args:
@@ -196,7 +196,7 @@ def forget(target: str | Path | nn.Module | Mapping[str, Tensor] | Source, term:
     return merge(target, [replace(term, scale=-term.scale)], output, **options)
 
 
-def _notes_on(source: Source, companions: Companions) -> list[str]:
+def _notes_on(source: TensorSource, companions: Companions) -> list[str]:
     """Sentences about what does not go along with the weights."""
     if source.directory is None and source.location is not None:
         return [
@@ -205,7 +205,7 @@ def _notes_on(source: Source, companions: Companions) -> list[str]:
     return [] if companions.note is None else [companions.note]
 
 
-def _fitted(source: Source, matched: Matched, vocabulary: Vocabulary | None, leave_out: LeaveOut) -> tuple[Fingerprinted, Fitted]:
+def _fitted(source: TensorSource, matched: Matched, vocabulary: Vocabulary | None, leave_out: LeaveOut) -> tuple[Fingerprinted, Fitted]:
     """The floating weights to add to, and every vector, with one set of rows."""
     onto = Fingerprinted(matched.onto)
     if vocabulary is None:

@@ -11,7 +11,7 @@ from lata_lightning.linearity.from_vectors import check_mergeable, derivation_of
 from lata_lightning.linearity.matrix_merges import MatrixMerge, MatrixMethod
 from lata_lightning.merging.matching import Matched
 from lata_lightning.numerics.matrix_regression import Settings
-from lata_lightning.store.sources import Source
+from lata_lightning.store.sources import TensorSource
 from lata_lightning.vectors.manifest import Derivation, Measured
 
 Method = Literal["sum", "regression", "tsv", "iso"]
@@ -34,7 +34,7 @@ class OneVector:
         LataError: The vectors cannot be made into one, have coefficients, or have several scales; there is no such device.
     """
 
-    def __init__(self, matched: Matched, readers: Sequence[Source], method: MatrixMethod, device: str = "cpu") -> None:
+    def __init__(self, matched: Matched, readers: Sequence[TensorSource], method: MatrixMethod, device: str = "cpu") -> None:
         vectors, scales = [term.vector for term in matched.terms], {term.scale for term in matched.terms}
         check_mergeable(vectors)
         weighted = [vector.label for vector in vectors if vector.manifest.coefficients is not None]

@@ -7,10 +7,9 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lata_lightning.numerics.chunks import Load
-from lata_lightning.numerics.chunks import slices as in_memory
+from lata_lightning.numerics.chunks import ChunkReader, tensor_chunks
 from lata_lightning.numerics.low_rank import LowRank
-from lata_lightning.store.sources import Source, View
+from lata_lightning.store.sources import TensorSource, View
 
 
 class Rows(View):
@@ -23,7 +22,9 @@ class Rows(View):
         pieces: Sources, each with the rows to take from it; later ones win. Rows that none gives are zero.
     """
 
-    def __init__(self, source: Source, axes: Mapping[str, int], size: int, pieces: Sequence[tuple[Source, Iterable[int]]]) -> None:
+    def __init__(
+        self, source: TensorSource, axes: Mapping[str, int], size: int, pieces: Sequence[tuple[TensorSource, Iterable[int]]]
+    ) -> None:
         super().__init__(source, {name: name for name in source.names})
         # Rows of several models have no tokenizer of their own.
         self.directory = None
@@ -58,11 +59,11 @@ class Rows(View):
     def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
         return None if name in self._axes else super().low_rank(name)
 
-    def load(self, name: str) -> Load:  # noqa: D102
-        return in_memory(self.read(name)) if name in self._axes else super().load(name)
+    def chunks(self, name: str) -> ChunkReader:  # noqa: D102
+        return tensor_chunks(self.read(name)) if name in self._axes else super().chunks(name)
 
-    def place(self, name: str) -> Hashable:  # noqa: D102
-        return None if name in self._axes else super().place(name)
+    def byte_range(self, name: str) -> Hashable:  # noqa: D102
+        return None if name in self._axes else super().byte_range(name)
 
-    def sides(self, name: str) -> tuple[Source, Source, str] | None:  # noqa: D102
+    def sides(self, name: str) -> tuple[TensorSource, TensorSource, str] | None:  # noqa: D102
         return None if name in self._axes else super().sides(name)

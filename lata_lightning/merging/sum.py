@@ -17,10 +17,10 @@ from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.store.directories import find_weights
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import named_like
-from lata_lightning.store.sources import Fingerprinted, Source
+from lata_lightning.store.sources import Fingerprinted, TensorSource
 from lata_lightning.vectors.aligning import check_same_model, check_same_start
 
-Onto = str | Path | nn.Module | Mapping[str, Tensor] | Source
+Onto = str | Path | nn.Module | Mapping[str, Tensor] | TensorSource
 
 
 def start_of(terms: Sequence[Term], onto: Onto | None) -> Onto:
@@ -99,7 +99,7 @@ class Sum:
         """The sum of a tensor piece by piece, rounded once to the dtype of the start; each piece is valid until the next is asked for."""
         acting = zip(self._matched.readers, self.factors(name), strict=True)
         parts = [summand(self.weights, reader, name, factor) for reader, factor in acting if factor != 0]
-        return combined(prod(self.weights.shape(name)), self.weights.load(name), parts, self.weights.dtype(name))
+        return combined(prod(self.weights.shape(name)), self.weights.chunks(name), parts, self.weights.dtype(name))
 
     def check_start(self) -> None:
         """Read what has not been read of the start, if a vector records a hash to compare with.

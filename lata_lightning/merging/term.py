@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lata_lightning.alignment import RANKING
 from lata_lightning.errors import LataError
 from lata_lightning.merging.weigh import check_asked_for
-from lata_lightning.store.sources import Source
+from lata_lightning.store.sources import TensorSource
 from lata_lightning.vectors.task_vector import TaskVector
 
 
@@ -30,7 +30,7 @@ class Term:
 
     vector: TaskVector
     scale: float = 1.0
-    tuned: str | Path | nn.Module | Mapping[str, Tensor] | Source | None = None
+    tuned: str | Path | nn.Module | Mapping[str, Tensor] | TensorSource | None = None
 
     def __post_init__(self) -> None:
         if not isfinite(self.scale):

@@ -18,7 +18,7 @@ from lata_lightning.store.meaning import Meaning, check_same_tokens, meaning_of,
 from lata_lightning.store.names import LeaveOut
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import pair_names
-from lata_lightning.store.sources import Fingerprinted, Source
+from lata_lightning.store.sources import Fingerprinted, TensorSource
 from lata_lightning.store.tokens import Tokens, read_tokens, within
 from lata_lightning.store.vocabulary import Comparison, compare, resized_config
 from lata_lightning.vectors.differences import Difference
@@ -44,10 +44,10 @@ class Fitted:
         notes: What was decided, in sentences.
     """
 
-    onto: Source
-    vectors: list[Source]
+    onto: TensorSource
+    vectors: list[TensorSource]
     rows: tuple[int, int] | None
-    tokenizer: Source
+    tokenizer: TensorSource
     config: Mapping[str, Any] | None
     notes: tuple[str, ...]
 
@@ -55,7 +55,7 @@ class Fitted:
 class _SharedDifference(Difference):
     """A difference over shared rows, which still identifies its two sides by all the rows they have."""
 
-    def __init__(self, start: Source, tuned: Source, names: Iterable[str], sides: tuple[Fingerprinted, Fingerprinted]) -> None:
+    def __init__(self, start: TensorSource, tuned: TensorSource, names: Iterable[str], sides: tuple[Fingerprinted, Fingerprinted]) -> None:
         super().__init__(start, tuned, names, identify=False)
         self._sides = sides
 
@@ -66,8 +66,8 @@ class _SharedDifference(Difference):
 
 
 def between_vocabularies(
-    start: str | Path | nn.Module | Mapping[str, Tensor] | Source,
-    tuned: str | Path | nn.Module | Mapping[str, Tensor] | Source,
+    start: str | Path | nn.Module | Mapping[str, Tensor] | TensorSource,
+    tuned: str | Path | nn.Module | Mapping[str, Tensor] | TensorSource,
     vocabulary: Side,
     *,
     kind: Kind = "task",
@@ -107,7 +107,7 @@ def between_vocabularies(
     frame, patched = sides if vocabulary == "start" else sides[::-1]
     size = found.rows[SIDES.index(vocabulary)]
     mixed = Rows(patched, found.axes, size, [(frame, range(size)), (patched, found.shared)])
-    ready: tuple[Source, Source] = (frame, mixed) if vocabulary == "start" else (mixed, frame)
+    ready: tuple[TensorSource, TensorSource] = (frame, mixed) if vocabulary == "start" else (mixed, frame)
     vector = TaskVector.between(*ready, kind=kind, start_kind=start_kind, layers=layers, check_config=check_config)
     vector = TaskVector(vector.tensors, replace(vector.manifest, leave_out=left_out.patterns))
     meaning = Meaning(vector.manifest.meaning.config, meaning_of(one).vocabularies + meaning_of(other).vocabularies, check_config)
@@ -156,7 +156,11 @@ def resized(vector: TaskVector, like: TaskVector, config: Mapping[str, Any] | No
 
 
 def fit_vocabularies(
-    onto: Source, vectors: Sequence[Source], tuned: Sequence[Source | None], meanings: Sequence[Meaning], vocabulary: Vocabulary
+    onto: TensorSource,
+    vectors: Sequence[TensorSource],
+    tuned: Sequence[TensorSource | None],
+    meanings: Sequence[Meaning],
+    vocabulary: Vocabulary,
 ) -> Fitted:
     """Onto and vectors with one set of rows, as a merge needs them.
 
@@ -222,7 +226,7 @@ def fit_vocabularies(
     return Fitted(weights, list(readers), (before, after), tokenizer, config, notes)
 
 
-def _tokens_of(label: str, meaning: Meaning, onto: Source) -> Tokens:
+def _tokens_of(label: str, meaning: Meaning, onto: TensorSource) -> Tokens:
     """The tokens of a saved vector, as far as those of the model it is added to tell them.
 
     Raises:
@@ -248,7 +252,11 @@ def check_vocabulary(vocabulary: str) -> Vocabulary:
 
 
 def _merge_notes(
-    onto: Source, vectors: Sequence[Source], tuned: Sequence[Source | None], found: Sequence[Comparison], vocabulary: Vocabulary
+    onto: TensorSource,
+    vectors: Sequence[TensorSource],
+    tuned: Sequence[TensorSource | None],
+    found: Sequence[Comparison],
+    vocabulary: Vocabulary,
 ) -> tuple[str, ...]:
     notes, taken = [], set[int]()
     for vector, model, comparison in zip(vectors, tuned, found, strict=True):
@@ -280,7 +288,7 @@ def _described(rows: Sequence[int], tokens: Mapping[int, str] | None) -> str:
     return f"{span} ({shown}{', …' if len(named) > 3 else ''})" if named else span
 
 
-def _largest(sides: Sequence[tuple[Source, Mapping[int, str]]]) -> tuple[Source, Mapping[int, str]]:
+def _largest(sides: Sequence[tuple[TensorSource, Mapping[int, str]]]) -> tuple[TensorSource, Mapping[int, str]]:
     """The side whose tokenizer knows every token of all of them, and its tokens."""
     everything = {row: token for _, by_row in sides for row, token in by_row.items()}
     best, tokens = max(sides, key=lambda side: len(side[1]))
@@ -293,7 +301,7 @@ def _largest(sides: Sequence[tuple[Source, Mapping[int, str]]]) -> tuple[Source,
 
 
 def _with_size(
-    config: Mapping[str, Any] | None, found: Sequence[Comparison], pieces: Sequence[tuple[Source, Comparison]], size: int
+    config: Mapping[str, Any] | None, found: Sequence[Comparison], pieces: Sequence[tuple[TensorSource, Comparison]], size: int
 ) -> Mapping[str, Any] | None:
     """The config with the new size where it names the vocabulary that differs."""
     before = next(comparison.rows[0] for comparison in found if comparison.axes)

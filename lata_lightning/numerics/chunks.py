@@ -17,40 +17,40 @@ from torch import Tensor
 from lata_lightning.errors import LataError
 from lata_lightning.numerics.low_rank import LowRank
 
-PIECE = 1 << 18
+CHUNK = 1 << 18
 """Entries per piece: few enough for memory not to count, and enough for Python's part of a piece not to count either."""
-Load = Callable[[int, int], Tensor]
+ChunkReader = Callable[[int, int], Tensor]
 """Gives the entries from one number to another of a flattened tensor, to be asked for in order; what it gives may be overwritten by the next
 call."""
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-def pieces_of(count: int) -> Iterator[tuple[int, int]]:
+def chunk_bounds(count: int) -> Iterator[tuple[int, int]]:
     """First and last entry (exclusive) of every piece of a tensor with so many entries."""
-    for begin in range(0, count, PIECE):
-        yield begin, min(begin + PIECE, count)
+    for begin in range(0, count, CHUNK):
+        yield begin, min(begin + CHUNK, count)
 
 
-def slices(tensor: Tensor) -> Load:
+def tensor_chunks(tensor: Tensor) -> ChunkReader:
     """The pieces of a tensor in memory."""
     flat = tensor.detach().reshape(-1)
     return lambda begin, end: flat[begin:end]
 
 
-def zeros(dtype: torch.dtype) -> Load:
+def zeros(dtype: torch.dtype) -> ChunkReader:
     """The pieces of a tensor that is zero."""
     return lambda begin, end: torch.zeros(end - begin, dtype=dtype)
 
 
-def products(factors: LowRank) -> Load:
+def factor_chunks(factors: LowRank) -> ChunkReader:
     """The pieces of a tensor held as factors, float64."""
     left, right = factors.joined()
     # Whole blocks of rows are computed, on their own grid, so that no value depends on the pieces that are asked for.
     return streamed((left[first:last] @ right for first, last in factors.blocks()), math.prod(factors.shape))
 
 
-def streamed(blocks: Iterable[Tensor], size: int) -> Load:
+def streamed(blocks: Iterable[Tensor], size: int) -> ChunkReader:
     """The pieces of a tensor that comes as blocks of any size, in order.
 
     Args:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lata_lightning.errors import CorruptFileError
-from lata_lightning.numerics.chunks import Load, pieces_of, products, slices
+from lata_lightning.numerics.chunks import ChunkReader, chunk_bounds, factor_chunks, tensor_chunks
 from lata_lightning.numerics.kernels import combine as combine_entries
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.numerics.measure import all_finite, difference, same_entries
@@ -37,8 +37,8 @@ class Part(NamedTuple):
     """
 
     factor: float
-    vector: Load
-    start: Load | None = None
+    vector: ChunkReader
+    start: ChunkReader | None = None
     from_onto: bool = False
 
 
@@ -53,16 +53,16 @@ def combine(onto: Tensor, parts: Sequence[tuple[Tensor | LowRank, float]], dtype
     Raises:
         CorruptFileError: The result is not finite.
     """
-    given = [Part(factor, products(vector) if isinstance(vector, LowRank) else slices(vector)) for vector, factor in parts]
+    given = [Part(factor, factor_chunks(vector) if isinstance(vector, LowRank) else tensor_chunks(vector)) for vector, factor in parts]
     merged = torch.empty(onto.numel(), dtype=dtype)
     begin = 0
-    for piece in combined(onto.numel(), slices(onto), given, dtype):
+    for piece in combined(onto.numel(), tensor_chunks(onto), given, dtype):
         merged[begin : begin + piece.numel()] = piece
         begin += piece.numel()
     return merged.reshape(onto.shape)
 
 
-def combined(count: int, onto: Load, parts: Sequence[Part], dtype: torch.dtype) -> Iterator[Tensor]:
+def combined(count: int, onto: ChunkReader, parts: Sequence[Part], dtype: torch.dtype) -> Iterator[Tensor]:
     """The pieces of a sum, each valid until the next is asked for; as ``combine``.
 
     Args:
@@ -72,7 +72,7 @@ def combined(count: int, onto: Load, parts: Sequence[Part], dtype: torch.dtype) 
         dtype: Of the result.
     """
     room: _Room | None = None
-    for begin, end in pieces_of(count):
+    for begin, end in chunk_bounds(count):
         weights = onto(begin, end)
         if not parts and weights.dtype == dtype:
             yield weights

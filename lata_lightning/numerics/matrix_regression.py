@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lata_lightning.errors import CorruptFileError, LataError
-from lata_lightning.numerics.chunks import Load
+from lata_lightning.numerics.chunks import ChunkReader
 from lata_lightning.numerics.combine import NOT_FINITE
 from lata_lightning.numerics.low_rank import Factors, LowRank
 
@@ -41,8 +41,8 @@ class Operand:
         factors: The same matrix as factors, if it is held so; otherwise None.
     """
 
-    first: Load
-    again: Load
+    first: ChunkReader
+    again: ChunkReader
     factors: LowRank | None = None
 
 
@@ -157,7 +157,7 @@ def _by_inputs(operands: Sequence[Operand], shape: tuple[int, int], settings: Se
     step = max(1, _BLOCK // max(inputs, 1))
     blocks = [(begin, min(begin + step, outputs)) for begin in range(0, outputs, step)]
 
-    def read(load: Load, begin: int, end: int) -> Tensor:
+    def read(load: ChunkReader, begin: int, end: int) -> Tensor:
         return load(begin * inputs, end * inputs).to(settings.device, settings.precision).reshape(-1, inputs)
 
     grams = [torch.zeros(inputs, inputs, dtype=settings.precision, device=settings.device) for _ in operands]

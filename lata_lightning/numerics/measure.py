@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lata_lightning.errors import CorruptFileError, LataError, LayoutMismatchError, first_three
 from lata_lightning.moments import Moments, Start, check_start
-from lata_lightning.numerics.chunks import Load, slices
+from lata_lightning.numerics.chunks import ChunkReader, tensor_chunks
 from lata_lightning.numerics.kernels import sums as entry_sums
 from lata_lightning.numerics.low_rank import LowRank
 
@@ -74,8 +74,8 @@ def tensor_sums(
         return _factored_sums(vector, instruction, subtract, start, instruction_squared)
     if vector.device.type != "cpu":
         return _device_sums(vector, instruction, subtract, start)
-    direction, origin = (None if tensor is None else slices(tensor.cpu()) for tensor in (instruction, subtract))
-    found = streamed_sums(vector.numel(), slices(vector), direction, subtract=origin, start=start)
+    direction, origin = (None if tensor is None else tensor_chunks(tensor.cpu()) for tensor in (instruction, subtract))
+    found = streamed_sums(vector.numel(), tensor_chunks(vector), direction, subtract=origin, start=start)
     if instruction is not None and instruction_squared is not None:
         found[2] = instruction_squared
     return found
@@ -83,10 +83,10 @@ def tensor_sums(
 
 def streamed_sums(
     count: int,
-    vector: Load,
-    instruction: Load | None = None,
+    vector: ChunkReader,
+    instruction: ChunkReader | None = None,
     *,
-    subtract: Load | None = None,
+    subtract: ChunkReader | None = None,
     start: Start = "instruct",
 ) -> Tensor:
     """The three sums of a tensor on the CPU that is given piece by piece; as ``tensor_sums``.
@@ -113,7 +113,7 @@ def streamed_sums(
     return torch.tensor(found, dtype=torch.float64)
 
 
-def factored_sums(vector: LowRank | Load, instruction: LowRank | Load, *, start: Start = "instruct") -> Tensor:
+def factored_sums(vector: LowRank | ChunkReader, instruction: LowRank | ChunkReader, *, start: Start = "instruct") -> Tensor:
     """The three sums of a tensor of which at least one side is given as factors; as ``tensor_sums``, on the CPU.
 
     A dense side is given piece by piece, and each of its entries is asked for once.

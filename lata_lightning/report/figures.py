@@ -78,7 +78,7 @@ def by_part(vectors: Sequence[tuple[int, str, Mapping[str, Moments]]], layers: L
 
     Args:
         vectors: Number, label and moments by tensor of each vector; the charts of one measure share a colour scale.
-        layers: Place of every tensor.
+        layers: LayerPosition of every tensor.
     """
     tensors = layers.layers("submodule")
     parts = list(dict.fromkeys(name.rpartition(".")[2] for name in tensors))

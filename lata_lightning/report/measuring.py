@@ -84,7 +84,7 @@ def measure_together(
 
 def _check(vector: TaskVector, first: TaskVector, instruction: TaskVector | None, check_base: bool) -> None:
     check_same_tensors(vector.tensors, first.tensors)
-    if vector.layers.blocks != first.layers.blocks or any(vector.layers.places[name] != first.layers.places[name] for name in first):
+    if vector.layers.blocks != first.layers.blocks or any(vector.layers.positions[name] != first.layers.positions[name] for name in first):
         raise LayoutMismatchError(f"{vector.label} and {first.label} must have the same blocks to be shown together; make a report of each")
     if vector.manifest.kind == "instruction":
         return

@@ -16,7 +16,7 @@ from lata_lightning.layers import skeleton
 from lata_lightning.store.directories import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_object
 from lata_lightning.store.formats.table import find_format
 from lata_lightning.store.lora import RESIDUAL, AdaptedModel, check_kind
-from lata_lightning.store.sources import Source
+from lata_lightning.store.sources import TensorSource
 
 # The models with a head that adapters of a task type are trained on.
 _HEADS = {
@@ -40,7 +40,7 @@ def named_base(directory: Path) -> str | None:
     return named
 
 
-def adapted_model(start: Source, directory: Path) -> AdaptedModel:
+def adapted_model(start: TensorSource, directory: Path) -> AdaptedModel:
     """Build the empty model that a start's config describes, with an adapter directory's own tensors in it.
 
     Tensors saved under names of an older release of transformers are renamed as peft renames them when it loads them.

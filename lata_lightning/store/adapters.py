@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 from lata_lightning.errors import BaseMismatchError, LataError, LayoutMismatchError, SourceError, first_three
-from lata_lightning.numerics.chunks import Load, zeros
+from lata_lightning.numerics.chunks import ChunkReader, zeros
 from lata_lightning.numerics.combine import combine
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.numerics.measure import difference
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
 from lata_lightning.store.hashing import content_hash, hash_values
 from lata_lightning.store.lora import AdaptedModel
-from lata_lightning.store.sources import Source
+from lata_lightning.store.sources import TensorSource
 
 
-class AdapterDifference(Source):
+class AdapterDifference(TensorSource):
     """What a LoRA adapter adds to the weights it was trained on, tensor by tensor.
 
     Tensors under LoRA layers are kept as factors. Trained copies (``modules_to_save``), biases, and what any other kind of adapter makes of a
@@ -37,10 +37,10 @@ class AdapterDifference(Source):
         SourceError: Peft cannot merge a layer of it.
     """
 
-    def __init__(self, start: Source, adapted: AdaptedModel, location: str | None, before: AdapterDifference | None = None) -> None:
+    def __init__(self, start: TensorSource, adapted: AdaptedModel, location: str | None, before: AdapterDifference | None = None) -> None:
         self._hashed, self._before = start, before
         self._adapted, self.location = adapted, location
-        self._start: Source = start if before is None else before._start
+        self._start: TensorSource = start if before is None else before._start
         start = self._start
         own = {name: tensor for name, tensor in self._adapted.plain.items() if not tensor.is_meta}
         self._whole = {name: tensor.detach() for name, tensor in under_checkpoint_names(self._adapted.module, own).items()}
@@ -105,8 +105,8 @@ class AdapterDifference(Source):
             return (self._dense(name) - before._dense(name)).to(self.dtype(name))
         return difference(self.whole(name), before.whole(name)).to(self.dtype(name))
 
-    def load(self, name: str) -> Load:  # noqa: D102
-        return zeros(self.dtype(name)) if name in self.unchanged else super().load(name)
+    def chunks(self, name: str) -> ChunkReader:  # noqa: D102
+        return zeros(self.dtype(name)) if name in self.unchanged else super().chunks(name)
 
     def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
         if self._before is None:
@@ -143,7 +143,7 @@ class AdapterDifference(Source):
         return content_hash({name: hash_values(self._hashed.read(name)) for name in self._names}), None
 
 
-class AdaptedWeights(Source):
+class AdaptedWeights(TensorSource):
     """The whole weights that a start and an adapter make: sums in float64, rounded once to the start's dtype; trained copies as they are.
 
     Args:
@@ -154,7 +154,7 @@ class AdaptedWeights(Source):
         base, added: Both.
     """
 
-    def __init__(self, start: Source, added: AdapterDifference) -> None:
+    def __init__(self, start: TensorSource, added: AdapterDifference) -> None:
         self.base, self.added = start, added
         self.location, self.directory, self.config = added.location, start.directory, start.config
 
@@ -176,7 +176,7 @@ class AdaptedWeights(Source):
         return combine(self.base.read(name), [(factors, 1.0)], self.dtype(name))
 
 
-def check_same_base(start: Source, base: Source, adapter: str) -> None:
+def check_same_base(start: TensorSource, base: TensorSource, adapter: str) -> None:
     """Refuse a start that is known to differ from the weights an adapter was trained on.
 
     Raises:

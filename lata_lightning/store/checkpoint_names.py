@@ -49,7 +49,7 @@ class Piece(NamedTuple):
     whole: bool
 
 
-def pieces_of(module: nn.Module, names: Collection[str]) -> dict[str, Piece]:
+def chunk_bounds(module: nn.Module, names: Collection[str]) -> dict[str, Piece]:
     """How a checkpoint stores tensors of a transformers model, by the checkpoint's names; nothing is read or computed.
 
     Args:
@@ -132,4 +132,4 @@ def tied_groups(module: nn.Module) -> list[frozenset[str]]:
 
 def checkpoint_name_of(module: nn.Module) -> dict[str, str]:
     """Name in a checkpoint by name in the module, for the tensors that a checkpoint stores as they are."""
-    return {piece.origins[0]: name for name, piece in pieces_of(module, module.state_dict()).items() if piece.whole}
+    return {piece.origins[0]: name for name, piece in chunk_bounds(module, module.state_dict()).items() if piece.whole}

@@ -11,7 +11,7 @@ from pathlib import Path
 from lata_lightning.errors import LataError
 from lata_lightning.store.descriptors import unreadable
 from lata_lightning.store.directories import ADAPTER_CONFIG, MANIFEST_NAME, MERGE_RECORD, weight_files
-from lata_lightning.store.sources import Source
+from lata_lightning.store.sources import TensorSource
 from lata_lightning.store.tokens import tokenizer_files
 
 _SHOWN = 20
@@ -63,7 +63,7 @@ class Companions:
             shutil.copyfile(file, directory / name)
 
 
-def companions_of(source: Source, tokenizer: Source | None = None) -> Companions:
+def companions_of(source: TensorSource, tokenizer: TensorSource | None = None) -> Companions:
     """What goes along with weights: every file of their directory but weights, and what tools keep beside them.
 
     Links are followed to files of the directory itself and of the hub's cache, and nowhere else.
@@ -128,7 +128,7 @@ def _stays(name: str, file: Path, directory: Path) -> bool:
     return not (target.is_relative_to(home) or (home.parent.name == "snapshots" and target.is_relative_to(home.parent.parent / "blobs")))
 
 
-def _weights(directory: Path, source: Source) -> set[Path]:
+def _weights(directory: Path, source: TensorSource) -> set[Path]:
     """The files that were read as the weights, and their index."""
     try:
         files = weight_files(directory, source.config)

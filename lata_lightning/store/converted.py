@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lata_lightning.layers import skeleton
-from lata_lightning.numerics.chunks import Load
-from lata_lightning.numerics.chunks import slices as in_memory
+from lata_lightning.numerics.chunks import ChunkReader, tensor_chunks
 from lata_lightning.numerics.low_rank import LowRank
-from lata_lightning.store.checkpoint_names import Piece, checkpoint_name_of, loading_names, pieces_of, row_major, under_checkpoint_names
+from lata_lightning.store.checkpoint_names import Piece, checkpoint_name_of, chunk_bounds, loading_names, row_major, under_checkpoint_names
 from lata_lightning.store.names import differing_prefixes, keyed
-from lata_lightning.store.sources import Source
+from lata_lightning.store.sources import TensorSource
 
 
-class Converted(Source):
+class Converted(TensorSource):
     """The tensors of another source as a checkpoint stores them; each piece is read by itself where it is a part of one tensor.
 
     Args:
@@ -30,7 +29,7 @@ class Converted(Source):
     """
 
     def __init__(
-        self, source: Source, module: nn.Module, pieces: Mapping[str, Piece], origins: Mapping[str, str], others: Mapping[str, str]
+        self, source: TensorSource, module: nn.Module, pieces: Mapping[str, Piece], origins: Mapping[str, str], others: Mapping[str, str]
     ) -> None:
         self._source, self._module, self._pieces, self._origins, self._others = source, module, pieces, dict(origins), dict(others)
         self.location, self.revision, self.directory = source.location, source.revision, source.directory
@@ -59,7 +58,7 @@ class Converted(Source):
         count = 1 + sum(stride * (length - 1) for stride, length in zip(piece.stride, piece.shape, strict=True))
         if math.prod(piece.shape) == 0:
             return torch.empty(piece.shape, dtype=self.dtype(name))
-        load, entries = self._source.load(self._stored_name(name)), torch.empty(count, dtype=self.dtype(name))
+        load, entries = self._source.chunks(self._stored_name(name)), torch.empty(count, dtype=self.dtype(name))
         for begin in range(0, count, _ENTRIES):
             end = min(begin + _ENTRIES, count)
             # What a source loads is valid until the next piece of it is.
@@ -70,23 +69,23 @@ class Converted(Source):
         whole = self._whole(name)
         return None if whole is None else self._source.low_rank(whole)
 
-    def load(self, name: str) -> Load:  # noqa: D102
+    def chunks(self, name: str) -> ChunkReader:  # noqa: D102
         whole, offset = self._whole(name), self._offset(name)
         if whole is not None:
-            return self._source.load(whole)
+            return self._source.chunks(whole)
         if offset is None:
-            return in_memory(self.read(name))
-        load = self._source.load(self._stored_name(name))
+            return tensor_chunks(self.read(name))
+        load = self._source.chunks(self._stored_name(name))
         return lambda begin, end: load(offset + begin, offset + end)
 
-    def place(self, name: str) -> Hashable:  # noqa: D102
-        place = self._source.place(self._stored_name(name))
+    def byte_range(self, name: str) -> Hashable:  # noqa: D102
+        place = self._source.byte_range(self._stored_name(name))
         whole, offset = self._whole(name), self._offset(name)
         if place is None or whole is not None:
             return place
         return None if offset is None else (place, offset, self.shape(name))
 
-    def sides(self, name: str) -> tuple[Source, Source, str] | None:  # noqa: D102
+    def sides(self, name: str) -> tuple[TensorSource, TensorSource, str] | None:  # noqa: D102
         whole = self._whole(name)
         return None if whole is None else self._source.sides(whole)
 
@@ -123,12 +122,12 @@ class Named(NamedTuple):
         outside: Names in the source of tensors that lie beside the model, as other modules of a LightningModule do.
     """
 
-    source: Source
+    source: TensorSource
     names: Mapping[str, str]
     outside: frozenset[str] = frozenset()
 
 
-def by_checkpoint_names(side: Source, other: Source) -> Named | None:
+def by_checkpoint_names(side: TensorSource, other: TensorSource) -> Named | None:
     """A source by the names of its checkpoint, where it or the other side says which model it is.
 
     Returns:
@@ -139,7 +138,7 @@ def by_checkpoint_names(side: Source, other: Source) -> Named | None:
     if module is None:
         return None
     state = module.state_dict()
-    every, whole, loaded = pieces_of(module, state), checkpoint_name_of(module), loading_names(module)
+    every, whole, loaded = chunk_bounds(module, state), checkpoint_name_of(module), loading_names(module)
     stored = keyed(side.names, side.label)
     # Whichever explains more of the names: those of the modules, or those of a checkpoint.
     kinds = [_without_prefix(stored, names, side.label) for names in (state, every)]

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lata_lightning.numerics.chunks import Load
+from lata_lightning.numerics.chunks import ChunkReader
 from lata_lightning.store.descriptors import DESCRIPTORS, fill
 from lata_lightning.store.layout import DTYPES, Span, check_readable, item_size, joined, safetensors_spans
-from lata_lightning.store.sources import Source
+from lata_lightning.store.sources import TensorSource
 
 
-class FileSource(Source):
+class FileSource(TensorSource):
     """Tensors in one or several files; a tensor, or the rows of one that are asked for, is read when it is asked for.
 
     Reads go to the files and not through memory maps: pages of a map count as memory of the process until it ends, and a map of a file that is cut
@@ -73,11 +73,11 @@ class FileSource(Source):
         fill_entries(tensor, span, first * math.prod(shape[1:]))
         return tensor
 
-    def load(self, name: str) -> Load:  # noqa: D102
+    def chunks(self, name: str) -> ChunkReader:  # noqa: D102
         span = self._spans[name]
-        return super().load(name) if span.strides is not None else load_span(span)
+        return super().chunks(name) if span.strides is not None else load_span(span)
 
-    def place(self, name: str) -> Hashable:  # noqa: D102
+    def byte_range(self, name: str) -> Hashable:  # noqa: D102
         file, begin, entry, strides = self._spans[name]
         return (file.device, file.number, begin, entry, strides)
 
@@ -112,7 +112,7 @@ def read_span(span: Span) -> Tensor:
     return flat.as_strided(shape, strides).contiguous()
 
 
-def load_span(span: Span) -> Load:
+def load_span(span: Span) -> ChunkReader:
     """A tensor whose entries follow row by row, piece by piece; what a call gives is overwritten by the next."""
     dtype = torch_dtype(span.entry.code)
     buffer = torch.empty(0, dtype=dtype)

@@ -14,7 +14,7 @@ from lata_lightning.store.directories import local_directory
 from lata_lightning.store.tokens import Vocabulary
 
 if TYPE_CHECKING:
-    from lata_lightning.store.sources import Source
+    from lata_lightning.store.sources import TensorSource
 
 _NO_COMPARISON = "switch the comparison of configs off (check_config=False, --check-config false)"
 
@@ -50,7 +50,7 @@ class Meaning:
         return cls(config, tuple(Vocabulary.from_json(entry) for entry in data["vocabularies"]))
 
 
-def meaning_of(source: Source) -> Meaning:
+def meaning_of(source: TensorSource) -> Meaning:
     """That of whole weights, from the config and the tokenizer files beside them."""
     return _meaning(source.config, source.directory, source.label)
 
@@ -70,7 +70,7 @@ def rows_of(config: Mapping[str, Any] | None) -> int | None:
     return max(stated_sizes(config or {}).values(), default=None)
 
 
-def difference_meaning(start: Source, tuned: Source, *, compared: bool = True) -> Meaning:
+def difference_meaning(start: TensorSource, tuned: TensorSource, *, compared: bool = True) -> Meaning:
     """That of a difference of two models, which must mean the same.
 
     Args:

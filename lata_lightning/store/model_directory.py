@@ -10,10 +10,10 @@ from lata_lightning.errors import CorruptFileError, SourceError, first_three
 from lata_lightning.store.directories import MANIFEST_NAME, MERGE_RECORD, read_object, shard_files
 from lata_lightning.store.file_source import open_safetensors
 from lata_lightning.store.seal import check_seal
-from lata_lightning.store.sources import Source, hashes_of
+from lata_lightning.store.sources import TensorSource, hashes_of
 
 
-def finished_config(source: Source, dtype: str | None, config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+def finished_config(source: TensorSource, dtype: str | None, config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """The config.json of a model made from another one; None if it is that of the source as it lies there.
 
     Args:

@@ -18,13 +18,13 @@ from lata_lightning.store.foreign_adapters import check_no_factors
 from lata_lightning.store.formats.table import find_format
 from lata_lightning.store.lora import AdaptedModel, check_unwrapped, peft_kinds
 from lata_lightning.store.names import differing_prefixes, keyed
-from lata_lightning.store.sources import Source, StateDictSource, View
+from lata_lightning.store.sources import StateDictSource, TensorSource, View
 
-Weights: TypeAlias = str | Path | nn.Module | Mapping[str, Tensor] | Source
+Weights: TypeAlias = str | Path | nn.Module | Mapping[str, Tensor] | TensorSource
 """What weights can be given as."""
 
 
-def open_source(weights: Weights, model: str | None = None) -> Source:
+def open_source(weights: Weights, model: str | None = None) -> TensorSource:
     """Weights to read from.
 
     Args:
@@ -39,7 +39,7 @@ def open_source(weights: Weights, model: str | None = None) -> Source:
         SourceError: The path is nothing of that kind, or cannot be read.
         CorruptFileError: A file is truncated or its index does not match.
     """
-    if isinstance(weights, Source):
+    if isinstance(weights, TensorSource):
         return weights if model is None else View(weights, part_of({name: name for name in weights.names}, model, weights.label))
     if isinstance(weights, peft_kinds()):
         raise SourceError(
@@ -91,7 +91,7 @@ def narrowed(weights: Sequence[Weights], model: str | None) -> list[Weights]:
     return found
 
 
-def open_difference(weights: object, start: Source) -> AdapterDifference | None:
+def open_difference(weights: object, start: TensorSource) -> AdapterDifference | None:
     """What a peft adapter adds to the weights it was trained on; None for weights that stand for themselves.
 
     An adapter is a directory, a hub id of one, or a model wrapped by peft.
@@ -122,7 +122,7 @@ def open_difference(weights: object, start: Source) -> AdapterDifference | None:
     return added
 
 
-def _open_adapted(directory: Path, location: str) -> Source:
+def _open_adapted(directory: Path, location: str) -> TensorSource:
     named = named_base(directory)
     if named is None:
         raise SourceError(
@@ -138,7 +138,7 @@ def _open_adapted(directory: Path, location: str) -> Source:
     return AdaptedWeights(start, AdapterDifference(start, model, location))
 
 
-def _named_for(start: Source, adapted: AdaptedModel) -> Source:
+def _named_for(start: TensorSource, adapted: AdaptedModel) -> TensorSource:
     """The start under the names of the model that was adapted, which may have a head, and so a prefix, that the start lacks."""
     wanted = under_checkpoint_names(adapted.module, adapted.plain).keys()
     if isinstance(start, AdaptedWeights) or wanted <= set(start.names):
@@ -150,14 +150,14 @@ def _named_for(start: Source, adapted: AdaptedModel) -> Source:
     return View(start, {missing + key.removeprefix(prefix) if key.startswith(prefix) else key: name for key, name in stored.items()})
 
 
-def _same_place(one: str | None, other: Source) -> bool:
+def _same_place(one: str | None, other: TensorSource) -> bool:
     """Whether a path or hub id is where weights come from."""
     if one is None or one == other.location:
         return one is not None
     return other.directory is not None and Path(one).is_dir() and Path(one).samefile(other.directory)
 
 
-def _check_base(start: Source, directory: Path, location: str) -> None:
+def _check_base(start: TensorSource, directory: Path, location: str) -> None:
     """Refuse a start with other weights than those the adapter names, if these are at hand."""
     named = named_base(directory)
     if named is None or start.location is None or _same_place(named, start):

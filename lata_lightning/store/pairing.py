@@ -24,7 +24,7 @@ from lata_lightning.store.names import (
     restored,
 )
 from lata_lightning.store.roles import Role, is_counter, named_role, roles_of
-from lata_lightning.store.sources import DTYPES, Source, View
+from lata_lightning.store.sources import DTYPES, TensorSource, View
 from lata_lightning.store.ties import Ties, same_values
 
 
@@ -44,7 +44,7 @@ class Pairing:
     copies: tuple[str, ...] = ()
 
 
-def pair(start: Source, tuned: Source, leave_out: LeaveOut = NOTHING) -> tuple[Source, Source]:
+def pair(start: TensorSource, tuned: TensorSource, leave_out: LeaveOut = NOTHING) -> tuple[TensorSource, TensorSource]:
     """Two sources under one set of names, as ``match``, with tensors of one shape each.
 
     Raises:
@@ -55,7 +55,7 @@ def pair(start: Source, tuned: Source, leave_out: LeaveOut = NOTHING) -> tuple[S
     return found.start, found.tuned
 
 
-def pair_names(start: Source, tuned: Source, leave_out: LeaveOut = NOTHING) -> tuple[Source, Source]:
+def pair_names(start: TensorSource, tuned: TensorSource, leave_out: LeaveOut = NOTHING) -> tuple[TensorSource, TensorSource]:
     """As ``pair``, but the tensors may differ in shape."""
     found = match(start, tuned, leave_out)
     return found.start, found.tuned
@@ -73,7 +73,7 @@ def check_same_shapes(found: Pairing) -> None:
         raise LayoutMismatchError(_shape_message(start, tuned, odd))
 
 
-def match(start: Source, tuned: Source, leave_out: LeaveOut = NOTHING) -> Pairing:
+def match(start: TensorSource, tuned: TensorSource, leave_out: LeaveOut = NOTHING) -> Pairing:
     """Bring two sources under one set of names: those of the start, or those of the tuned side where only that is a whole model's.
 
     Names that wrappers, older releases and Lightning changed are understood; so are a prefix that one side has alone, and names and pieces of a
@@ -156,7 +156,7 @@ class _Attempt:
     def _kept(self, names: Mapping[str, str]) -> dict[str, str]:
         return {key: name for key, name in names.items() if not self._leave_out(key) and not self._leave_out(name)}
 
-    def _alone(self, side: Source, names: Mapping[str, str]) -> list[str]:
+    def _alone(self, side: TensorSource, names: Mapping[str, str]) -> list[str]:
         """Names of the tensors of a side that have no partner and need one."""
         paired = {names[key] for key in self.common}
         lone = {key: name for key, name in names.items() if name not in paired and _counts(side, name)}
@@ -170,12 +170,12 @@ class _Attempt:
         return sorted(lone.values())
 
 
-def _counts(side: Source, name: str) -> bool:
+def _counts(side: TensorSource, name: str) -> bool:
     """Whether a tensor is a part of the model that needs a partner: no table, no counter."""
     return named_role(name, side.shape(name), side.dtype(name)) != "table" and not is_counter(name)
 
 
-def _check_kinds(start: Source, tuned: Source) -> None:
+def _check_kinds(start: TensorSource, tuned: TensorSource) -> None:
     """Refuse tensors that are no plain numbers, or are floating on one side only."""
     unusable = {name for name in start.names for side in (start, tuned) if side.dtype(name) not in DTYPES.values()}
     if unusable:
@@ -190,7 +190,7 @@ def _check_kinds(start: Source, tuned: Source) -> None:
         )
 
 
-def _lone_message(start: Source, tuned: Source, lone: Iterable[str], paired: Sequence[str]) -> str:
+def _lone_message(start: TensorSource, tuned: TensorSource, lone: Iterable[str], paired: Sequence[str]) -> str:
     lone = sorted(lone)
     pattern = leave_out_pattern(lone, paired)
     advice = (
@@ -201,7 +201,7 @@ def _lone_message(start: Source, tuned: Source, lone: Iterable[str], paired: Seq
     return f"{start.label} and {tuned.label} must hold the same tensors; on one side only are {first_three(lone)}. {advice}"
 
 
-def _shape_message(start: Source, tuned: Source, odd: list[str]) -> str:
+def _shape_message(start: TensorSource, tuned: TensorSource, odd: list[str]) -> str:
     name = odd[0]
     one, other = start.shape(name), tuned.shape(name)
     vocabulary = [entry for entry in odd if _VOCABULARY.search(entry)]
@@ -225,7 +225,7 @@ def _shape_message(start: Source, tuned: Source, odd: list[str]) -> str:
 _VOCABULARY = re.compile(r"embed|wte|shared|lm_head|predictions")
 
 
-def named_like(source: Source, reference: Source) -> Source:
+def named_like(source: TensorSource, reference: TensorSource) -> TensorSource:
     """A source under the names that a reference has for its tensors, without the names that wrappers add.
 
     Of a state dict or checkpoint the prefix of the model is taken off, and what lies outside of it is left out; each tied tensor gets the name that
@@ -248,7 +248,7 @@ def named_like(source: Source, reference: Source) -> Source:
     return View(source, {name: stored for stored, name in shown.items()})
 
 
-def _candidates(side: Source, names: Mapping[str, str]) -> dict[str, str]:
+def _candidates(side: TensorSource, names: Mapping[str, str]) -> dict[str, str]:
     """Stored names by key; a tied tensor in memory stands under each of its names."""
     found, stored = dict(names), set(side.names)
     for key, alias in keyed(side.tied, side.label).items():
@@ -284,7 +284,7 @@ def measured_names(
     return floating, frozenset(name for name in floating if roles[name] == "state")
 
 
-def brought_to(vector: Source, other: Source, leave_out: LeaveOut = NOTHING) -> View:
+def brought_to(vector: TensorSource, other: TensorSource, leave_out: LeaveOut = NOTHING) -> View:
     """The tensors of another vector under the names of a vector.
 
     Args:
@@ -305,7 +305,7 @@ def brought_to(vector: Source, other: Source, leave_out: LeaveOut = NOTHING) -> 
     return View(found.tuned, {found.start.origin_name(name): name for name in found.start.names})
 
 
-def check_same_tensors(one: Source, other: Source) -> None:
+def check_same_tensors(one: TensorSource, other: TensorSource) -> None:
     """Refuse the tensors of two vectors that differ in names or shapes; the message names the first three tensors."""
     lone = set(one.names) ^ set(other.names)
     if lone:

@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 
 from lata_lightning.errors import CorruptFileError
-from lata_lightning.numerics.chunks import Load
-from lata_lightning.numerics.chunks import slices as in_memory
+from lata_lightning.numerics.chunks import ChunkReader, tensor_chunks
 from lata_lightning.store.file_source import fill_entries, read_span, torch_dtype
 from lata_lightning.store.layout import Span, check_readable
 from lata_lightning.store.sharded_metadata import Chunk, ShardedTensor
-from lata_lightning.store.sources import Source
+from lata_lightning.store.sources import TensorSource
 from lata_lightning.store.torch_archive import TorchArchive
 
 
-class ShardedSource(Source):
+class ShardedSource(TensorSource):
     """The tensors of a sharded checkpoint; the chunks of one are read, and put together, when it is asked for.
 
     Args:
@@ -56,12 +55,12 @@ class ShardedSource(Source):
             whole[tuple(slice(begin, begin + size) for begin, size in begins)] = read_span(self._span(tensor, chunk))
         return whole
 
-    def load(self, name: str) -> Load:  # noqa: D102
+    def chunks(self, name: str) -> ChunkReader:  # noqa: D102
         tensor = self._tensors[name]
         spans = [(chunk, self._span(tensor, chunk)) for chunk in tensor.chunks]
         shape = tensor.entry.shape
         if not shape or any(chunk.sizes[1:] != shape[1:] or span.strides is not None for chunk, span in spans):
-            return in_memory(self.read(name))
+            return tensor_chunks(self.read(name))
         row = math.prod(shape[1:])
 
         def piece(begin: int, end: int) -> Tensor:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from lata_lightning.errors import SourceError
 from lata_lightning.layers import unwrapped
-from lata_lightning.numerics.chunks import Load, in_parallel, pieces_of, products, worker_count
-from lata_lightning.numerics.chunks import slices as in_memory
+from lata_lightning.numerics.chunks import ChunkReader, chunk_bounds, factor_chunks, in_parallel, tensor_chunks, worker_count
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.store import layout
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
@@ -24,7 +23,7 @@ DTYPES: dict[str, torch.dtype] = {code: getattr(torch, layout.DTYPES[code]) for 
 """Dtypes that tensors can be read in, by their codes in safetensors files."""
 
 
-class Source(ABC):
+class TensorSource(ABC):
     """Tensors by name, each read when it is asked for.
 
     Attributes:
@@ -68,16 +67,16 @@ class Source(ABC):
         """The tensor as factors, where the source holds it so; None otherwise."""
         return None
 
-    def load(self, name: str) -> Load:
+    def chunks(self, name: str) -> ChunkReader:
         """The tensor piece by piece; of files, without ever holding all of it."""
         factors = self.low_rank(name)
-        return in_memory(self.read(name)) if factors is None else products(factors)
+        return tensor_chunks(self.read(name)) if factors is None else factor_chunks(factors)
 
-    def place(self, name: str) -> Hashable:
+    def byte_range(self, name: str) -> Hashable:
         """Where the tensor's bytes lie in files: equal places hold the same bytes. None for anything else."""
         return None
 
-    def sides(self, name: str) -> tuple[Source, Source, str] | None:
+    def sides(self, name: str) -> tuple[TensorSource, TensorSource, str] | None:
         """Of a tensor that is computed as a difference: tuned and start source, and its name there. None for any other."""
         return None
 
@@ -99,7 +98,7 @@ class Source(ABC):
         return self.location or "the weights in memory"
 
 
-class StateDictSource(Source):
+class StateDictSource(TensorSource):
     """Tensors in memory: a module, a state dict, or the state dict of a checkpoint file.
 
     Args:
@@ -155,22 +154,22 @@ class StateDictSource(Source):
         return tensor.cpu()
 
 
-def hashes_of(source: Source, names: Sequence[str]) -> dict[str, str]:
+def hashes_of(source: TensorSource, names: Sequence[str]) -> dict[str, str]:
     """Hashes of tensors as they are stored (see ``hash_stored``), read piece by piece by several threads."""
 
     def digest(name: str) -> str:
-        meter, load = StoredHash(), source.load(name)
-        for begin, end in pieces_of(math.prod(source.shape(name))):
+        meter, load = StoredHash(), source.chunks(name)
+        for begin, end in chunk_bounds(math.prod(source.shape(name))):
             meter.update(load(begin, end))
         return meter.digest()
 
     return dict(zip(names, in_parallel(digest, names, worker_count(None) if source.parallel else 1), strict=True))
 
 
-class View(Source):
+class View(TensorSource):
     """Some tensors of another source, under other names."""
 
-    def __init__(self, source: Source, names: Mapping[str, str]) -> None:
+    def __init__(self, source: TensorSource, names: Mapping[str, str]) -> None:
         self.source, self._name_of = source, dict(names)
         self.location, self.revision, self.directory, self.config = (
             source.location,
@@ -199,13 +198,13 @@ class View(Source):
     def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
         return self.source.low_rank(self._name_of[name])
 
-    def load(self, name: str) -> Load:  # noqa: D102
-        return self.source.load(self._name_of[name])
+    def chunks(self, name: str) -> ChunkReader:  # noqa: D102
+        return self.source.chunks(self._name_of[name])
 
-    def place(self, name: str) -> Hashable:  # noqa: D102
-        return self.source.place(self._name_of[name])
+    def byte_range(self, name: str) -> Hashable:  # noqa: D102
+        return self.source.byte_range(self._name_of[name])
 
-    def sides(self, name: str) -> tuple[Source, Source, str] | None:  # noqa: D102
+    def sides(self, name: str) -> tuple[TensorSource, TensorSource, str] | None:  # noqa: D102
         return self.source.sides(self._name_of[name])
 
     def origin_name(self, name: str) -> str:  # noqa: D102
@@ -219,7 +218,7 @@ class View(Source):
 class Fingerprinted(View):
     """A source that notes the hash of every tensor as it is read, so that its identity costs no pass of its own."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: TensorSource) -> None:
         super().__init__(source, {name: name for name in source.names})
         self.hashes: dict[str, str] = {}
 
@@ -233,8 +232,8 @@ class Fingerprinted(View):
         # A part says nothing about the identity of the whole.
         return self.read(name) if slices is None else super().read_slice(name, slices)
 
-    def load(self, name: str) -> Load:  # noqa: D102
-        load = super().load(name)
+    def chunks(self, name: str) -> ChunkReader:  # noqa: D102
+        load = super().chunks(name)
         meter, count = ValueHash(), math.prod(self.shape(name))
         if count == 0:
             self.hashes[name] = meter.digest()

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from lata_lightning.layers import skeleton
-from lata_lightning.numerics.chunks import pieces_of
+from lata_lightning.numerics.chunks import chunk_bounds
 from lata_lightning.store.checkpoint_names import checkpoint_name_of, tied_groups
-from lata_lightning.store.sources import Source
+from lata_lightning.store.sources import TensorSource
 
 
 class Ties:
@@ -22,7 +22,7 @@ class Ties:
         sides: Both sides of a pairing: the config of either says which model it is.
     """
 
-    def __init__(self, sides: Iterable[Source]) -> None:
+    def __init__(self, sides: Iterable[TensorSource]) -> None:
         configs = [source.config for source in sides if source.config is not None]
         self._groups: list[set[str]] = []
         # Where nobody can build the model, its config alone says that it is tied.
@@ -53,12 +53,12 @@ def _base_prefix(module: nn.Module) -> str:
     return f"{prefix}." if prefix else ""
 
 
-def same_values(source: Source, one: str, other: str) -> bool:
+def same_values(source: TensorSource, one: str, other: str) -> bool:
     """Whether two tensors of a source have the same values; they are read piece by piece."""
     if source.shape(one) != source.shape(other):
         return False
-    if source.place(one) is not None and source.place(one) == source.place(other):
+    if source.byte_range(one) is not None and source.byte_range(one) == source.byte_range(other):
         return True
-    first, second = source.load(one), source.load(other)
+    first, second = source.chunks(one), source.chunks(other)
     # What a source loads may be overwritten by the next piece of it.
-    return all(torch.equal(first(begin, end).clone(), second(begin, end)) for begin, end in pieces_of(prod(source.shape(one))))
+    return all(torch.equal(first(begin, end).clone(), second(begin, end)) for begin, end in chunk_bounds(prod(source.shape(one))))

@@ -15,7 +15,7 @@ from lata_lightning.errors import LayoutMismatchError, first_three
 from lata_lightning.layers import layer_map, skeleton
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
 from lata_lightning.store.meaning import check_same_tokens, stated_sizes
-from lata_lightning.store.sources import Source
+from lata_lightning.store.sources import TensorSource
 from lata_lightning.store.tokens import Tokens, within
 
 _ROLES = ("embedding", "head", "other")
@@ -44,7 +44,9 @@ class Comparison:
     unknown: str = ""
 
 
-def vocabulary_axes(one: Source, other: Source, config: Mapping[str, Any] | None = None) -> tuple[dict[str, int], tuple[int, int]]:
+def vocabulary_axes(
+    one: TensorSource, other: TensorSource, config: Mapping[str, Any] | None = None
+) -> tuple[dict[str, int], tuple[int, int]]:
     """Axis of the vocabulary by tensor name, where the two sides differ in size along it; and both sizes.
 
     Args:
@@ -91,7 +93,7 @@ def vocabulary_axes(one: Source, other: Source, config: Mapping[str, Any] | None
     return axes, size
 
 
-def compare(one: Source, other: Source, tokens: tuple[Tokens, Tokens], config: Mapping[str, Any] | None = None) -> Comparison:
+def compare(one: TensorSource, other: TensorSource, tokens: tuple[Tokens, Tokens], config: Mapping[str, Any] | None = None) -> Comparison:
     """Which rows two models share.
 
     Args:
@@ -138,7 +140,7 @@ def resized_config(config: Mapping[str, Any], places: Iterable[tuple[str, ...]],
     return changed
 
 
-def _probed_axes(one: Source, other: Source, config: Mapping[str, Any] | None) -> tuple[dict[str, int], int]:
+def _probed_axes(one: TensorSource, other: TensorSource, config: Mapping[str, Any] | None) -> tuple[dict[str, int], int]:
     """Axis of the vocabulary by tensor name, from what changes in the empty model when its config asks for one row more; and the rows."""
     config = one.config or other.config or config or {}
     stated = stated_sizes(config)

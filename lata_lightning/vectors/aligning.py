@@ -16,7 +16,7 @@ from lata_lightning.numerics.measure import factored_sums, moments_table, stream
 from lata_lightning.store.meaning import check_all_mean_the_same, check_same_meaning, meaning_of
 from lata_lightning.store.names import LeaveOut
 from lata_lightning.store.pairing import brought_to
-from lata_lightning.store.sources import Source, View
+from lata_lightning.store.sources import TensorSource, View
 from lata_lightning.vectors.task_vector import TaskVector
 
 
@@ -33,8 +33,8 @@ def measure(task_vector: TaskVector, instruction_vector: TaskVector, start: Star
     def sums_of(name: str) -> Tensor:
         task, direction = task_vector.low_rank(name), instruction.low_rank(name)
         if task is not None or direction is not None:
-            return factored_sums(task or task_vector.tensors.load(name), direction or instruction.load(name), start=start)
-        sides = task_vector.tensors.load(name), instruction.load(name)
+            return factored_sums(task or task_vector.tensors.chunks(name), direction or instruction.chunks(name), start=start)
+        sides = task_vector.tensors.chunks(name), instruction.chunks(name)
         return streamed_sums(math.prod(task_vector.shape(name)), *sides, start=start)
 
     parallel = task_vector.tensors.parallel and instruction_vector.tensors.parallel
@@ -90,7 +90,7 @@ def align(
     return alignment_of(measure(task_vector, instruction_vector, start), task_vector.layers, level, start)
 
 
-def check_same_model(model: Source, vectors: Sequence[TaskVector], *, by_token: bool = True) -> None:
+def check_same_model(model: TensorSource, vectors: Sequence[TaskVector], *, by_token: bool = True) -> None:
     """Refuse vectors that belong to models of other tokens, or of another function, than the weights they are used with; the unknown passes.
 
     Args:

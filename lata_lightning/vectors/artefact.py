@@ -13,13 +13,13 @@ from torch import Tensor
 
 from lata_lightning.errors import CorruptFileError, first_three
 from lata_lightning.layers import skeleton
-from lata_lightning.numerics.chunks import Load, in_parallel, pieces_of, slices, worker_count
+from lata_lightning.numerics.chunks import ChunkReader, chunk_bounds, in_parallel, tensor_chunks, worker_count
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.numerics.measure import all_finite
 from lata_lightning.store.adapters import AdapterDifference
 from lata_lightning.store.directories import shard_files
 from lata_lightning.store.file_source import open_safetensors
-from lata_lightning.store.sources import Source, hashes_of
+from lata_lightning.store.sources import TensorSource, hashes_of
 from lata_lightning.store.tied_names import TiedNames, ties_of
 from lata_lightning.store.writer import Progress, ShardWriter, atomic_directory, check_free_directory, float_dtype, layout_size
 from lata_lightning.vectors.cards import vector_card
@@ -76,7 +76,14 @@ def _expected(manifest: Manifest) -> dict[str, tuple[tuple[int, ...], str | None
 
 
 def save_vector(
-    tensors: Source, manifest: Manifest, target: Path, *, dtype: str, max_shard_bytes: int, workers: int | None, progress: Progress | None
+    tensors: TensorSource,
+    manifest: Manifest,
+    target: Path,
+    *,
+    dtype: str,
+    max_shard_bytes: int,
+    workers: int | None,
+    progress: Progress | None,
 ) -> None:
     """Write differences and what is known of them (see ``TaskVector.save``, which says what the arguments mean and what is raised)."""
     stored = float_dtype(dtype)
@@ -96,7 +103,7 @@ def save_vector(
         with ShardWriter(directory, STEM, layout, max_shard_bytes=max_shard_bytes, metadata=metadata, progress=progress) as writer:
 
             def write(name: str) -> None:
-                load = slices(parts[name].cpu()) if name in parts else tensors.load(name)
+                load = tensor_chunks(parts[name].cpu()) if name in parts else tensors.chunks(name)
                 meter = None if name in parts else losses[name]
                 writer.stream(name, _lowered(tensors.label, name, load, math.prod(layout[name][1]), stored, meter))
 
@@ -129,16 +136,16 @@ def save_vector(
         (directory / "README.md").write_text(vector_card(manifest, target.name), "utf-8")
 
 
-def derivation_of(tensors: Source, manifest: Manifest) -> Derivation | None:
+def derivation_of(tensors: TensorSource, manifest: Manifest) -> Derivation | None:
     """How a vector was made of others, with what was measured while its tensors were read; None if it was not."""
     found = manifest.derivation
     measured = tuple(Measured(name, layers, vector) for (name, vector), layers in tensors.measured().items())
     return replace(found, measured=measured) if found is not None and measured else found
 
 
-def _lowered(label: str, name: str, load: Load, count: int, stored: torch.dtype, loss: LossMeter | None) -> Iterator[Tensor]:
+def _lowered(label: str, name: str, load: ChunkReader, count: int, stored: torch.dtype, loss: LossMeter | None) -> Iterator[Tensor]:
     """The pieces of a tensor in the precision they are stored in."""
-    for begin, end in pieces_of(count):
+    for begin, end in chunk_bounds(count):
         full = load(begin, end)
         lower = full.to(stored)
         _check_stored(label, name, full, lower)
@@ -155,14 +162,14 @@ def _check_stored(label: str, name: str, full: Tensor, lower: Tensor) -> None:
     raise CorruptFileError(f"{name} of {label} {what}")
 
 
-def _tied(tensors: Source, manifest: Manifest) -> TiedNames:
+def _tied(tensors: TensorSource, manifest: Manifest) -> TiedNames:
     """Groups of names that are one tensor in the model, which its config tells where the vector does not know them yet."""
     config = manifest.meaning.config
     model = skeleton(config) if config is not None and not manifest.tied else None
     return manifest.tied if model is None else ties_of(model, set(tensors.names))
 
 
-def _identities(tensors: Source, manifest: Manifest) -> dict[str, Any]:
+def _identities(tensors: TensorSource, manifest: Manifest) -> dict[str, Any]:
     """Identities of both sides with the hashes that reading them has brought."""
     if not isinstance(tensors, Difference | AdapterDifference):
         return {}

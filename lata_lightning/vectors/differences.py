@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from lata_lightning.numerics.chunks import Load, zeros
+from lata_lightning.numerics.chunks import ChunkReader, zeros
 from lata_lightning.numerics.kernels import loss
 from lata_lightning.numerics.low_rank import Factors, LowRank
 from lata_lightning.numerics.measure import all_finite, difference, same_entries
 from lata_lightning.store.hashing import content_hash
-from lata_lightning.store.sources import Fingerprinted, Source
+from lata_lightning.store.sources import Fingerprinted, TensorSource
 from lata_lightning.vectors.entries import PrecisionLoss, factor_names
 from lata_lightning.vectors.manifest import Manifest
 
 
-class Difference(Source):
+class Difference(TensorSource):
     """Tuned minus start, computed when it is read; notes the hashes of both sides if it is to identify them.
 
     Args:
@@ -28,7 +28,13 @@ class Difference(Source):
     """
 
     def __init__(
-        self, start: Source, tuned: Source, names: Iterable[str], *, identify: bool = True, known: Mapping[str, str] | None = None
+        self,
+        start: TensorSource,
+        tuned: TensorSource,
+        names: Iterable[str],
+        *,
+        identify: bool = True,
+        known: Mapping[str, str] | None = None,
     ) -> None:
         self._start, self._tuned = (Fingerprinted(start), Fingerprinted(tuned)) if identify else (start, tuned)
         self._names, self._known = tuple(names), dict(known or {})
@@ -57,13 +63,13 @@ class Difference(Source):
         one, other = self._start.low_rank(name), self._tuned.low_rank(name)
         return None if one is None or other is None else other.minus(one)
 
-    def load(self, name: str) -> Load:  # noqa: D102
+    def chunks(self, name: str) -> ChunkReader:  # noqa: D102
         if self.low_rank(name) is not None:
-            return super().load(name)
-        tuned, start = self._tuned.load(name), self._start.load(name)
+            return super().chunks(name)
+        tuned, start = self._tuned.chunks(name), self._start.chunks(name)
         return lambda begin, end: _change(tuned(begin, end), start(begin, end))
 
-    def sides(self, name: str) -> tuple[Source, Source, str] | None:  # noqa: D102
+    def sides(self, name: str) -> tuple[TensorSource, TensorSource, str] | None:  # noqa: D102
         if self.low_rank(name) is not None:
             return None
         tuned, start = ((side.source if isinstance(side, Fingerprinted) else side) for side in (self._tuned, self._start))
@@ -82,10 +88,10 @@ def _change(tuned: Tensor, start: Tensor) -> Tensor:
     return found if all_finite(found) else found.masked_fill(same_entries(tuned, start), 0.0)
 
 
-class Stored(Source):
+class Stored(TensorSource):
     """The tensors of an artefact, in float32; frozen ones are zeros that no file holds."""
 
-    def __init__(self, files: Source, manifest: Manifest) -> None:
+    def __init__(self, files: TensorSource, manifest: Manifest) -> None:
         self._files, self._entries = files, manifest.tensors
         self.location, self.parallel = files.location, files.parallel
 
@@ -112,13 +118,13 @@ class Stored(Source):
             return super().read_slice(name, slices)
         return self._files.read_slice(name, slices).float()
 
-    def load(self, name: str) -> Load:  # noqa: D102
+    def chunks(self, name: str) -> ChunkReader:  # noqa: D102
         entry = self._entries[name]
         if entry.unchanged:
             return zeros(torch.float32)
         if entry.factors is not None:
-            return super().load(name)
-        stored = self._files.load(name)
+            return super().chunks(name)
+        stored = self._files.chunks(name)
         return lambda begin, end: stored(begin, end).float()
 
     def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
@@ -130,10 +136,10 @@ class Stored(Source):
         return LowRank(entry.shape, tuple(parts))
 
 
-class Scaled(Source):
+class Scaled(TensorSource):
     """The tensors of a source, each times a factor of its own."""
 
-    def __init__(self, source: Source, factor_of: Callable[[str], float], location: str) -> None:
+    def __init__(self, source: TensorSource, factor_of: Callable[[str], float], location: str) -> None:
         self._source, self._factor_of = source, factor_of
         self.location, self.parallel = location, source.parallel
 
@@ -150,10 +156,10 @@ class Scaled(Source):
     def read(self, name: str) -> Tensor:  # noqa: D102
         return self._source.read(name) * self._factor_of(name)
 
-    def load(self, name: str) -> Load:  # noqa: D102
+    def chunks(self, name: str) -> ChunkReader:  # noqa: D102
         if self.low_rank(name) is not None:
-            return super().load(name)
-        load, factor = self._source.load(name), self._factor_of(name)
+            return super().chunks(name)
+        load, factor = self._source.chunks(name), self._factor_of(name)
         return lambda begin, end: load(begin, end) * factor
 
     def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
@@ -161,7 +167,7 @@ class Scaled(Source):
         return None if factors is None else factors.scaled(self._factor_of(name))
 
 
-class Chosen(Source):
+class Chosen(TensorSource):
     """Tensors of several sources, each read from the source that is chosen for its name.
 
     Args:
@@ -169,7 +175,7 @@ class Chosen(Source):
         location: What they are together, for messages.
     """
 
-    def __init__(self, source_of: Mapping[str, Source], location: str) -> None:
+    def __init__(self, source_of: Mapping[str, TensorSource], location: str) -> None:
         self._source_of = dict(source_of)
         self.location, self.parallel = location, all(source.parallel for source in source_of.values())
 
@@ -189,13 +195,13 @@ class Chosen(Source):
     def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:  # noqa: D102
         return self._source_of[name].read_slice(name, slices)
 
-    def load(self, name: str) -> Load:  # noqa: D102
-        return self._source_of[name].load(name)
+    def chunks(self, name: str) -> ChunkReader:  # noqa: D102
+        return self._source_of[name].chunks(name)
 
     def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
         return self._source_of[name].low_rank(name)
 
-    def sides(self, name: str) -> tuple[Source, Source, str] | None:  # noqa: D102
+    def sides(self, name: str) -> tuple[TensorSource, TensorSource, str] | None:  # noqa: D102
         return self._source_of[name].sides(name)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from lata_lightning.alignment import RANKING, Alignment
 from lata_lightning.errors import CorruptFileError, SourceError
-from lata_lightning.layers import LEVELS, LayerMap, Level, Place
+from lata_lightning.layers import LEVELS, LayerMap, LayerPosition, Level
 from lata_lightning.moments import STARTS, Start
 from lata_lightning.store.descriptors import unreadable
 from lata_lightning.store.directories import MANIFEST_NAME
@@ -133,7 +133,7 @@ class Manifest:
         kind: ``task`` (tuned − start) or ``instruction`` (instruct − base).
         start: What the fine-tune started from.
         start_identity, tuned_identity: The two sides of the difference.
-        layers: Place of every tensor.
+        layers: LayerPosition of every tensor.
         level: Unit of the coefficients.
         outside: Coefficient of the tensors that belong to no layer.
         weighting, threshold: Name of the rule behind the coefficients, or of what else they come from, and its parameter.
@@ -206,8 +206,8 @@ class Manifest:
                 name: {
                     **asdict(entry),
                     "shape": list(entry.shape),
-                    "block": self.layers.places[name].block,
-                    "part": self.layers.places[name].part,
+                    "block": self.layers.positions[name].block,
+                    "part": self.layers.positions[name].part,
                 }
                 for name, entry in self.tensors.items()
             },
@@ -218,7 +218,7 @@ class Manifest:
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:
         """The inverse of ``to_json``; library versions are informative only."""
         entries = data["tensors"]
-        places = {name: Place(entry["block"], entry["part"]) for name, entry in entries.items()}
+        places = {name: LayerPosition(entry["block"], entry["part"]) for name, entry in entries.items()}
         instruction = data["instruction_vector"]
         rule = data["weighting"]
         coefficients = data["coefficients"]

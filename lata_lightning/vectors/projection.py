@@ -8,7 +8,7 @@ from dataclasses import replace
 from lata_lightning.errors import BaseMismatchError
 from lata_lightning.layers import Level, check_level
 from lata_lightning.moments import STARTS, total
-from lata_lightning.store.sources import Source, View
+from lata_lightning.store.sources import TensorSource, View
 from lata_lightning.vectors.aligning import check_matching_instruction, measure, weights_along
 from lata_lightning.vectors.differences import Chosen, Difference, Scaled
 from lata_lightning.vectors.entries import TensorEntry
@@ -82,13 +82,13 @@ def project(vector: TaskVector, instruction_vector: TaskVector, *, level: Level 
     return TaskVector(_across(vector, instruction, taken), manifest)
 
 
-def _across(vector: TaskVector, instruction: View, taken: Callable[[str], float]) -> Source:
+def _across(vector: TaskVector, instruction: View, taken: Callable[[str], float]) -> TensorSource:
     """The vector less a multiple of the instruction vector in each tensor; factors stay factors where both sides allow it."""
     along = f"its projection on {instruction.label}"
     less = Scaled(instruction, lambda name: -taken(name), f"minus {along}")
     both = Difference(Scaled(instruction, taken, along), vector.tensors, instruction.names, identify=False)
 
-    def source_of(name: str) -> Source:
+    def source_of(name: str) -> TensorSource:
         if not taken(name):
             return vector.tensors
         return less if name in vector.unchanged else both

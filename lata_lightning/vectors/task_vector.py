@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from lata_lightning.alignment import Alignment
 from lata_lightning.errors import LataError, WeightingError, first_three
-from lata_lightning.layers import STATISTICS, DeferredLayerMap, LayerMap, LayerRule, Level, Place, check_level, layer_map, skeleton
+from lata_lightning.layers import STATISTICS, DeferredLayerMap, LayerMap, LayerPosition, LayerRule, Level, check_level, layer_map, skeleton
 from lata_lightning.moments import Start, check_start
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.store.meaning import check_same_meaning, difference_meaning
 from lata_lightning.store.names import NOTHING, LeaveOut
 from lata_lightning.store.opening import narrowed, open_difference, open_source
 from lata_lightning.store.pairing import brought_to, check_same_shapes, match, measured_names
-from lata_lightning.store.sources import Source, View
+from lata_lightning.store.sources import TensorSource, View
 from lata_lightning.store.tied_names import ties_by_alias, ties_of
 from lata_lightning.store.writer import MAX_SHARD_BYTES, Progress
 from lata_lightning.vectors.artefact import derivation_of, open_stored, save_vector
@@ -43,15 +43,15 @@ class TaskVector(Mapping[str, Tensor]):
         manifest: Everything known about them.
     """
 
-    def __init__(self, tensors: Source, manifest: Manifest) -> None:
+    def __init__(self, tensors: TensorSource, manifest: Manifest) -> None:
         self.tensors = tensors
         self.manifest = manifest
 
     @classmethod
     def between(
         cls,
-        start: str | Path | nn.Module | Mapping[str, Tensor] | Source,
-        tuned: str | Path | nn.Module | Mapping[str, Tensor] | Source,
+        start: str | Path | nn.Module | Mapping[str, Tensor] | TensorSource,
+        tuned: str | Path | nn.Module | Mapping[str, Tensor] | TensorSource,
         *,
         kind: Kind = "task",
         start_kind: Start = "instruct",
@@ -87,8 +87,8 @@ class TaskVector(Mapping[str, Tensor]):
         start, tuned = narrowed([start, tuned], model)
         start_source = open_source(start)
         added, aliases = open_difference(tuned, start_source), start_source.tied
-        tuned_source: Source
-        difference: Source
+        tuned_source: TensorSource
+        difference: TensorSource
         left_out, given = (leave_out, NOTHING) if isinstance(leave_out, LeaveOut) else (LeaveOut(leave_out),) * 2
         statistics = frozenset[str]()
         alone: tuple[str, ...] = ()
@@ -114,8 +114,8 @@ class TaskVector(Mapping[str, Tensor]):
         def place() -> LayerMap:
             structure = start if isinstance(start, nn.Module) else skeleton(start_source.config) if start_source.config else None
             found = layer_map([name for name in difference.names if name not in statistics], structure=structure, rule=layers)
-            buffers = dict.fromkeys(statistics, Place(None, STATISTICS))
-            return LayerMap({name: {**found.places, **buffers}[name] for name in difference.names}, found.blocks)
+            buffers = dict.fromkeys(statistics, LayerPosition(None, STATISTICS))
+            return LayerMap({name: {**found.positions, **buffers}[name] for name in difference.names}, found.blocks)
 
         # A rule is tried at once, as it may be wrong.
         places = place() if layers is not None else DeferredLayerMap(place, statistics)
@@ -185,7 +185,7 @@ class TaskVector(Mapping[str, Tensor]):
 
     @property
     def layers(self) -> LayerMap:
-        """Place of every tensor."""
+        """LayerPosition of every tensor."""
         return self.manifest.layers
 
     @property
@@ -315,7 +315,7 @@ class TaskVector(Mapping[str, Tensor]):
         kept = [name for name in self if not leave_out(name)]
         if len(kept) == len(self):
             return self
-        layers = LayerMap({name: self.layers.places[name] for name in kept}, self.layers.blocks)
+        layers = LayerMap({name: self.layers.positions[name] for name in kept}, self.layers.blocks)
         left = layers.layers(self.manifest.level)
         given = self.manifest.coefficients
         manifest = replace(

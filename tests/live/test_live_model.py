@@ -61,8 +61,8 @@ def test_wrappers_change_neither_names_nor_layers(wrap):
     wrap(wrapped)
     one, other = (follow(module)[0] for module in (plain, wrapped))
     assert one.live.names == other.live.names
-    assert one.places == other.places
-    assert one.places.blocks == ("layers.0", "layers.1")
+    assert one.positions == other.positions
+    assert one.positions.blocks == ("layers.0", "layers.1")
 
 
 def test_a_wrapped_model_in_training_gives_the_vector_of_the_plain_one():

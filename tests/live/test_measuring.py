@@ -39,7 +39,7 @@ def test_buffers_count_in_no_norm_whatever_they_hold(buffer):
     table = measurement.moments()
     assert table["layers.0.norm.running_var"].task == 0.0
     assert total(table.values()).task_norm == pytest.approx(parameter_norm(module, before), rel=1e-9)
-    assert tracker.places.places["extra"].part == "statistics"
+    assert tracker.positions.positions["extra"].part == "statistics"
 
 
 def test_buffers_that_change_to_infinity_or_to_another_shape_end_no_measurement():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lata_lightning.errors import CorruptFileError, LataError
-from lata_lightning.numerics.chunks import slices
+from lata_lightning.numerics.chunks import tensor_chunks
 from lata_lightning.numerics.low_rank import Factors, LowRank
 from lata_lightning.numerics.matrix_regression import Figures, Operand, Settings, regressed, regressed_factors, solved_in_rows
 
@@ -28,7 +28,7 @@ def by_numpy(matrices, ridge=1.0, prior="sum"):
 
 def operand(matrix, factors=None):
     held = torch.as_tensor(matrix)
-    return Operand(slices(held), slices(held), factors)
+    return Operand(tensor_chunks(held), tensor_chunks(held), factors)
 
 
 def solve(matrices, factors=None, **options):

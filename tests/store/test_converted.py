@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from lata_lightning import TaskVector
 from lata_lightning.layers import skeleton
-from lata_lightning.store.checkpoint_names import pieces_of, under_checkpoint_names
+from lata_lightning.store.checkpoint_names import chunk_bounds, under_checkpoint_names
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import match
 
@@ -123,7 +123,7 @@ def test_of_fused_experts_only_the_piece_is_read(tmp_path, monkeypatch):
     for expert in range(4):
         for part in ("w1", "w2", "w3"):
             name = f"model.layers.1.block_sparse_moe.experts.{expert}.{part}.weight"
-            load = found.load(name)
+            load = found.chunks(name)
             assert torch.equal(load(0, expected[name].numel()).reshape(expected[name].shape), expected[name])
     assert counted.entries == 4 * 3 * 16 * 32
 
@@ -133,7 +133,7 @@ def test_pieces_say_where_their_entries_lie():
     module = skeleton(config)
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     values = {name: torch.arange(shape.numel()).reshape(shape) for name, shape in shapes.items()}
-    pieces = pieces_of(module, shapes)
+    pieces = chunk_bounds(module, shapes)
     # Transformers itself says what lies where.
     for name, tensor in under_checkpoint_names(module, values).items():
         piece = pieces[name]

@@ -29,7 +29,7 @@ def contents(source):
 
 
 def pieces(source, name):
-    load, count = source.load(name), source.read(name).numel()
+    load, count = source.chunks(name), source.read(name).numel()
     return torch.cat([load(begin, min(begin + 5, count)).clone() for begin in range(0, count, 5)] or [torch.empty(0)])
 
 

@@ -100,7 +100,7 @@ def test_blocks_are_known_from_module_directory_names_or_rule(tmp_path):
         TaskVector.between(model.state_dict(), llama(1)),
     ):
         assert task.layers.blocks == BLOCKS
-        assert task.layers.places["lm_head.weight"].part == "head"
+        assert task.layers.positions["lm_head.weight"].part == "head"
     by_rule = TaskVector.between(
         {"one.w": torch.ones(1), "two.w": torch.ones(1)}, {"one.w": torch.ones(1), "two.w": torch.ones(1)}, layers=r"^\w+"
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from lata_lightning.errors import SourceError
 
 if TYPE_CHECKING:
-    from lata_lightning.store.sources import Source
+    from lata_lightning.store.sources import TensorSource
 
 
 class Format(NamedTuple):
@@ -25,7 +25,7 @@ class Format(NamedTuple):
 
     name: str
     recognise: Callable[[Path], bool]
-    open: Callable[[Path, str, str | None], Source]
+    open: Callable[[Path, str, str | None], TensorSource]
     inspect: Callable[[Path, str | None], dict[str, Any]]
     verify: Callable[[Path], int]
 

@@ -15,7 +15,7 @@ from lata_lightning.store.formats.torch_file import read_weights
 from lata_lightning.store.layout import Span, joined, safetensors_spans, weights_facts
 
 if TYPE_CHECKING:
-    from lata_lightning.store.sources import Source
+    from lata_lightning.store.sources import TensorSource
 
 _NAME = "model directory"
 
@@ -24,7 +24,7 @@ def _recognise(path: Path) -> bool:
     return path.is_dir()
 
 
-def _open(path: Path, location: str, model: str | None) -> Source:
+def _open(path: Path, location: str, model: str | None) -> TensorSource:
     from lata_lightning.store.file_source import FileSource
 
     config = model_config(path)

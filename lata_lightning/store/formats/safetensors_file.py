@@ -13,7 +13,7 @@ from lata_lightning.store.formats.quantised import check_not_quantised
 from lata_lightning.store.layout import Span, safetensors_spans, weights_facts
 
 if TYPE_CHECKING:
-    from lata_lightning.store.sources import Source
+    from lata_lightning.store.sources import TensorSource
 
 _NAME = "safetensors file"
 
@@ -25,7 +25,7 @@ def _recognise(path: Path) -> bool:
     return begin[8:] == b"{" or (path.suffix == ".safetensors" and begin[:4] != b"vers")
 
 
-def _open(path: Path, location: str, model: str | None) -> Source:
+def _open(path: Path, location: str, model: str | None) -> TensorSource:
     from lata_lightning.store.file_source import FileSource
 
     weights = _weights(path, model)

@@ -12,7 +12,7 @@ from lata_lightning.store.layout import weights_facts
 from lata_lightning.store.sharded_metadata import METADATA, ShardedTensor, read_metadata
 
 if TYPE_CHECKING:
-    from lata_lightning.store.sources import Source
+    from lata_lightning.store.sources import TensorSource
 
 _NAME = "sharded checkpoint directory"
 
@@ -21,7 +21,7 @@ def _recognise(path: Path) -> bool:
     return (path / METADATA).is_file() and first_bytes(path / METADATA, 1) == b"\x80"
 
 
-def _open(path: Path, location: str, model: str | None) -> Source:
+def _open(path: Path, location: str, model: str | None) -> TensorSource:
     from lata_lightning.store.sharded_source import ShardedSource
 
     weights = _weights(path, model)

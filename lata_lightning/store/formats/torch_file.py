@@ -17,7 +17,7 @@ from lata_lightning.store.pickles import mapping
 from lata_lightning.store.torch_archive import LEGACY, ZIP, TorchArchive
 
 if TYPE_CHECKING:
-    from lata_lightning.store.sources import Source
+    from lata_lightning.store.sources import TensorSource
 
 _NAME = "file of torch.save"
 _PART = re.compile(r"consolidated\.\d+\.pth")
@@ -57,7 +57,7 @@ def _recognise(path: Path) -> bool:
     return begin == LEGACY or begin.startswith(ZIP)
 
 
-def _open(path: Path, location: str, model: str | None) -> Source:
+def _open(path: Path, location: str, model: str | None) -> TensorSource:
     from lata_lightning.store.file_source import FileSource
 
     weights = read_weights(path, model)

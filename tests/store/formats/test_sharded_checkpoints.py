@@ -53,7 +53,7 @@ def written(directory, chunks, size, dtype=torch.float32, *, change=lambda metad
 
 
 def pieces(source, name, step):
-    load, count = source.load(name), source.read(name).numel()
+    load, count = source.chunks(name), source.read(name).numel()
     return torch.cat([load(begin, min(begin + step, count)).clone() for begin in range(0, count, step)])
 
 
