@@ -18,6 +18,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from lata_lightning.alignment import Alignment
+from lata_lightning.merging.weigh import weigh
 from lata_lightning.vectors.aligning import align
 from lata_lightning.vectors.task_vector import TaskVector
 from lata_lightning.weighting import DEFAULT_THRESHOLD, drop_with_threshold, linear_drop_by_rank
@@ -170,7 +171,7 @@ def removals(chain: Chain, ancestry: Ancestry, vector: TaskVector, alignment: Al
         exact = complex_vector.without(instruction)
         deltas["exact subtraction"] = Removal("candidate", dict(exact))
         deltas["exact subtraction, LATA linear"] = Removal(
-            "candidate", dict(complex_vector.weighted(alignment, "linear").without(instruction).pure())
+            "candidate", dict(weigh(complex_vector, "linear", alignment=alignment).without(instruction).pure())
         )
     return deltas
 

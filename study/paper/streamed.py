@@ -10,6 +10,7 @@ from typing import NamedTuple
 from lata_lightning.alignment import Alignment
 from lata_lightning.errors import LataError, first_three
 from lata_lightning.layers import LEVELS, Level
+from lata_lightning.merging.weigh import weigh
 from lata_lightning.moments import Start
 from lata_lightning.vectors.task_vector import TaskVector
 from lata_lightning.weighting import Weighting, linear_drop_by_rank
@@ -50,7 +51,7 @@ class Streamed:
 
 def lata(expert: Measured, weighting: Weighting, outside: float = 0.0) -> TaskVector:
     """Coefficients by a rule of the package."""
-    return expert.vector.weighted(expert.alignment, weighting, outside=outside)
+    return weigh(expert.vector, weighting, alignment=expert.alignment, outside=outside)
 
 
 def by_layer(expert: Measured, coefficients: Callable[[Measured], Mapping[str, float]], outside: float = 0.0) -> TaskVector:
