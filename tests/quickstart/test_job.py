@@ -88,6 +88,7 @@ def test_a_broken_off_run_goes_on_after_its_last_finished_fine_tune(finished, mo
 
 def test_a_directory_of_something_else_is_refused(tmp_path):
     (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("kept")
     with pytest.raises(OutputError, match="not the output of a quickstart"):
         job.run(tmp_path / "mine")
 

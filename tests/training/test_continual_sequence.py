@@ -232,6 +232,7 @@ def test_another_sequence_in_the_directory_is_refused(start, tmp_path):
     with pytest.raises(CorruptFileError, match="holds no accuracy matrix"):
         learn_in_sequence(start, Fits().tasks("only"), tmp_path / "out")
     (tmp_path / "strange").mkdir()
+    (tmp_path / "strange/notes.txt").write_text("kept")
     with pytest.raises(OutputError, match="is not the output of a sequence"):
         learn_in_sequence(start, Fits().tasks("only"), tmp_path / "strange")
 
