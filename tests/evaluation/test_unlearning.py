@@ -8,15 +8,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lata_lightning.errors import CorruptFileError, LataError
-from lata_lightning.evaluation import unlearning
+from lata_lightning.evaluation import unlearning_measures
 from lata_lightning.evaluation.answers import Answers
-from lata_lightning.evaluation.unlearning import (
-    UnlearningEvaluation,
+from lata_lightning.evaluation.unlearning import UnlearningEvaluation, reference_ratios
+from lata_lightning.evaluation.unlearning_measures import (
     exact_memorization,
     extraction_strength,
     forget_quality,
     model_utility,
-    reference_ratios,
     rouge_l_recall,
     truth_ratio,
 )
@@ -118,7 +117,7 @@ def test_model_utility_is_the_harmonic_mean():
 
 
 def test_a_measure_without_its_library_says_which_extra_has_it(monkeypatch):
-    monkeypatch.setattr(unlearning, "find_spec", lambda name: None)
+    monkeypatch.setattr(unlearning_measures, "find_spec", lambda name: None)
     for module, measure in (("scipy", forget_quality), ("nltk", rouge_l_recall)):
         with pytest.raises(LataError, match=rf"needs {module}, which is not installed: pip install 'lata_lightning\[eval\]'"):
             measure(["a"], ["a"])
