@@ -1,10 +1,9 @@
 """Which block and which part of a model a tensor belongs to.
 
-The unit that gets a coefficient is a *layer*: a transformer block (default), one of its submodules, or a single tensor. One algorithm finds
-the blocks for every layout. It looks at the numbered lists in tensor names (``model.layers.3…``, ``encoder.block.0.layer.1…``) and
-takes as blocks the children of the lists that hold attention; lists nested inside a block (experts, T5's sub-layers) stay inside it,
-lists of blocks nested inside stages (Swin, SegFormer) are followed down. Where a module is at hand its own structure answers what names can
-only suggest: which numbers are lists, which modules are attention, norms, embeddings and heads.
+A *layer* is the unit that gets a coefficient: a transformer block (default), one of its submodules, or a single tensor. One algorithm finds the
+blocks of every layout. It looks for numbered lists in tensor names (``model.layers.3…``, ``encoder.block.0.layer.1…``). The children of a list that
+contains attention are blocks. Lists inside a block (experts, T5's sub-layers) stay in the block; lists of blocks inside stages (Swin, SegFormer) are
+followed down. If the module is available, its structure decides which numbers are lists and which modules are attention, norms, embeddings or heads.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _HEAD = re.compile(r"(?<!multi)(?<!multi_)head|embed_out|classifier|^score$|qa_o
 
 
 class LayerPosition(NamedTuple):
-    """Where a tensor stands: its block (None outside the stack) and the part of the block, or its role outside of it."""
+    """Position of a tensor: its block (None outside the blocks), and the part of the block or the role outside."""
 
     block: str | None
     part: str
@@ -49,7 +48,7 @@ class LayerPosition(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerMap:
-    """The place of every tensor of a model, blocks in the order in which the model runs them.
+    """The position of every tensor of a model, with blocks in the order in which the model runs them.
 
     Attributes:
         positions: Tensor name to position. Parts inside a block: ``attention``, ``cross_attention``, ``mlp``, ``norm``, ``other``.
@@ -61,24 +60,24 @@ class LayerMap:
     blocks: tuple[str, ...]
 
     def layer_of(self, name: str, level: Level = "block") -> str | None:
-        """Name of the layer that holds the tensor; None for a tensor outside the blocks."""
+        """Return the name of the layer that a tensor belongs to; None for a tensor outside the blocks."""
         block, part = self.positions[name]
         if block is None:
             return None
         return {"block": block, "submodule": f"{block}.{part}", "tensor": name}[check_level(level)]
 
     def layers(self, level: Level = "block") -> dict[str, list[str]]:
-        """Tensor names by layer, layers in order."""
+        """Return tensor names by layer, with layers in order."""
         order = {block: index for index, block in enumerate(self.blocks)}
         inside = [name for name, place in self.positions.items() if place.block is not None]
-        # Not the order of a file: equal alignments are ranked in layer order, which must not depend on how weights were saved.
+        # Equal alignments are ranked in layer order, which must not depend on the order of tensors in a file.
         inside.sort(
             key=lambda name: (order[cast(str, self.positions[name].block)], _PARTS.index(self.positions[name].part), _natural(name))
         )
-        found: dict[str, list[str]] = {}
+        names_by_layer: dict[str, list[str]] = {}
         for name in inside:
-            found.setdefault(cast(str, self.layer_of(name, level)), []).append(name)
-        return found
+            names_by_layer.setdefault(cast(str, self.layer_of(name, level)), []).append(name)
+        return names_by_layer
 
     def outside(self) -> dict[str, str]:
         """Role by tensor name, for the weights that belong to no block."""
@@ -91,7 +90,7 @@ class LayerMap:
 
 
 class DeferredLayerMap(LayerMap):
-    """A layer map that is made when it is first asked for: what needs no layers is spared the seconds that a model's structure takes.
+    """A layer map that is built on first use, as building the structure of a model takes seconds that many commands need not spend.
 
     Args:
         make: Makes the map.
@@ -121,7 +120,7 @@ class DeferredLayerMap(LayerMap):
 
 
 def check_level(level: str) -> Level:
-    """The level itself; an error that lists the choices if there is no such level."""
+    """Return the level; refuse any other word with a list of the choices."""
     if level not in LEVELS:
         raise LataError(f"unknown level {level!r}; choose one of {', '.join(LEVELS)}")
     return level
@@ -142,10 +141,10 @@ def layer_map(names: Iterable[str], *, structure: nn.Module | None = None, rule:
             expression searched in the name, whose group ``block`` (else the whole match) is the block name.
 
     Returns:
-        A map that covers every name; nothing is dropped. Without any repeated part all tensors stand outside.
+        A map that covers every name. All tensors are outside the blocks if no part of the model repeats.
 
     Raises:
-        LataError: The rule is no valid regular expression, or it places no tensor at all.
+        LataError: The rule is no valid regular expression, or puts no tensor into a block.
     """
     names = list(names)
     # Of a wrapper and what it wraps, both under one name, the inner one comes later and counts.
@@ -156,7 +155,7 @@ def layer_map(names: Iterable[str], *, structure: nn.Module | None = None, rule:
     else:
         blocks = _find_blocks(names, modules)
         if modules and not blocks:
-            # Checkpoints of some architectures are named otherwise than their modules: then the names decide.
+            # Some checkpoints have other names than the modules of their architecture: then the names decide.
             modules = {}
             blocks = _find_blocks(names, modules)
         block_of = _by_prefix(names, blocks)
@@ -201,10 +200,10 @@ def _by_rule(names: list[str], rule: LayerRule | str) -> dict[str, str | None]:
             return None if match is None else match.group("block" if "block" in pattern.groupindex else 0)
 
         rule = block_by_pattern
-    found = {name: rule(name) for name in names}
-    if not any(found.values()):
+    block_of = {name: rule(name) for name in names}
+    if not any(block_of.values()):
         raise LataError(f"the layer rule places none of the tensors in a block; the tensors are {first_three(names)}")
-    return found
+    return block_of
 
 
 class _List(NamedTuple):
@@ -215,8 +214,8 @@ class _List(NamedTuple):
 
 
 def _lists_below(names: Iterable[str], root: str, modules: Mapping[str, nn.Module]) -> dict[str, _List]:
-    """The outermost numbered lists below a root path; by list path."""
-    found: dict[str, _List] = {}
+    """Return the outermost numbered lists below a root path, by list path."""
+    lists: dict[str, _List] = {}
     for name in names:
         if root and not name.startswith(root + "."):
             continue
@@ -227,9 +226,9 @@ def _lists_below(names: Iterable[str], root: str, modules: Mapping[str, nn.Modul
             path, child = ".".join(parts[:position]), ".".join(parts[: position + 1])
             if modules and not _is_list(modules.get(path)):
                 continue
-            found.setdefault(path, _List(path, {})).children.setdefault(child, set()).add(".".join(parts[position + 1 :]))
+            lists.setdefault(path, _List(path, {})).children.setdefault(child, set()).add(".".join(parts[position + 1 :]))
             break
-    return found
+    return lists
 
 
 def _is_list(module: nn.Module | None) -> bool:
@@ -239,64 +238,64 @@ def _is_list(module: nn.Module | None) -> bool:
 
 
 def _find_blocks(names: list[str], modules: Mapping[str, nn.Module]) -> list[str]:
-    lists = [found for found in _lists_below(names, "", modules).values() if len(found.children) > 0]
-    stacks = [found for found in lists if any(_holds_attention(child, found, modules) for child in found.children)]
+    lists = [stack for stack in _lists_below(names, "", modules).values() if len(stack.children) > 0]
+    stacks = [stack for stack in lists if any(_holds_attention(child, stack, modules) for child in stack.children)]
     if not stacks:
-        stacks = [found for found in lists if _repeats(found, modules)]
+        stacks = [stack for stack in lists if _repeats(stack, modules)]
     if modules:
         order = {path: index for index, path in enumerate(modules)}
-        stacks.sort(key=lambda found: order[found.path])
+        stacks.sort(key=lambda stack: order[stack.path])
     else:
         # Without a model: an encoder runs before its decoder.
-        stacks.sort(key=lambda found: ("decoder" in found.path, _natural(found.path)))
-    return [block for found in stacks for block in _descend(names, found, modules)]
+        stacks.sort(key=lambda stack: ("decoder" in stack.path, _natural(stack.path)))
+    return [block for stack in stacks for block in _descend(names, stack, modules)]
 
 
 def _descend(names: list[str], stack: _List, modules: Mapping[str, nn.Module]) -> Iterator[str]:
-    """The blocks of a stack: its children, or, where a child is a stage made of whole blocks, the blocks of the stage."""
+    """Yield the blocks of a stack: its children, or the blocks of a child that is a stage of whole blocks."""
     for child in sorted(stack.children, key=_natural):
         below = [name for name in names if name.startswith(child + ".")]
         inner = [
-            found
-            for found in _lists_below(below, child, modules).values()
-            if all(_holds_attention(grandchild, found, modules) for grandchild in found.children)
-            and (len(found.children) == 1 or _repeats(found, modules))
+            stage
+            for stage in _lists_below(below, child, modules).values()
+            if all(_holds_attention(grandchild, stage, modules) for grandchild in stage.children)
+            and (len(stage.children) == 1 or _repeats(stage, modules))
         ]
         if inner:
-            for found in inner:
-                yield from _descend(below, found, modules)
+            for stage in inner:
+                yield from _descend(below, stage, modules)
         else:
             yield child
 
 
-def _holds_attention(child: str, found: _List, modules: Mapping[str, nn.Module]) -> bool:
+def _holds_attention(child: str, stack: _List, modules: Mapping[str, nn.Module]) -> bool:
     if modules:
         below = (type(module).__name__ for path, module in modules.items() if path.startswith(child + "."))
         return any(_ATTENTION.search(kind) and not _NORM.search(kind) for kind in below)
     return any(
-        _ATTENTION.search(component) and not _NORM.search(component) for suffix in found.children[child] for component in suffix.split(".")
+        _ATTENTION.search(component) and not _NORM.search(component) for suffix in stack.children[child] for component in suffix.split(".")
     )
 
 
-def _repeats(found: _List, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether at least two children are of one kind: of one class or, from names alone, with a tensor name in common."""
-    children = list(found.children)
-    kinds = [{type(modules[child]).__name__} for child in children] if modules else [found.children[child] for child in children]
+def _repeats(stack: _List, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether at least two children are alike: of one class or, from names alone, with a tensor name in common."""
+    children = list(stack.children)
+    kinds = [{type(modules[child]).__name__} for child in children] if modules else [stack.children[child] for child in children]
     return any(first & second for index, first in enumerate(kinds) for second in kinds[index + 1 :])
 
 
 def _by_prefix(names: list[str], blocks: list[str]) -> dict[str, str | None]:
     known = set(blocks)
-    found: dict[str, str | None] = {}
+    block_of: dict[str, str | None] = {}
     for name in names:
         parts = name.split(".")
         prefixes = (".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1))
-        found[name] = next((prefix for prefix in prefixes if prefix in known), None)
-    return found
+        block_of[name] = next((prefix for prefix in prefixes if prefix in known), None)
+    return block_of
 
 
 def part_of(name: str, block: str, modules: Mapping[str, nn.Module]) -> str:
-    """The part of its block a tensor belongs to: the outermost telling word of its path, else the outermost telling class."""
+    """Return the part of a block that a tensor belongs to, by the outermost word of its path that names a part, else by the outermost class."""
     parts = name.split(".")
     below = range(block.count(".") + 1 if name.startswith(block + ".") else 0, len(parts))
     words = [parts[position] for position in below]
@@ -312,7 +311,7 @@ def part_of(name: str, block: str, modules: Mapping[str, nn.Module]) -> str:
 
 
 def _role(name: str, modules: Mapping[str, nn.Module]) -> str:
-    """What a tensor outside the blocks is for, by the same rule."""
+    """Return the role of a tensor outside the blocks, by the same rule."""
     parts = name.split(".")
     kinds = [_kind(modules.get(".".join(parts[: position + 1]))) for position in range(len(parts))]
     for word in parts + kinds:
@@ -326,10 +325,10 @@ def _role(name: str, modules: Mapping[str, nn.Module]) -> str:
 
 
 def _kind(module: nn.Module | None) -> str:
-    """Class name of a module that holds tensors itself; containers are named after too much to tell."""
+    """Return the class name of a module without children; a container may be named after any of its parts."""
     return type(module).__name__ if module is not None and not any(module.children()) else ""
 
 
 def _natural(text: str) -> tuple[tuple[int, int, str], ...]:
-    """Sort key that puts layer 2 before layer 10."""
+    """Return a sort key that puts layer 2 before layer 10."""
     return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text) if part)
