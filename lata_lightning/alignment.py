@@ -108,11 +108,15 @@ class Alignment:
         """What a ranking by these alignments is worth, as plain types for JSON."""
         return dict(zip(RANKING, (self.spread, self.flat, self.norm_correlation, self.by_relative_norm), strict=True))
 
+    def spread_warning(self) -> str:
+        """One sentence for alignments that are too flat to rank by."""
+        return f"The alignments spread by {self.spread:.4f}, less than {FLAT_SPREAD}: too little to rank the layers by."
+
     def cautions(self) -> list[str]:
         """What to know before ranking the layers, a sentence each; none where nothing speaks against it."""
         sentences = []
         if self.flat:
-            sentences.append(f"The alignments spread by {self.spread:.4f}, less than {FLAT_SPREAD}: too little to rank the layers by.")
+            sentences.append(self.spread_warning())
         if self.by_relative_norm:
             sentences.append(
                 f"The ranking is one by relative norm: the rank correlation of alignment with −relative norm is {self.norm_correlation:.2f}."

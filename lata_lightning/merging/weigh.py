@@ -103,7 +103,7 @@ def check_asked_for(vector: TaskVector) -> None:
 
 
 def applied(vector: TaskVector) -> list[str]:
-    """Say which coefficients a vector is applied with, in one sentence, and what there is to know of the ranking behind them, in one more each."""
+    """Say which coefficients a vector is applied with and, in a second sentence, where the alignments behind them are too flat to rank by."""
     manifest, outside = vector.manifest, list(vector.layers.outside())
     if manifest.coefficients is None:
         return [f"{vector.label}: coefficient 1 for every tensor"]
@@ -112,6 +112,7 @@ def applied(vector: TaskVector) -> list[str]:
     said = f"{vector.label}: coefficients by the rule {manifest.weighting!r}: {span} for {len(numbers)} layers (by {manifest.level})"
     if outside:
         said += f", {manifest.outside:g} for the tensors outside of them, {first_three(outside)}"
-    alignment = manifest.alignment if follows_alignment(manifest.weighting) else None
-    cautions = [] if alignment is None or alignment.level != manifest.level else alignment.cautions()
-    return [said, *(f"{vector.label}: {sentence}" for sentence in cautions)]
+    alignment = manifest.alignment
+    if alignment is None or alignment.level != manifest.level or not follows_alignment(manifest.weighting) or not alignment.flat:
+        return [said]
+    return [said, f"{vector.label}: {alignment.spread_warning()}"]

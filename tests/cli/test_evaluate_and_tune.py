@@ -16,6 +16,7 @@ from lata_lightning.evaluation.questions import METRICS
 from lata_lightning.layers import LEVELS
 from lata_lightning.quickstart.exercises import exercises
 from lata_lightning.quickstart.experts import BASE, INSTRUCT
+from lata_lightning.vectors.aligning import align
 from lata_lightning.vectors.task_vector import TaskVector
 from lata_lightning.weighting import WEIGHTINGS
 
@@ -186,8 +187,11 @@ def noisy(tmp_path):
 def test_tune_tries_rules_and_prints_what_they_need(lata, tmp_path):
     noisy(tmp_path)
     line = "tune instruct vector --instruction instruction --data copy.jsonl --metric perplexity --figure false"
-    status, printed, _ = lata(f"{line} --grid 1 --output out")
+    status, printed, said = lata(f"{line} --grid 1 --output out")
     assert status == 0
+    spread = align(TaskVector.open(tmp_path / "vector"), TaskVector.open(tmp_path / "instruction")).spread
+    assert said.count(f"vector: The alignments spread by {spread:.4f}, less than 0.05") == (1 if spread < 0.05 else 0)
+    assert "too little to rank" not in lata(f"{line} --grid 1 --weighting none --output plain")[2]
     points = json.loads(open_text("out/tune.json"))["points"]
     assert [(point["weighting"], point["scale"]) for point in points] == [("none", 0), ("none", 1), ("linear", 0), ("linear", 1)]
     assert points[0]["scores"] == points[2]["scores"]
