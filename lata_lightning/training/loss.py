@@ -13,7 +13,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from lata_lightning.evaluation.logits import body_and_head, inner_model, piece_size
 from lata_lightning.rows.tokens import IGNORED
 
-WIDE = 2**28
+WIDE = 2**26
 """Bytes of float32 logits from which on the loss is computed piece by piece, which costs a second run of the head."""
 
 

@@ -25,7 +25,7 @@ class CausalLMModule(LightningModule):
 
     Batches are dictionaries with ``input_ids`` and ``labels`` of shape (rows, tokens), and ``attention_mask`` or
     ``position_ids`` where there are any. The loss is the mean negative log-likelihood, in nats, of the tokens whose
-    label is not -100. Under one device or DDP, logits that would take more than 256 MiB are computed a few positions at a time.
+    label is not -100. Under one device or DDP, logits that would take more than 64 MiB are computed a few positions at a time.
 
     ============== ======================================================= ===================================================
     logged key     when                                                    what
