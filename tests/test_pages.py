@@ -1,8 +1,10 @@
 """Every page is right: its code runs as it stands there, its links lead somewhere, and what it says about files is what the code writes."""
 
+import ast
 import json
 import re
 import runpy
+import shlex
 import shutil
 import sys
 from dataclasses import fields, replace
@@ -17,6 +19,7 @@ import lata_lightning
 from lata_lightning import TaskVector, Term, merge
 from lata_lightning.alignment import Alignment, LayerStats
 from lata_lightning.callbacks.history import append_history, summary
+from lata_lightning.cli.main import parser_of
 from lata_lightning.exports.coefficients import export_coefficients
 from lata_lightning.layers import LayerMap, LayerPosition
 from lata_lightning.linearity.solution import Solution
@@ -111,11 +114,12 @@ def test_every_public_name_has_its_place_in_the_reference():
 def test_the_first_python_block_prints_an_alignment_table(ran):
     first = next(block for block in blocks("README.md") if block.language == "python")
     folder, printed = ran("README.md")
-    assert "alignment at step 75" in printed[0]
+    assert "alignment at step 200" in printed[0]
     assert "model.layers.7" in printed[0]
-    assert len(first.text.strip().splitlines()) <= 15
+    assert "class MyModule(pl.LightningModule)" in first.text
+    assert len(first.text.strip().splitlines()) <= 30
     assert first in blocks("docs/index.md")
-    assert (folder / "math-run/history.jsonl").is_file()
+    assert (folder / "my-run/history.jsonl").is_file()
 
 
 def test_the_commands_of_the_first_page_leave_models(ran):
@@ -128,7 +132,7 @@ def test_the_commands_of_the_first_page_leave_models(ran):
 def test_the_commands_of_the_tour_leave_models(ran):
     folder, printed = ran("docs/index.md")
     assert "tensors are what was written" in printed[-1]
-    for name in ("math-and-string", "math-forgotten", "math-as-a-model"):
+    for name in ("sums-and-string", "sums-forgotten", "sums-as-a-model"):
         AutoModelForCausalLM.from_pretrained(folder / name)
 
 
@@ -362,3 +366,33 @@ def test_the_format_names_every_key_of_exported_coefficients(ran, tmp_path):
     named = named_keys("`coefficients.json`")
     assert set(written) | set(written["vectors"][0]) <= named
     assert set((tmp_path / "table/coefficients.csv").read_text().splitlines()[0].split(",")) <= named
+
+
+# The pages for those who come with another tool, or with an error.
+
+
+@pytest.mark.parametrize("page", ["docs/coming_from.md", "docs/troubleshooting.md"])
+def test_every_command_in_the_text_is_understood(page):
+    commands = [shlex.split(code) for code in re.findall(r"`lata ([a-z]+ [^`]*--[^`]*)`", prose(page))]
+    assert commands
+    for name, *arguments in commands:
+        if name == "fit":  # its options are those of Lightning's own command line
+            continue
+        parser = parser_of(name)
+        assert parser.parse_args(parser.arranged(arguments))
+
+
+def test_every_error_that_is_explained_is_one_the_package_raises():
+    package = Path(lata_lightning.__file__).parent
+    texts = [
+        "".join(
+            part.value if isinstance(part, ast.Constant) and isinstance(part.value, str) else "{}"
+            for part in getattr(node, "values", [node])
+        )
+        for file in package.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, ast.JoinedStr | ast.Constant)
+    ]
+    explained = re.findall(r'^### "(.+)"$', read("docs/troubleshooting.md"), re.MULTILINE)
+    assert len(explained) >= 20
+    assert [phrase for phrase in explained if not any(phrase in text for text in texts)] == []
