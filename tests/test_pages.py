@@ -373,7 +373,8 @@ def test_the_format_names_every_key_of_exported_coefficients(ran, tmp_path):
 
 @pytest.mark.parametrize("page", ["docs/coming_from.md", "docs/troubleshooting.md"])
 def test_every_command_in_the_text_is_understood(page):
-    commands = [shlex.split(code) for code in re.findall(r"`lata ([a-z]+ [^`]*--[^`]*)`", prose(page))]
+    # A command that is written out names models and vectors in capitals.
+    commands = [shlex.split(code) for code in re.findall(r"`lata ([a-z]+ [^`]*[A-Z]{3}[^`]*)`", prose(page)) if "..." not in code]
     assert commands
     for name, *arguments in commands:
         if name == "fit":  # its options are those of Lightning's own command line
