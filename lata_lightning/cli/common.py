@@ -13,11 +13,11 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
 from lata_lightning.errors import LataError
+from lata_lightning.weighting import Weighting
 
 if TYPE_CHECKING:
     from lata_lightning.merging.merge import Term
     from lata_lightning.vectors.task_vector import TaskVector
-    from lata_lightning.weighting import Weighting
 
 Format = Literal["table", "json"]
 _SECONDS_BETWEEN = 0.1
@@ -53,10 +53,9 @@ def add_weighting(parser: ArgumentParser, default: str) -> None:
         default: Rule that is used with ``--instruction`` if none is asked for.
     """
     parser.add_argument("--instruction", type=str | None, help="Instruction vector (instruct − base) to measure the alignment with.")
-    # Spelled out here because the modules that define them import torch; a test compares both lists.
     parser.add_argument(
         "--weighting",
-        type=Literal["linear", "log", "threshold", "none", "stored"] | None,
+        type=Literal[Weighting, "stored"] | None,
         help="Rule for the coefficients; 'none' for plain task arithmetic, 'stored' for those that the vector stores. If no rule is asked for, "
         f"'{default}' with --instruction; without, what the vector stores, which is refused where its alignments are too flat to rank by.",
     )

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lata_lightning.cli.common import Command, add_model, add_start, note, point_progress
 from lata_lightning.cli.models import add_loading, add_rows, load, running
 from lata_lightning.errors import LataError
+from lata_lightning.weighting import Weighting
 
 if TYPE_CHECKING:
     from lata_lightning.evaluation.curves import Tuning
@@ -58,7 +59,7 @@ def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--instruction", type=str | None, help="Instruction vector (instruct − base) to measure the alignment with.")
     parser.add_argument(
         "--weighting",
-        type=Literal["linear", "log", "threshold", "none"],
+        type=Weighting,
         nargs="+",
         default=[],
         help="Rules to try, 'none' for plain task arithmetic. By default 'none', and with an alignment 'linear' too, or 'threshold' with --forget.",
@@ -184,7 +185,7 @@ def _note_few(options: Namespace, rows: Mapping[str, Sequence[Sample]]) -> None:
                 note(f"{name}{more} has {count} distinct rows; a scale chosen on fewer than {FEW_ROWS} may not hold on other data")
 
 
-def _rules(options: Namespace, vectors: list[TaskVector]) -> list[Literal["linear", "log", "threshold", "none"]]:
+def _rules(options: Namespace, vectors: list[TaskVector]) -> list[Weighting]:
     if options.weighting:
         return list(dict.fromkeys(options.weighting))
     if options.instruction is None and not all(vector.manifest.alignment is not None for vector in vectors):

@@ -22,6 +22,7 @@ from lata_lightning.cli.common import (
     progress_bar,
 )
 from lata_lightning.errors import WeightingError
+from lata_lightning.weighting import Weighting
 
 
 def _extract_arguments(parser: ArgumentParser) -> None:
@@ -80,7 +81,7 @@ def _align_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--instruction", type=str | None, help="Instruction vector (instruct − base) to measure the alignment with.")
     parser.add_argument(
         "--weighting",
-        type=Literal["linear", "log", "threshold", "none"],
+        type=Weighting,
         default="linear",
         help="Rule for the coefficients that are shown.",
     )
