@@ -373,7 +373,6 @@ class LATACallback(pl.Callback):
             self._measure(trainer, pl_module, on_step=None)
         tracker = self._require_tracker()
         tracker.ranks.agree(tracker.kept.check_origin)
-        tracker.check_frozen()
         alignment = self.alignment if self._require_measurement().instruction is not None else None
         manifest = manifest_of(tracker, self.start, alignment, trainer.global_step, trainer.current_epoch)
         tracker.ranks.agree(lambda: export(tracker, self._write, manifest))

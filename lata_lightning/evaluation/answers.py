@@ -144,14 +144,15 @@ def generated(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards the model has the mode it had."""
-    was_training = model.training
+    """Evaluation mode without gradients; afterwards every part of the model has the mode it had."""
+    training = [part for part in model.modules() if part.training]
     model.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
-        model.train(was_training)
+        for part in training:
+            part.training = True
 
 
 def perplexity_of(losses: Iterable[Tensor]) -> float:

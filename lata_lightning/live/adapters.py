@@ -81,5 +81,5 @@ def look_at(root: nn.Module, name: str | None = None, leave_out: LeaveOut = NOTH
     if isinstance(module, peft_kinds()):
         return LoraModel(module, leave_out)
     check_unwrapped(module)
-    check_no_factors((unwrapped(parameter) for parameter, _ in module.named_parameters()), "the model in training")
+    check_no_factors((unwrapped(parameter) for parameter, _ in nn.Module.named_parameters(module)), "the model in training")
     return LiveModel(module, leave_out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Literal, TypeVar
 
@@ -46,12 +46,13 @@ def export(tracker: Tracker, write: Callable[[TaskVector], _Result], start: Mani
         What ``write`` returned; None on other ranks.
     """
     tracker.look()
+    moved = tracker.moved_frozen()
     still, lost = _states(tracker)
     if tracker.ranks.rank != 0:
         _deliver(tracker)
         return None
     try:
-        return write(_task_vector(tracker, start, still, lost))
+        return write(_task_vector(tracker, start, still - set(moved), lost, moved))
     finally:
         tracker.ranks.from_rank(torch.tensor([_DONE, 0]), 0)
 
@@ -89,13 +90,21 @@ def _states(tracker: Tracker) -> tuple[frozenset[str], frozenset[str]]:
     return frozenset(set(live.names) - live.adapted - moved_names), frozenset(lost)
 
 
-def _task_vector(tracker: Tracker, manifest: Manifest, still: Set[str], lost: Set[str]) -> TaskVector:
+def _task_vector(tracker: Tracker, manifest: Manifest, still: Set[str], lost: Set[str], moved: Sequence[str]) -> TaskVector:
     live = tracker.live
     if lost:
         warnings.warn(
             f"buffers that changed their shape, or hold infinite values and changed, are left out of the task vector: {first_three(lost)}",
             stacklevel=2,
         )
+    if moved:
+        said = "" if manifest.alignment is None else " Alignments took them for unchanged, so none is stored: measure them with lata align."
+        warnings.warn(
+            "tensors were changed while they asked for no gradient, and are left out of the task vector, as their start was not kept: "
+            f"{first_three(moved)}.{said}",
+            stacklevel=2,
+        )
+        manifest, lost = replace(manifest, alignment=None), lost | set(moved)
     names = tuple(name for name in live.names if name not in lost)
     sides = {side: _Gathered(tracker, side, names) for side in _SIDES}
     unread = [name for name in names if (name in still or name in live.adapted) and name not in tracker.unhashable]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as Sharded
+from torch.nn.parameter import is_lazy
 
 from lata_lightning.errors import LataError, first_three
 from lata_lightning.layers import unwrapped
@@ -49,13 +50,12 @@ class LiveModel(TensorSource):
     """
 
     def __init__(self, module: nn.Module, leave_out: LeaveOut = NOTHING) -> None:
-        held = {unwrapped(name): tensor for name, tensor in [*module.named_parameters(), *_persistent_buffers(module)]}
-        packed = [name for name, parameter in module.named_parameters() if not parameter.is_floating_point()]
-        if packed:
-            raise LataError(
-                f"LATACallback cannot measure quantised weights, whose parameters are integers: {first_three(packed)}. "
-                "Train a model in full or half precision, or LoRA on top of the quantised one."
-            )
+        held = {unwrapped(name): tensor for name, tensor in [*nn.Module.named_parameters(module), *_persistent_buffers(module)]}
+        parameters = {name: tensor for name, tensor in held.items() if isinstance(tensor, nn.Parameter) and not leave_out(name)}
+        _check_measurable(parameters)
+        if any(is_lazy(parameter) for parameter in parameters.values()):
+            # They get a shape in the first forward pass, which may be run in a hook of the module.
+            held = {}
         self._take(module, {name: tensor for name, tensor in held.items() if tensor.is_floating_point()}, leave_out)
 
     def _take(self, module: nn.Module, held: dict[str, Tensor], leave_out: LeaveOut) -> None:
@@ -89,6 +89,11 @@ class LiveModel(TensorSource):
     @property
     def names(self) -> tuple[str, ...]:  # noqa: D102
         return self._names
+
+    @property
+    def label(self) -> str:
+        """Not where it was loaded from: a message may tell the model from what lies there."""
+        return "the model in training"
 
     def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
         return tuple(self._tensors[name].shape)
@@ -143,16 +148,36 @@ class LiveModel(TensorSource):
         return bool(self._tensors) and not any(tensor.is_meta for name, tensor in self._tensors.items() if name not in self.quantised)
 
 
+def _check_measurable(parameters: Mapping[str, Tensor]) -> None:
+    """Refuse parameters that are no floating numbers.
+
+    Raises:
+        LataError: There are some; the message tells quantised weights from other integers and from complex numbers.
+    """
+    other = {name: parameter for name, parameter in parameters.items() if not parameter.is_floating_point()}
+    if not other:
+        return
+    listed = first_three(f"{name} ({str(parameter.dtype).removeprefix('torch.')})" for name, parameter in other.items())
+    if any(parameter.is_complex() for parameter in other.values()):
+        advice = "Hold complex ones as pairs of real numbers (torch.view_as_real), or leave them out: leave_out=[…]."
+    else:
+        advice = (
+            "If the model is quantised, train it in full or half precision, or LoRA on top of it. Integers that are no weights, such as indices, should "
+            "be buffers, or be left out: leave_out=[…]."
+        )
+    raise LataError(f"LATACallback measures parameters of floating numbers, and these are none: {listed}. {advice}")
+
+
 def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Buffers that a checkpoint of the module holds, each once, under its first name."""
-    # Asked of each part, as state_dict may be overridden and need not take arguments.
+    # Methods of nn.Module are called, as those of the module may be overridden and need not take arguments.
     persistent = {
         f"{path}.{name}".removeprefix(".")
         for path, part in module.named_modules()
-        for name, _ in part.named_buffers(recurse=False)
+        for name, _ in nn.Module.named_buffers(part, recurse=False)
         if name not in part._non_persistent_buffers_set
     }
-    return ((name, buffer) for name, buffer in module.named_buffers() if name in persistent)
+    return ((name, buffer) for name, buffer in nn.Module.named_buffers(module) if name in persistent)
 
 
 def _shard_of(name: str, tensor: DTensor) -> Shard:

@@ -52,7 +52,7 @@ class Measurement:
         what = f"the instruction vector {self.instruction.label}"
         direction = self._direction = matched_to(tracker.live, self.instruction.tensors, what, tracker.root, tracker.leave_out)
         check_same_meaning(
-            (f"the model in training ({tracker.live.label})", meaning_in_memory(tracker.live.config, tracker.live.location)),
+            (tracker.live.label, meaning_in_memory(tracker.live.config, tracker.live.location)),
             (what, self.instruction.manifest.meaning),
         )
         names = [name for name in direction.names if name not in tracker.live.buffers]

@@ -62,6 +62,7 @@ class Tracker:
         self._start_factors: dict[str, LowRank] = {}
         self._spill_to: Path | None = None
         self._frozen: dict[str, list[int]] = {}
+        self._moved: set[str] = set()
         self.positions = LayerMap({}, ())
         self.fingerprint: dict[str, list[int]] = {}
         """Two sums over the bits of every start value, by tensor: the same for every number of processes."""
@@ -106,7 +107,9 @@ class Tracker:
         """
         live, self._spill_to = self.look(), spill_to
         if not live.materialized:
-            raise LataError("the model has no weights when the fit starts; build them in __init__, configure_model or setup")
+            raise LataError(
+                "the model has no weights when the fit starts; build them in __init__, configure_model or setup, and run lazy layers once there"
+            )
         self.leave_out.check_used([*live.names, *live.left_out], "the model in training")
         if self._kept is None:
             self._kept = self._new_kept()
@@ -183,20 +186,14 @@ class Tracker:
         """Note the fingerprint of what is frozen, to see later whether it stayed so; not under adapters, whose base may be huge."""
         self._frozen = {} if self.live.adapted else self._sums_of_bits([name for name in self.live.names if name not in self._changing])
 
-    def check_frozen(self) -> None:
-        """Refuse to pass tensors off as unchanged that were changed without gradients."""
-        now = self._sums_of_bits([name for name in self._frozen if name not in self._changing])
-        moved = [name for name, sums in now.items() if sums != self._frozen[name]]
-        if moved:
-            raise LataError(
-                f"tensors that ask for no gradient were changed while training ran: {first_three(moved)}. LATACallback follows what is trained; "
-                "extract the task vector from the saved model instead: lata extract START TUNED --output VECTOR"
-            )
+    def moved_frozen(self) -> list[str]:
+        """Tensors that were changed while they asked for no gradient, as a teacher that follows its student; their start is not known."""
+        return sorted(self._moved.union(self._moved_of(name for name in self._frozen if name not in self._changing)))
 
     def capture_late(self) -> None:
         """Before the first step of a fresh run: take weights that were loaded since as the start, and say so."""
         self.look()
-        changed = [name for name in sorted(self._changing) if (self.counts(name) or name in self.live.adapted) and self._moved(name)]
+        changed = [name for name in sorted(self._changing) if (self.counts(name) or name in self.live.adapted) and self._differs(name)]
         if changed and self._base_weights not in PROVIDERS:
             raise BaseMismatchError(
                 f"the model does not start from {self._base_weights}: it has other values in {first_three(changed)}. Pass the weights it starts from."
@@ -219,9 +216,10 @@ class Tracker:
         self._spill()
 
     def capture_unfrozen(self) -> None:
-        """Keep tensors that can change from now on; as they could not before, they still have their start values."""
+        """Keep tensors that can change from now on; as they could not before, they still have their start values, unless they were set by hand."""
         new = [name for name in self.live.changing if name not in self._changing]
         if new:
+            self._moved.update(self._moved_of(name for name in new if name in self._frozen))
             self._capture(new)
             self._take_fingerprint(new)
             self._spill()
@@ -234,8 +232,7 @@ class Tracker:
         """
         live, wrong = self.live, []
         for name in set(live.names) & set(source.names):
-            same_file = self.kept.sourced(name) and source.dtype(name) == live.dtype(name)
-            if same_file or not self.counts(name):
+            if (self.kept.sourced(name) and source.dtype(name) == live.dtype(name)) or not self.counts(name):
                 continue
             shard = live.shard(name)
             start = self.kept.read(name, shard) if self.kept.has(name) else shard.local
@@ -298,7 +295,10 @@ class Tracker:
             shards = {name: self.live.shard(name) for name in self._changing}
             self.kept.spill(self._spill_to / SPILL_NAME, self.ranks.rank, shards)
 
-    def _moved(self, name: str) -> bool:
+    def _moved_of(self, frozen: Iterable[str]) -> list[str]:
+        return [name for name, sums in self._sums_of_bits(frozen).items() if sums != self._frozen[name]]
+
+    def _differs(self, name: str) -> bool:
         if name in self.live.adapted:
             before = self._start_factors.get(name)
             added = self.live.added(name)

@@ -41,8 +41,8 @@ def read_rows(data: str | Path, count: int | None = None) -> list[dict[str, Any]
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        # Not splitlines(), which also splits at marks that JSON strings may hold.
-        with path.open(encoding="utf-8", newline="\n") as lines:
+        # Not splitlines(), which also splits at marks that JSON strings may hold. Files of some editors begin with a byte order mark.
+        with path.open(encoding="utf-8-sig", newline="\n") as lines:
             yield from json_rows(lines, path)
     except OSError as error:
         raise SourceError(f"{path} cannot be read as JSONL: {error.strerror}") from error

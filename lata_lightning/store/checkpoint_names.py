@@ -10,6 +10,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lata_lightning.layers import unwrapped
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of a module by name, without what wrappers add to names; tied ones under each of their names.
+
+    These are the tensors among the entries of ``state_dict``. That method is not called, as any part of a module may override it, leave entries out
+    and take no arguments.
+    """
+    found: dict[str, Tensor] = {}
+    for path, part in nn.Module.named_modules(module, remove_duplicate=False):
+        part._save_to_state_dict(found, f"{path}." if path else "", keep_vars=True)
+    return {unwrapped(name): tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+
 
 def under_checkpoint_names(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a module as a saved checkpoint would name and split them.
@@ -56,7 +70,7 @@ def chunk_bounds(module: nn.Module, names: Collection[str]) -> dict[str, Piece]:
         module: The model; its tensors may be empty.
         names: Names, in the module, of the tensors that there are.
     """
-    state = {name: tensor for name, tensor in module.state_dict().items() if name in names}
+    state = {name: tensor for name, tensor in state_of(module).items() if name in names}
     traced: dict[str, Tensor] = {}
     for name, tensor in state.items():
         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta").as_subclass(_Traced)
@@ -125,11 +139,11 @@ def loading_names(module: nn.Module) -> Callable[[str], str]:
 def tied_groups(module: nn.Module) -> list[frozenset[str]]:
     """Names of a module that are one tensor, group by group."""
     groups: dict[int, list[str]] = {}
-    for name, tensor in nn.Module.state_dict(module, keep_vars=True).items():
+    for name, tensor in state_of(module).items():
         groups.setdefault(id(tensor), []).append(name)
     return [frozenset(names) for names in groups.values() if len(names) > 1]
 
 
 def checkpoint_name_of(module: nn.Module) -> dict[str, str]:
     """Name in a checkpoint by name in the module, for the tensors that a checkpoint stores as they are."""
-    return {piece.origins[0]: name for name, piece in chunk_bounds(module, module.state_dict()).items() if piece.whole}
+    return {piece.origins[0]: name for name, piece in chunk_bounds(module, state_of(module)).items() if piece.whole}

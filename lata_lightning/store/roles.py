@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lata_lightning.layers import skeleton
-from lata_lightning.store.checkpoint_names import under_checkpoint_names
+from lata_lightning.store.checkpoint_names import state_of, under_checkpoint_names
 
 Role = Literal["weight", "state", "table", "integers"]
 """``weight``: trained by gradients. ``state``: kept up to date while a model trains, as the statistics of batch norms. ``table``: computed by the
@@ -45,8 +45,7 @@ def is_variance(name: str) -> bool:
 
 def buffer_names(module: nn.Module) -> frozenset[str]:
     """Names, in a checkpoint, of the tensors of a module that are no parameters but saved buffers."""
-    saved = nn.Module.state_dict(module, keep_vars=True)
-    held = {name: tensor for name, tensor in saved.items() if isinstance(tensor, torch.Tensor) and not isinstance(tensor, nn.Parameter)}
+    held = {name: tensor for name, tensor in state_of(module).items() if not isinstance(tensor, nn.Parameter)}
     return frozenset(held) | frozenset(under_checkpoint_names(module, held))
 
 

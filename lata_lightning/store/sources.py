@@ -16,7 +16,7 @@ from lata_lightning.layers import unwrapped
 from lata_lightning.numerics.chunks import ChunkReader, chunk_bounds, factor_chunks, in_parallel, tensor_chunks, worker_count
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.store import layout
-from lata_lightning.store.checkpoint_names import under_checkpoint_names
+from lata_lightning.store.checkpoint_names import state_of, under_checkpoint_names
 from lata_lightning.store.hashing import StoredHash, ValueHash, hash_values
 
 DTYPES: dict[str, torch.dtype] = {code: getattr(torch, layout.DTYPES[code]) for code in layout.READABLE}
@@ -117,8 +117,7 @@ class StateDictSource(TensorSource):
         if isinstance(tensors, nn.Module):
             config = getattr(tensors, "config", None)
             self.config = config.to_dict() if config is not None and hasattr(config, "to_dict") else None
-            # Not the module's own method, which may leave tensors out and need not take arguments.
-            tensors = nn.Module.state_dict(tensors)
+            tensors = state_of(tensors)
         self.location = location
         self._tensors: dict[str, Tensor] = {}
         tied = {}

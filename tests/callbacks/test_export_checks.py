@@ -7,7 +7,7 @@ import torch
 from lightning_models import Module, batches, tiny_llama, trainer
 from safetensors.torch import load_file, save_file
 from tiny_models import read_back
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import AutoModel, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from lata_lightning import LATACallback, LataError, TaskVector
 
@@ -140,3 +140,12 @@ def test_a_model_whose_checkpoint_has_the_names_of_the_hub_is_exported(tmp_path)
 def test_a_random_model_is_trained_and_exported_as_a_vector(tmp_path):
     fit(tmp_path, tiny_llama(), ("vector", "coefficients"))
     assert {path.name for path in (tmp_path / "lata").iterdir()} == {"history.jsonl", "task_vector", "coefficients"}
+
+
+def test_a_part_that_the_checkpoint_lacks_is_told_from_what_it_holds(tmp_path):
+    config = BertConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+    BertForMaskedLM(config).save_pretrained(tmp_path / "start")
+    model = AutoModel.from_pretrained(tmp_path / "start")
+    # The pooler is new, as the saved model has none.
+    match = r"start and the model in training must hold the same tensors; on one side only are 2: \['pooler.*leave_out=…"
+    refused(tmp_path, model, ("hf",), match)

@@ -65,10 +65,12 @@ def test_a_hopeless_model_has_infinite_perplexity_instead_of_an_overflow(model, 
     assert perplexity(model, tokenizer, held_out_text()[:64], context_length=32) == math.inf
 
 
-def test_the_model_keeps_its_mode(model, tokenizer):
+def test_every_part_of_the_model_keeps_its_mode(model, tokenizer):
     model.train()
+    model.model.layers[0].eval()
+    modes = [part.training for part in model.modules()]
     perplexity(model, tokenizer, "any text", context_length=4)
-    assert model.training
+    assert [part.training for part in model.modules()] == modes
 
 
 def test_what_does_not_fill_a_window_counts_as_well(model, tokenizer):

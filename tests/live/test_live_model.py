@@ -1,3 +1,5 @@
+from copy import deepcopy
+
 import peft
 import pytest
 import torch
@@ -8,6 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lata_lightning import LataError, TaskVector
 from lata_lightning.live.adapters import look_at
 from lata_lightning.live.live_model import LiveModel, find_model
+from lata_lightning.store.names import LeaveOut
+from lata_lightning.store.tied_names import ties_of
 
 pytestmark = [
     # torch warns of its own use of torch.jit when it imports its compiler.
@@ -31,6 +35,84 @@ def test_a_module_that_overrides_state_dict_without_arguments_is_read_whole():
     floating = {name for name, tensor in plain.state_dict().items() if tensor.is_floating_point()}
     assert set(LiveModel(module).names) == floating
     assert set(TaskVector.between(plain, module)) >= {name for name, _ in plain.named_parameters()}
+
+
+class Part(torch.nn.Linear):
+    """A part with methods of its own, none of which takes the arguments of the methods it overrides."""
+
+    def state_dict(self):
+        return {}
+
+    def parameters(self):
+        return iter([self.weight])
+
+    def named_parameters(self):
+        return iter([("weight", self.weight)])
+
+    def named_buffers(self):
+        return iter([])
+
+    def buffers(self):
+        return iter([])
+
+
+class Whole(Part):
+    """The same around two tied parts."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.part, self.twin = Part(4, 4), Part(4, 4)
+        self.part.register_buffer("level", torch.ones(3))
+        self.twin.weight = self.part.weight
+
+
+def test_methods_that_parts_override_without_arguments_hide_no_tensor():
+    names = {"weight", "bias", "part.weight", "part.bias", "part.level", "twin.bias"}
+    module = Whole()
+    assert set(LiveModel(module).names) == names
+    assert ties_of(module, names) == (("part.weight", "twin.weight"),)
+    other = deepcopy(module)
+    with torch.no_grad():
+        other.part.weight.add_(1)
+    vector = TaskVector.between(module, other)
+    assert {name for name in names if name in set(vector) and vector[name].any()} == {"part.weight"}
+    tracker, _ = follow(module)
+    with torch.no_grad():
+        module.part.weight.add_(1)
+    deltas, still = exported(tracker)
+    assert {name for name in set(deltas) - still if deltas[name].any()} == {"part.weight"}
+
+
+def test_ties_are_recorded_without_what_compiling_adds_to_names():
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    module[1].weight = module[0].weight
+    module[0] = torch.compile(module[0])
+    assert ties_of(module, {"0.weight"}) == (("0.weight", "1.weight"),)
+
+
+def test_lazy_layers_are_no_weights_before_they_have_a_shape():
+    module = torch.nn.Sequential(torch.nn.LazyLinear(3), torch.nn.Linear(3, 3))
+    assert not LiveModel(module).materialized
+    with pytest.raises(LataError, match="run lazy layers once there"):
+        follow(module)
+    module(torch.zeros(1, 4))
+    assert LiveModel(module).shape("0.weight") == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "advice"),
+    [
+        (torch.ones(2, dtype=torch.complex64), "complex64", "view_as_real"),
+        (torch.arange(3), "int64", "should be buffers"),
+        (torch.zeros(4, dtype=torch.uint8), "uint8", "If the model is quantised"),
+    ],
+)
+def test_parameters_that_are_no_floating_numbers_are_named_with_their_dtype_or_left_out(values, dtype, advice):
+    module = Stack()
+    module.odd = torch.nn.Parameter(values, requires_grad=False)
+    with pytest.raises(LataError, match=rf"odd \({dtype}\).*{advice}"):
+        LiveModel(module)
+    assert "odd" not in LiveModel(module, LeaveOut(["^odd$"])).names
 
 
 def compiled(module):

@@ -18,6 +18,13 @@ def test_the_first_rows_of_a_file_are_read(tmp_path):
     assert read_rows(str(path), 9) == rows
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_a_byte_order_mark_belongs_to_no_column(tmp_path, name):
+    text = {"rows.jsonl": '{"prompt": "a", "answer": "b"}\n', "rows.csv": "prompt,answer\na,b\n"}[name]
+    (tmp_path / name).write_text(text, "utf-8-sig")
+    assert read_rows(tmp_path / name) == [{"prompt": "a", "answer": "b"}]
+
+
 def test_a_data_set_is_read_as_a_file_is(tmp_path):
     rows = [{"text": str(number)} for number in range(5)]
     (tmp_path / "set").mkdir()

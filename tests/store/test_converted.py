@@ -96,7 +96,7 @@ class Counted:
     """Passes a source on and counts the entries that are read of it."""
 
     def __init__(self, source, monkeypatch):
-        self.entries, load = 0, source.load
+        self.entries, load = 0, source.chunks
 
         def counted(name):
             inner = load(name)
@@ -107,7 +107,7 @@ class Counted:
 
             return piece
 
-        monkeypatch.setattr(source, "load", counted)
+        monkeypatch.setattr(source, "chunks", counted)
         monkeypatch.setattr(source, "read", None)
 
 
