@@ -49,6 +49,8 @@ def _extract_arguments(parser: ArgumentParser) -> None:
 
 def _extract(options: Namespace, command: str) -> None:
     from lata_lightning.merging.vocabularies import between_vocabularies
+    from lata_lightning.store.companions import note_on_modules
+    from lata_lightning.store.directories import local_directory
     from lata_lightning.store.opening import narrowed
     from lata_lightning.vectors.task_vector import TaskVector
 
@@ -66,6 +68,10 @@ def _extract(options: Namespace, command: str) -> None:
         vector, sentences = between_vocabularies(start, tuned, options.vocabulary, **settings)
         for sentence in sentences:
             note(sentence)
+    folders = [local_directory(str(path)) for path in (options.start_model, options.tuned_model)]
+    modules = note_on_modules(folders[0], folders[1], options.tuned_model, "they are no part of the vector")
+    if modules is not None:
+        note(modules)
     with progress_bar("extract") as progress:
         saved = vector.save(options.output, dtype=options.dtype, workers=options.workers, progress=progress)
     blocks = len(saved.layers.blocks)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lata_lightning.errors import LataError, first_three
 from lata_lightning.layers import skeleton
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
+from lata_lightning.store.names import differing_prefixes
 from lata_lightning.store.sources import TensorSource
 
 Form = Literal["linear", "turned", "embedding", "convolution"]
@@ -69,8 +70,12 @@ class Structure:
             tensors[id(tensor)] = tensor
         self.by_name: dict[str, Held] = {}
         self.by_piece: dict[str, Held] = {}
+        saved_as = {key: [under_checkpoint_names(module, {name: tensor}) for name in names[key]] for key, tensor in tensors.items()}
+        every = {piece for saved in saved_as.values() for pieces in saved for piece in pieces}
+        # The start may be a bare model, whose names lack the prefix that the model with a head has.
+        self._prefix, self._missing = differing_prefixes(source.names, every, source.label)
         for key, tensor in tensors.items():
-            saved = [under_checkpoint_names(module, {name: tensor}) for name in names[key]]
+            saved = [{self._stored(piece): part for piece, part in pieces.items()} for pieces in saved_as[key]]
             # Of tied names a checkpoint may store any.
             pieces = next((pieces for pieces in saved if self._available.issuperset(pieces)), saved[0])
             first = next(iter(pieces.values()))
@@ -79,6 +84,10 @@ class Structure:
             held = Held(tuple(names[key]), tuple(pieces), plain)
             self.by_name |= dict.fromkeys(names[key], held)
             self.by_piece |= {piece: held for pieces in saved for piece in pieces}
+
+    def _stored(self, piece: str) -> str:
+        """Name in the start of what a checkpoint of the model calls so."""
+        return self._prefix + piece.removeprefix(self._missing)
 
     def form(self, path: str) -> Form | None:
         """How peft factors the weight of a module; None if it cannot, or not so that forward and merged weights agree."""
@@ -120,7 +129,7 @@ class Structure:
         whole: Tensor | None = None
         filled = 0
         for piece, places in under_checkpoint_names(self.module, {held.names[0]: positions}).items():
-            values = read(piece)
+            values = read(self._stored(piece))
             if whole is None:
                 whole = torch.empty(shape, dtype=values.dtype)
             whole.view(-1)[places.reshape(-1)] = values.reshape(-1).to(whole.dtype)

@@ -17,8 +17,8 @@ from lata_lightning.merging.term import Term as Term
 from lata_lightning.merging.vocabularies import Fitted, Vocabulary, check_vocabulary, fit_vocabularies
 from lata_lightning.numerics.chunks import in_parallel, worker_count
 from lata_lightning.numerics.combine import combined
-from lata_lightning.store.companions import Companions, companions_of
-from lata_lightning.store.directories import MERGE_RECORD
+from lata_lightning.store.companions import Companions, companions_of, note_on_modules
+from lata_lightning.store.directories import MERGE_RECORD, local_directory
 from lata_lightning.store.hashing import content_hash
 from lata_lightning.store.model_directory import finished_config
 from lata_lightning.store.names import LeaveOut
@@ -120,7 +120,7 @@ def merge(
     onto_weights, fitted = _fitted(source, matched, rows_of, left_out)
     check_same_model(source, [term.vector for term in terms], by_token=rows_of is None)
     companions = companions_of(source, fitted.tokenizer)
-    for sentence in (*fitted.notes, *_notes_on(source, companions)):
+    for sentence in (*fitted.notes, *_notes_on(source, companions), *_notes_on_modules(source, terms)):
         if note is not None:
             note(sentence)
     one = None if method == "sum" else OneVector(matched, fitted.vectors, method, device)
@@ -203,6 +203,14 @@ def _notes_on(source: TensorSource, companions: Companions) -> list[str]:
             f"{source.label} lies in no model directory of its own, so no config and no tokenizer come along: the output holds weights only"
         ]
     return [] if companions.note is None else [companions.note]
+
+
+def _notes_on_modules(source: TensorSource, terms: Sequence[Term]) -> list[str]:
+    """Sentences about modules beside the tuned models that are not merged."""
+    tuned = [str(term.tuned) for term in terms if isinstance(term.tuned, str | Path)]
+    advice = f"the output has those of {source.label}"
+    notes = [note_on_modules(source.directory, local_directory(path), path, advice) for path in tuned]
+    return [note for note in notes if note is not None]
 
 
 def _fitted(source: TensorSource, matched: Matched, vocabulary: Vocabulary | None, leave_out: LeaveOut) -> tuple[Fingerprinted, Fitted]:

@@ -24,6 +24,12 @@ _HEADS = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
+_AUTO_CLASSES = {
+    **_HEADS,
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
 # Kinds whose layers have tensors that no file holds: drawn from a seed, or following from the sizes.
 _WITH_BUFFERS = frozenset({"ADALORA", "OFT", "BOFT", "VERA", "TRAINABLE_TOKENS"})
 
@@ -57,21 +63,61 @@ def adapted_model(start: TensorSource, directory: Path) -> AdaptedModel:
             f"{directory} was initialised by {config['init_lora_weights']}, which changes the base weights, and does not hold what its factors started "
             "with. Save it with save_pretrained(…, path_initial_model_for_weight_conversion=…), or merge_and_unload() it and extract from that."
         )
-    module = None if start.config is None else skeleton(start.config)
-    # An adapter without a task type names the class it was trained on, which may have a head that the start lacks.
+    held, errors = _read_weights(directory), []
+    for described in _candidates(start.config or {}, config, held):
+        module = skeleton(described)
+        if module is None:
+            continue
+        try:
+            model = _wrapped(module, directory, config, start.label)
+            _fill(model, _under_current_names(model, held, directory), directory, config, start.label)
+        except (LayoutMismatchError, CorruptFileError) as error:
+            errors.append(error)
+            continue
+        try:
+            return AdaptedModel(model)
+        except LataError as error:
+            raise SourceError(f"{directory}: {error}") from error
+    if errors:
+        # The model that is most likely meant comes first.
+        raise errors[0]
+    raise SourceError(
+        f"{start.label} must be a Hugging Face directory of an architecture that transformers knows, to find the layers that {directory} adapts"
+    )
+
+
+def _candidates(start: Mapping[str, Any], config: Mapping[str, Any], held: Mapping[str, Tensor]) -> Iterator[Mapping[str, Any]]:
+    """Configs of the models that an adapter may have been trained on, the most likely first: the start may lack their head, or have another.
+
+    Args:
+        start: Config of the start.
+        config: Content of adapter_config.json.
+        held: The tensors of the adapter.
+    """
+    # An adapter without a task type names the class it was trained on.
     trained_on = (config.get("auto_mapping") or {}).get("base_model_class")
-    if module is not None and trained_on is not None:
-        module = skeleton({**(start.config or {}), "architectures": [trained_on]}) or module
-    if module is None:
-        raise SourceError(
-            f"{start.label} must be a Hugging Face directory of an architecture that transformers knows, to find the layers that {directory} adapts"
-        )
-    model = _wrapped(module, directory, config, start.label)
-    _fill(model, _under_current_names(model, _read_weights(directory), directory), directory, config, start.label)
-    try:
-        return AdaptedModel(model)
-    except LataError as error:
-        raise SourceError(f"{directory}: {error}") from error
+    classes = [trained_on, next(iter(start.get("architectures") or ()), None)]
+    classes += [_class_for(task, start) for task in (str(config.get("task_type")), "FEATURE_EXTRACTION")]
+    # Heads are saved whole: how many labels they have is the length of one of their tensors.
+    saved = set(config.get("modules_to_save") or ())
+    labels = sorted({tensor.shape[0] for name, tensor in held.items() if tensor.dim() and saved & set(name.split("."))})
+    for name in dict.fromkeys(name for name in classes if name is not None):
+        model = {**start, "architectures": [name]}
+        yield model
+        for count in labels:
+            yield {**model, "id2label": {str(label): f"LABEL_{label}" for label in range(count)}}
+
+
+def _class_for(task: str, config: Mapping[str, Any]) -> str | None:
+    """Name of the class that transformers has for a task and a type of model; None if it has none."""
+    import transformers
+
+    kind = config.get("model_type")
+    if task not in _AUTO_CLASSES or kind not in transformers.CONFIG_MAPPING:
+        return None
+    mapping = getattr(transformers, _AUTO_CLASSES[task])._model_mapping
+    known = transformers.CONFIG_MAPPING[kind]
+    return mapping[known].__name__ if known in mapping else None
 
 
 def _wrapped(module: nn.Module, directory: Path, config: Mapping[str, Any], label: str) -> Any:
@@ -140,7 +186,10 @@ def _fill(model: Any, held: Mapping[str, Tensor], directory: Path, config: Mappi
     marks = {name: parameter.detach() for name, parameter in parameters.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trained, stored = (get_peft_model_state_dict(model, state_dict=dict(marks), save_embedding_layers=along) for along in (False, True))
+        trained, stored = (
+            get_peft_model_state_dict(model, state_dict=dict(marks), save_embedding_layers=along)
+            for along in (False, _has_embeddings(model))
+        )
     name_of = {id(mark): name for name, mark in marks.items()}
     path_of = {key: name_of[id(mark)] for key, mark in stored.items()}
     loaded_too = {id(parameters[path_of[key]]) for key in held if key in path_of}
@@ -175,6 +224,15 @@ def _fill(model: Any, held: Mapping[str, Tensor], directory: Path, config: Mappi
     by_parameter = {id(parameters[name]): loaded for name, loaded in given.items()}
     given |= {name: by_parameter[id(parameter)] for name, parameter in parameters.items() if id(parameter) in by_parameter}
     model.load_state_dict(given, strict=False, assign=True)
+
+
+def _has_embeddings(model: Any) -> bool:
+    """Whether a model tells which its embeddings are; models of images mostly do not."""
+    try:
+        model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return False
+    return True
 
 
 def _on_one_line(error: Exception) -> str:

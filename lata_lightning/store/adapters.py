@@ -13,6 +13,7 @@ from lata_lightning.numerics.measure import difference
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
 from lata_lightning.store.hashing import content_hash, hash_values
 from lata_lightning.store.lora import AdaptedModel
+from lata_lightning.store.names import leave_out_pattern
 from lata_lightning.store.sources import TensorSource
 
 
@@ -30,6 +31,7 @@ class AdapterDifference(TensorSource):
 
     Attributes:
         unchanged: Names of the tensors that the adapter leaves as they are.
+        left_out: Names of the tensors of a head that the adapted model has and the start has not.
 
     Raises:
         LayoutMismatchError: It belongs to a model of another layout.
@@ -40,6 +42,7 @@ class AdapterDifference(TensorSource):
     def __init__(self, start: TensorSource, adapted: AdaptedModel, location: str | None, before: AdapterDifference | None = None) -> None:
         self._hashed, self._before = start, before
         self._adapted, self.location = adapted, location
+        self.left_out: tuple[str, ...] = ()
         self._start: TensorSource = start if before is None else before._start
         start = self._start
         own = {name: tensor for name, tensor in self._adapted.plain.items() if not tensor.is_meta}
@@ -47,7 +50,11 @@ class AdapterDifference(TensorSource):
         self._names = tuple(name for name in start.names if start.dtype(name).is_floating_point)
         changed = self._by_layer
         foreign = (set(self._whole) | changed) - set(self._names)
-        if foreign:
+        if foreign and not foreign & changed and leave_out_pattern(foreign, self._names) is not None:
+            # A head that was put onto the start: no vector over the start can hold it.
+            self.left_out = tuple(sorted(foreign))
+            self._whole = {name: tensor for name, tensor in self._whole.items() if name not in foreign}
+        elif foreign:
             raise LayoutMismatchError(
                 f"{self.label} adapts tensors that {start.label} does not hold, {first_three(foreign)}. Was it trained on a model of this architecture?"
             )

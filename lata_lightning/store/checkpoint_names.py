@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -134,6 +135,21 @@ def loading_names(module: nn.Module) -> Callable[[str], str]:
         return key if key in state else str(rename_source_key(name, [], [], prefix, state)[0])
 
     return loaded
+
+
+def ignored_on_load(module: nn.Module, names: Iterable[str]) -> set[str]:
+    """Return the names that transformers silently passes over when it loads a checkpoint, as those of parts that only training had.
+
+    Args:
+        module: The model; any but one of transformers passes over nothing.
+        names: Names in the checkpoint.
+    """
+    import transformers
+
+    if not isinstance(module, transformers.PreTrainedModel):
+        return set()
+    own, patterns = module.state_dict(), module._keys_to_ignore_on_load_unexpected or ()
+    return {name for name in names if name not in own and any(re.search(pattern, name) for pattern in patterns)}
 
 
 def tied_groups(module: nn.Module) -> list[frozenset[str]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import filecmp
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lata_lightning.errors import LataError
+from lata_lightning.errors import LataError, first_three
 from lata_lightning.store.descriptors import unreadable
 from lata_lightning.store.directories import ADAPTER_CONFIG, MANIFEST_NAME, MERGE_RECORD, weight_files
 from lata_lightning.store.sources import TensorSource
@@ -25,6 +26,8 @@ _OTHER_FORMATS = re.compile(r"\.(gguf|ggml|onnx|onnx_data|h5|msgpack|ot|tflite|d
 _FOLDERS = re.compile(
     r"^(onnx|openvino|coreml|gguf|original|tf|flax|runs|logs|wandb|__pycache__|checkpoint-\d+|global_step\d+|.*\.mlpackage)$"
 )
+# Modules that come after the model, as the dense layers of sentence-transformers.
+_MODULE_WEIGHTS = re.compile(r"/[^/]+\.(safetensors|bin|pt|pth)$")
 _OWN = ("README.md", MANIFEST_NAME, MERGE_RECORD)
 
 
@@ -99,6 +102,30 @@ def companions_of(source: TensorSource, tokenizer: TensorSource | None = None) -
         except OSError as error:
             raise unreadable(file, error) from error
     return Companions(copied, tuple(left_out), source.label)
+
+
+def note_on_modules(start: Path | None, tuned: Path | None, label: str, advice: str) -> str | None:
+    """A sentence about weights in folders that a tuned model has and its start has not, or has with other bytes; None if there are none.
+
+    Args:
+        start: Directory of the start, or of the model that is added to; None where there is none.
+        tuned: Directory of the tuned model; None where there is none.
+        label: Name of the tuned model.
+        advice: What becomes of them.
+
+    Raises:
+        SourceError: A file cannot be read.
+    """
+    if start is None or tuned is None or start == tuned:
+        return None
+    inside = [(name, file) for name, file in _walk(tuned, "") if _MODULE_WEIGHTS.search(name) and not _stays(name, file, tuned)]
+    try:
+        others = [name for name, file in inside if not ((start / name).is_file() and filecmp.cmp(start / name, file, shallow=False))]
+    except OSError as error:
+        raise unreadable(tuned, error) from error
+    if not others:
+        return None
+    return f"{label} has other weights in folders beside the model, {first_three(others)}: {advice}"
 
 
 def _walk(directory: Path, prefix: str) -> Iterator[tuple[str, Path]]:

@@ -24,12 +24,12 @@ _IRRELEVANT = re.compile(
     r"(bos|eos|pad|sep|cls|mask|unk|decoder_start|forced_bos|forced_eos)_token_id|"
     # How text is generated.
     r"max_length|min_length|max_new_tokens|do_sample|early_stopping|num_beams|num_beam_groups|num_return_sequences|diversity_penalty|top_p|typical_p|"
-    r"repetition_penalty|length_penalty|no_repeat_ngram_size|encoder_no_repeat_ngram_size|bad_words_ids|remove_invalid_values|"
+    r"repetition_penalty|length_penalty|forced_decoder_ids|cache_implementation|no_repeat_ngram_size|encoder_no_repeat_ngram_size|bad_words_ids|remove_invalid_values|"
     r"exponential_decay_length_penalty|suppress_tokens|begin_suppress_tokens|"
     # How the model is initialised and trained.
-    r"initializer_range|initializer_factor|initializer_cutoff_factor|init_std|init_xavier_std|layer_scale_init_value|"
+    r"initializer_range|initializer_factor|initializer_cutoff_factor|init_std|init_xavier_std|(layer|logit)_scale_init_value|"
     r".*dropout.*|.*pdrop|drop_path_rate|.*layerdrop|label_smoothing|.*loss.*|router_jitter_noise|aux_loss_alpha|seq_aux|"
-    r"apply_spec_augment|mask_(time|feature)_.*"
+    r"apply_spec_augment|mask_(time|feature|channel)_.*|ctc_zero_infinity|neftune_noise_alpha"
 )
 
 
@@ -45,7 +45,9 @@ def config_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict
     """Both values by dotted key, where two configs describe different functions of the same weights.
 
     Where transformers knows the type of the model, each config is completed by its defaults first, so that an old spelling and a new one, or a default
-    that is written down and one that is not, are equal. Other configs are compared as they are; None and False are the same as nothing there.
+    that is written down and one that is not, are equal; a key that the config class does not have, which a release or tool wrote on one side alone,
+    does not count. Other configs are compared as they are; None and False are the same as nothing there. The first configs named no type of their
+    model: it is taken to be that of the other side.
 
     Args:
         one: Content of config.json, of a config's ``to_dict()``, or what ``relevant`` keeps of it.
@@ -53,11 +55,17 @@ def config_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict
     """
     if relevant(one) == relevant(other):
         return {}
-    if one.get("model_type") != other.get("model_type"):
-        return {"model_type": (one.get("model_type"), other.get("model_type"))}
+    kinds = one.get("model_type"), other.get("model_type")
+    if None not in kinds and kinds[0] != kinds[1]:
+        return {"model_type": kinds}
+    kind = kinds[0] if kinds[1] is None else kinds[1]
+    one, other = {**one, "model_type": kind}, {**other, "model_type": kind}
     left, right = (dict(_leaves(relevant(_completed(config)))) for config in (one, other))
     keys = dict.fromkeys([*left, *right])
     found = {key: (left.get(key), right.get(key)) for key in keys if not _same(left.get(key), right.get(key))}
+    defaults = _completed({"model_type": kind})
+    if len(defaults) > 1:
+        found = {key: values for key, values in found.items() if None not in values or _is_known(key, defaults)}
     if _length_is_capacity(left) and _length_is_capacity(right):
         return {key: values for key, values in found.items() if not _LENGTH.search(key)}
     return found
@@ -66,6 +74,19 @@ def config_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict
 def _same(one: Any, other: Any) -> bool:
     absent = (None, False)
     return one == other or (any(one is nothing for nothing in absent) and any(other is nothing for nothing in absent))
+
+
+def _is_known(key: str, defaults: Mapping[str, Any]) -> bool:
+    """Whether the config class of a model, or of the part of it that a dotted key is about, has that key."""
+    part: Any = defaults
+    for word in key.split("."):
+        # Settings that are no config of a part, as those of rotary embeddings, have no list of all their keys.
+        if not isinstance(part, Mapping) or "model_type" not in part:
+            return True
+        if word not in part:
+            return False
+        part = part[word]
+    return True
 
 
 def _length_is_capacity(leaves: Mapping[str, Any]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -127,13 +127,16 @@ class Named(NamedTuple):
     outside: frozenset[str] = frozenset()
 
 
-def by_checkpoint_names(side: TensorSource, other: TensorSource) -> Named | None:
-    """A source by the names of its checkpoint, where it or the other side says which model it is.
+def by_checkpoint_names(side: TensorSource, config: Mapping[str, Any] | None) -> Named | None:
+    """A source by the names of a checkpoint of the model that a config describes.
+
+    Args:
+        side: The tensors.
+        config: Content of config.json; None if nobody says which model it is.
 
     Returns:
         The source, in the pieces a checkpoint has; None where the model is not known, or names are no help.
     """
-    config = side.config if side.config is not None else other.config
     module = None if config is None else skeleton(config)
     if module is None:
         return None

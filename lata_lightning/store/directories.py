@@ -157,9 +157,18 @@ def weight_files(path: Path, config: Mapping[str, Any] | None = None) -> Files:
         files = _files_of(path, name)
         if files is not None:
             return files
-    others = [file.name for file in path.iterdir() if file.suffix in _WEIGHT_SUFFIXES and file.is_file()] if path.is_dir() else []
-    beside = f"Its other files are {first_three(others)}: give the one that is meant." if others else "Is it complete?"
-    raise SourceError(f"{path} holds no model.safetensors and no pytorch_model.bin, nor an index of either. {beside}")
+    raise SourceError(f"{path} holds no model.safetensors and no pytorch_model.bin, nor an index of either. {_what_else(path)}")
+
+
+def _what_else(directory: Path) -> str:
+    """What a directory without weights under the usual names holds instead, as an advice."""
+    inside = sorted(directory.iterdir()) if directory.is_dir() else []
+    # As those of sentence-transformers, of pipelines, and of the checkpoints of a training run.
+    folders = [folder.name for folder in inside if any((folder / name).is_file() for name in (*MODEL_FILES, *_FURTHER))]
+    if folders:
+        return f"Folders in it hold weights, {first_three(folders)}: give the one that is meant."
+    files = [file.name for file in inside if file.suffix in _WEIGHT_SUFFIXES and file.is_file()]
+    return f"Its other files are {first_three(files)}: give the one that is meant." if files else "Is it complete?"
 
 
 def _named_files(directory: Path, named: object) -> Files:

@@ -154,13 +154,16 @@ def leave_out_pattern(lone: Iterable[str], common: Sequence[str]) -> str | None:
         common: Names to keep.
     """
     kept = {prefix for name in common for prefix, _ in _cuts(name)}
-    modules = set()
-    for name in lone:
-        if any(part.isdigit() for part in name.split(".")):
-            return None
+    names, modules = list(lone), set()
+    for name in names:
         prefix = next((prefix for prefix, _ in _cuts(name) if prefix not in kept), None)
+        module = name if prefix is None else prefix
+        if any(part.isdigit() for part in module.split(".")):
+            return None
         modules.add(re.escape(name) + "$" if prefix is None else re.escape(prefix))
-    if not modules or not common or len(modules) > 4:
+    # A head may be a numbered list itself; where as much differs as agrees, what differs is no head.
+    numbered = any(part.isdigit() for name in names for part in name.split("."))
+    if not modules or not common or len(modules) > 4 or (numbered and 2 * len(names) > len(common)):
         return None
     return "^" + next(iter(modules)) if len(modules) == 1 else f"^({'|'.join(sorted(modules))})"
 

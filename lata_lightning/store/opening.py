@@ -69,6 +69,8 @@ def open_source(weights: Weights, model: str | None = None) -> TensorSource:
 def narrowed(weights: Sequence[Weights], model: str | None) -> list[Weights]:
     """Several weights, each narrowed to the module of one name where it holds one; the others as they are.
 
+    Where a checkpoint file holds the name, model directories and models in memory stay as they are.
+
     Args:
         weights: As for ``open_source``.
         model: Name of the module; None to leave all as they are.
@@ -78,17 +80,22 @@ def narrowed(weights: Sequence[Weights], model: str | None) -> list[Weights]:
     """
     if model is None:
         return list(weights)
-    found: list[Weights] = []
+    found: list[TensorSource | None] = []
     errors: list[UnknownModelError] = []
     for one in weights:
         try:
             found.append(open_source(one, model))
         except UnknownModelError as error:
             errors.append(error)
-            found.append(one)
+            found.append(None)
     if len(errors) == len(weights):
         raise errors[-1]
-    return found
+    # Whole models may have a module of the name that a checkpoint has for all of a model: transformers calls most trunks "model".
+    in_file = [source is not None and source.location is not None and source.directory is None for source in found]
+    return [
+        one if source is None or (any(in_file) and not checkpoint) else source
+        for one, source, checkpoint in zip(weights, found, in_file, strict=True)
+    ]
 
 
 def open_difference(weights: object, start: TensorSource) -> AdapterDifference | None:

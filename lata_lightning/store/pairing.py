@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from lata_lightning.errors import LayoutMismatchError, SourceError, first_three
-from lata_lightning.layers import unwrapped
+from lata_lightning.layers import skeleton, unwrapped
+from lata_lightning.store.checkpoint_names import ignored_on_load
 from lata_lightning.store.converted import Named, by_checkpoint_names
 from lata_lightning.store.names import (
     NOTHING,
@@ -94,10 +95,15 @@ def match(start: TensorSource, tuned: TensorSource, leave_out: LeaveOut = NOTHIN
     """
     sides = Named(start, keyed(start.names, start.label)), Named(tuned, keyed(tuned.names, tuned.label))
     attempt = _Attempt(*sides, leave_out)
+    # Each side by its own config first; a bare model and one with a head may convert their names in different ways.
+    for one, other in ((start, tuned), (start, start), (tuned, tuned)):
+        if not attempt.lone:
+            break
+        known = by_checkpoint_names(start, one.config or other.config), by_checkpoint_names(tuned, other.config or one.config)
+        further = _Attempt(known[0] or sides[0], known[1] or sides[1], leave_out)
+        attempt = further if len(further.lone) < len(attempt.lone) else attempt
     if attempt.lone:
-        known = by_checkpoint_names(start, tuned), by_checkpoint_names(tuned, start)
-        second = _Attempt(known[0] or sides[0], known[1] or sides[1], leave_out)
-        attempt = second if len(second.lone) < len(attempt.lone) else attempt
+        attempt.pass_over(start if start.config is not None else tuned)
     if attempt.lone:
         raise LayoutMismatchError(_lone_message(start, tuned, attempt.lone, attempt.paired))
     found = attempt.pairing()
@@ -139,7 +145,7 @@ class _Attempt:
         if all(outside):
             # Each side has something of its own: nothing says that these are not the same under two names.
             self.lone |= {*outside[0], *outside[1]}
-        self._outside = (*outside[0], *outside[1])
+        self._outside: tuple[str, ...] = (*outside[0], *outside[1])
 
     def pairing(self) -> Pairing:
         """Both sides under one set of names."""
@@ -152,6 +158,13 @@ class _Attempt:
         start = {shown[key]: self._start_names[key] for key in self.common}
         tuned = {shown[key]: self._tuned_names[key] for key in self.common}
         return Pairing(View(self.start, start), View(self.tuned, tuned), self._outside, tuple(self._copies))
+
+    def pass_over(self, model: TensorSource) -> None:
+        """Count tensors as outside of the model that transformers passes over when it loads a checkpoint of it."""
+        module = None if model.config is None else skeleton(model.config)
+        ignored = set() if module is None else ignored_on_load(module, self.lone)
+        self.lone -= ignored
+        self._outside = (*self._outside, *sorted(ignored))
 
     def _kept(self, names: Mapping[str, str]) -> dict[str, str]:
         return {key: name for key, name in names.items() if not self._leave_out(key) and not self._leave_out(name)}

@@ -93,7 +93,7 @@ class TaskVector(Mapping[str, Tensor]):
         statistics = frozenset[str]()
         alone: tuple[str, ...] = ()
         if added is not None:
-            every = added.names
+            every, alone = (*added.names, *added.left_out), added.left_out
             given.check_used(every, added.label)
             kept = {name: name for name in added.names if not left_out(name)}
             tuned_source, unchanged = added, added.unchanged & kept.keys()

@@ -3,11 +3,16 @@ import torch
 from adapting import reference
 from architectures import loaded, moved, save_family
 from peft import PeftModel
+from safetensors.torch import save_file
 from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     ResNetConfig,
     ResNetForImageClassification,
     SiglipVisionConfig,
@@ -102,3 +107,30 @@ def test_pieces_that_do_not_make_up_their_tensor_are_refused(tmp_path, monkeypat
     monkeypatch.setattr(structures, "under_checkpoint_names", lambda *given: dict(list(whole(*given).items())[1:]))
     with pytest.raises(LataError, match=r"gate_up_proj cannot be put together from the tensors of a checkpoint: 8: \["):
         found.tensor(found.by_name["model.layers.0.mlp.experts.gate_up_proj"], source.read)
+
+
+BARE = {
+    "gpt2": (GPT2LMHeadModel, GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=24, n_positions=16), "transformer."),
+    "llama": (LlamaForCausalLM, LlamaConfig(**SMALL, vocab_size=24, pad_token_id=0), "model."),
+}
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_a_start_whose_names_lack_the_prefix_of_its_class_gets_an_adapter_for_that_class(tmp_path, name):
+    torch.manual_seed(0)
+    kind, config, prefix = BARE[name]
+    model = kind(config)
+    for directory in ("start", "tuned"):
+        bare = {key.removeprefix(prefix): tensor for key, tensor in model.state_dict().items() if key.startswith(prefix)}
+        config.architectures = [kind.__name__]
+        config.save_pretrained(tmp_path / directory)
+        save_file(bare, tmp_path / directory / "model.safetensors", {"format": "pt"})
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "q_proj" in key or "c_attn" in key:
+                    parameter.add_(torch.randn_like(parameter))
+    export_peft([Term(TaskVector.between(tmp_path / "start", tmp_path / "tuned"))], tmp_path / "adapter", rank=8)
+    merged = PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "start"), tmp_path / "adapter").merge_and_unload()
+    for key, tensor in kind.from_pretrained(tmp_path / "tuned").state_dict().items():
+        if key.startswith(prefix):
+            torch.testing.assert_close(merged.state_dict()[key], tensor, rtol=1e-5, atol=1e-5)

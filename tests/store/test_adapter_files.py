@@ -1,6 +1,7 @@
 """Which files are an adapter, and under which names its tensors are read; peft itself is the reference."""
 
 import copy
+import re
 import shutil
 import warnings
 
@@ -174,27 +175,103 @@ def test_an_adapter_of_a_classifier_is_read_over_the_classifier_with_its_head(tm
         torch.testing.assert_close(vector[name].double(), merged[name] - weight.double(), rtol=1e-6, atol=1e-9)
 
 
-def test_an_adapter_of_a_classifier_says_which_start_it_needs(tmp_path):
+BERT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
+LLAMA = {**TEXT, "vocab_size": 40, "pad_token_id": 0}
+GPT2 = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 40, "n_positions": 16}
+QUERY = {"target_modules": ["query"]}
+# Start, class that the adapter was trained on with its arguments, settings of the adapter, and the tensors of its head that are left out.
+HEADS = {
+    "classifier over a language model": (
+        lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)),
+        (transformers.LlamaForSequenceClassification, {"num_labels": 3}),
+        {"target_modules": ["q_proj"], "task_type": "SEQ_CLS"},
+        ["^score\\.weight$"],
+    ),
+    "classifier over a bare model": (
+        lambda: transformers.BertModel(transformers.BertConfig(**BERT)),
+        (transformers.BertForSequenceClassification, {"num_labels": 5}),
+        {**QUERY, "task_type": "SEQ_CLS"},
+        ["^classifier\\.bias$", "^classifier\\.weight$"],
+    ),
+    "tokens over a masked model, no task": (
+        lambda: transformers.BertForMaskedLM(transformers.BertConfig(**BERT)),
+        (transformers.BertForTokenClassification, {"num_labels": 3}),
+        {**QUERY, "modules_to_save": ["classifier"]},
+        ["^classifier\\.bias$", "^classifier\\.weight$"],
+    ),
+    "images": (
+        lambda: transformers.ViTModel(transformers.ViTConfig(**VISION), add_pooling_layer=False),
+        (transformers.ViTForImageClassification, {"num_labels": 3}),
+        {"target_modules": ["q_proj"], "modules_to_save": ["classifier"]},
+        ["^classifier\\.bias$", "^classifier\\.weight$"],
+    ),
+    "features of a model with a head": (
+        lambda: transformers.BertForMaskedLM(transformers.BertConfig(**BERT)),
+        (transformers.BertModel, {"add_pooling_layer": False}),
+        {**QUERY, "task_type": "FEATURE_EXTRACTION"},
+        [],
+    ),
+    "language model over a bare model": (
+        lambda: transformers.GPT2Model(transformers.GPT2Config(**GPT2)),
+        (transformers.GPT2LMHeadModel, {}),
+        {"target_modules": ["c_attn"], "task_type": "CAUSAL_LM"},
+        [],
+    ),
+}
+
+
+def bare(tensors):
+    """Tensors by the name they have in the model without a head."""
+    return {re.sub(r"^(bert|vit|transformer|model)\.", "", name): tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("kind", HEADS)
+def test_an_adapter_is_read_over_a_start_without_its_head(tmp_path, kind, in_memory):
     torch.manual_seed(0)
-    sizes = {**TEXT, "vocab_size": 40, "pad_token_id": 0}
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path / "base")
-    classifier = transformers.LlamaForSequenceClassification
-    model = wrapped(classifier.from_pretrained(tmp_path / "base", num_labels=3), target_modules=["q_proj"], task_type="SEQ_CLS")
+    build, (trained_on, settings), lora, head = HEADS[kind]
+    build().save_pretrained(tmp_path / "start")
+    model = wrapped(trained_on.from_pretrained(tmp_path / "start", **settings), **lora)
     model.save_pretrained(tmp_path / "adapter")
-    refused(
-        tmp_path / "base",
-        tmp_path / "adapter",
-        LayoutMismatchError,
-        "does not have, 1: .*score.*AutoModelForSequenceClassification.from_pretrained",
-    )
-    # What the message says to do.
-    classifier.from_pretrained(tmp_path / "base", num_labels=3).save_pretrained(tmp_path / "start")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged = copy.deepcopy(model).double().merge_and_unload().state_dict()
+    vector = TaskVector.between(tmp_path / "start", model if in_memory else tmp_path / "adapter")
+    start, tuned = bare(read_back(tmp_path / "start")), bare(merged)
+    assert sum(bool(tensor.any()) for tensor in vector.values()) == 2
+    assert set(bare(vector)) == set(start)
+    for name, tensor in bare(vector).items():
+        if name in tuned:
+            torch.testing.assert_close(tensor.double(), tuned[name] - start[name].double(), rtol=1e-6, atol=1e-9)
+    # A model in memory also shows what it has beside its head that the start has not.
+    assert set(vector.manifest.leave_out) >= set(head) if in_memory else list(vector.manifest.leave_out) == head
+
+
+IMAGE_MODELS = {
+    "clip": lambda: transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config={**BERT, "eos_token_id": 2, "max_position_embeddings": 16}, vision_config=VISION, projection_dim=8
+        )
+    ),
+    "convnext": lambda: transformers.ConvNextForImageClassification(
+        transformers.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2)
+    ),
+    "resnet": lambda: transformers.ResNetForImageClassification(
+        transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "target"), [("clip", "q_proj"), ("convnext", "pwconv1"), ("resnet", "convolution")])
+def test_an_adapter_of_a_model_that_does_not_tell_its_embeddings_is_read(tmp_path, name, target):
+    torch.manual_seed(0)
+    built = IMAGE_MODELS[name]()
+    built.save_pretrained(tmp_path / "start")
+    model = wrapped(type(built).from_pretrained(tmp_path / "start"), target_modules=[target])
+    model.save_pretrained(tmp_path / "adapter")
     vector = TaskVector.between(tmp_path / "start", tmp_path / "adapter")
-    name = "model.layers.0.self_attn.q_proj.weight"
-    layer = model.get_base_model().model.layers[0].self_attn.q_proj
-    expected = layer.scaling["default"] * layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
-    torch.testing.assert_close(vector[name].double(), expected.detach(), rtol=1e-6, atol=1e-9)
-    assert vector["score.weight"].any()
-    left = TaskVector.between(tmp_path / "start", tmp_path / "adapter", leave_out=["score"])
-    assert set(vector) - set(left) == {"score.weight"}
-    assert left.low_rank(name).equals(vector.low_rank(name))
+    merged, start = copy.deepcopy(model).double().merge_and_unload().state_dict(), read_back(tmp_path / "start")
+    changed = {key for key in vector if vector[key].any()}
+    assert changed == {key for key in vector if not torch.equal(merged[key], start[key].double())}
+    for key in changed:
+        torch.testing.assert_close(vector[key].double(), merged[key] - start[key].double(), rtol=1e-6, atol=1e-9)

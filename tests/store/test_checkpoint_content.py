@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import same_bits, weights
+from tiny_models import llama, same_bits, weights
 from torch import nn
 from transformers import LlamaConfig
 
@@ -123,6 +123,16 @@ def test_a_name_need_only_be_known_on_one_side(tmp_path):
     with pytest.raises(UnknownModelError):
         narrowed([weights(0), weights(1)], "actor")
     assert narrowed([path], None) == [path]
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_name_of_all_of_a_model_in_a_checkpoint_leaves_no_head_out(tmp_path, in_memory):
+    states = [dict(llama(seed).state_dict()) for seed in range(3)]
+    llama(0).save_pretrained(tmp_path / "start")
+    path = saved(tmp_path / "a.pt", {"model": states[1], "ema": states[2]})
+    vector = TaskVector.between(states[0] if in_memory else tmp_path / "start", path, model="model")
+    assert set(vector) == set(states[0])
+    assert torch.equal(vector["lm_head.weight"], states[1]["lm_head.weight"] - states[0]["lm_head.weight"])
 
 
 def test_tied_tensors_of_one_of_several_models_stay_tied(tmp_path):

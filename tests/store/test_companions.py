@@ -192,3 +192,39 @@ def test_the_command_prints_the_note_on_standard_error(tmp_path, model, capsys):
     assert main(["merge", str(model), str(tmp_path / "tuned"), "--output", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().err
     assert all(name in said for name in (*BEHIND, *FOLDERS))
+
+
+# Modules with weights of their own, in folders
+
+
+@pytest.mark.parametrize("start_has_it", [True, False])
+@pytest.mark.parametrize("name", ["2_Dense/model.safetensors", "3_Dense/pytorch_model.bin"])
+def test_modules_in_folders_that_a_tuned_model_trained_too_are_named(tmp_path, name, start_has_it, capsys):
+    for number, directory in enumerate((tmp_path / "start", tmp_path / "tuned")):
+        llama(number).save_pretrained(directory)
+        (directory / name).parent.mkdir()
+        if number or start_has_it:
+            (directory / name).write_text(str(number))
+    start, tuned, said = (
+        str(tmp_path / "start"),
+        str(tmp_path / "tuned"),
+        rf"{tmp_path}/tuned has other weights in folders beside the model, 1: ['{name}']",
+    )
+    for command, advice in (("merge", f"the output has those of {start}"), ("extract", "they are no part of the vector")):
+        assert main([command, start, tuned, "--output", str(tmp_path / command)]) == 0
+        assert f"{said}: {advice}" in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "merge" / name).exists() == start_has_it
+
+
+def test_equal_modules_in_folders_and_folders_of_the_start_alone_are_not_worth_a_note(tmp_path, capsys):
+    for number, directory in enumerate((tmp_path / "start", tmp_path / "tuned")):
+        llama(number).save_pretrained(directory)
+        for name in (
+            "2_Dense/model.safetensors",
+            "checkpoint-5/model.safetensors",
+            *(["3_Dense/model.safetensors"] if number == 0 else []),
+        ):
+            (directory / name).parent.mkdir()
+            (directory / name).write_text("same" if name.startswith("2") else str(number))
+    assert main(["extract", str(tmp_path / "start"), str(tmp_path / "tuned"), "--output", str(tmp_path / "v")]) == 0
+    assert "in folders" not in capsys.readouterr().err

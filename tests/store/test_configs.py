@@ -24,7 +24,9 @@ QWEN2 = {"model_type": "qwen2", "hidden_size": 16, "num_attention_heads": 2, "nu
         (LLAMA, {"hidden_act": "gelu"}, "hidden_act"),
         (LLAMA, {"rms_norm_eps": 1e-5}, "rms_norm_eps"),
         (LLAMA, {"tie_word_embeddings": True}, "tie_word_embeddings"),
-        (LLAMA, {"a_key_of_nobody": 3}, "a_key_of_nobody"),
+        ({**LLAMA, "a_key_of_nobody": 2}, {"a_key_of_nobody": 3}, "a_key_of_nobody"),
+        ({"hidden_size": 16, "num_attention_heads": 2}, {"model_type": "bert", "hidden_act": "relu"}, "hidden_act"),
+        (LLAMA, {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_type": "default"}}, "rope_parameters.partial_rotary_factor"),
         (LLAMA, {"model_type": "mistral"}, "model_type"),
         (QWEN2, {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding_window"),
         ({**LLAMA, "model_type": "mistral"}, {"sliding_window": 16}, "sliding_window"),
@@ -72,6 +74,13 @@ def test_a_key_that_changes_the_function_is_named_whatever_side_has_it(config, c
             {"model_type": "mamba2", "time_step_limit": [0.0, {"__float__": "Infinity"}]},
             {"model_type": "mamba2", "time_step_limit": [0.0, float("inf")]},
         ),
+        # What a release or tool wrote that the config class does not have.
+        ({**BERT, "position_embedding_type": "absolute"}, BERT),
+        ({**LLAMA, "neftune_noise_alpha": 5, "is_llama_config": True}, LLAMA),
+        ({"model_type": "clip", "text_config": {"a_key_of_nobody": 3}}, {"model_type": "clip"}),
+        ({"model_type": "gemma2", "cache_implementation": "hybrid"}, {"model_type": "gemma2", "cache_implementation": None}),
+        # The first configs named no type of their model.
+        ({"hidden_size": 16, "num_attention_heads": 2}, BERT),
         ({"model_type": "made-up", "flag": False}, {"model_type": "made-up", "flag": None}),
     ],
 )

@@ -76,7 +76,14 @@ def test_the_pattern_to_leave_out_covers_the_heads_and_nothing_else():
     assert leave_out_pattern(["logit_scale"], ["a.w"]) == "^logit_scale$"
 
 
+def test_a_head_may_be_a_numbered_list():
+    trunk = [f"resnet.encoder.stages.{number}.weight" for number in range(4)]
+    assert leave_out_pattern(["classifier.1.weight", "classifier.1.bias"], trunk) == r"^classifier\."
+    assert leave_out_pattern(["heads.0.weight", "heads.1.weight"], trunk) == r"^heads\."
+
+
 def test_layers_are_no_heads():
+    assert leave_out_pattern([f"layers.{number}.weight" for number in range(4)], ["embedding.weight", "norm.weight"]) is None
     assert leave_out_pattern(["model.layers.3.mlp.weight"], ["model.layers.2.mlp.weight"]) is None
     assert leave_out_pattern(["a.w"], []) is None
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from lata_lightning import TaskVector
 from lata_lightning.errors import LayoutMismatchError
+from lata_lightning.merging.merge import Term, merge
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
 from lata_lightning.store.names import LeaveOut
 from lata_lightning.store.opening import open_source
@@ -249,3 +250,60 @@ def test_lora_on_a_model_with_a_head_fits_the_bare_start(with_and_without_head, 
     for name in vector:
         plain = name.removeprefix(prefix)
         torch.testing.assert_close(vector[name], after[plain] - before[plain], rtol=0, atol=1e-5)
+
+
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 40}
+PASSED_OVER = {
+    "t5": (
+        lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)),
+        "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
+    ),
+    "qwen3-next": (
+        lambda: transformers.Qwen3NextForCausalLM(
+            transformers.Qwen3NextConfig(
+                **SIZES, **TOKENS, num_key_value_heads=1, head_dim=8, num_experts=2, moe_intermediate_size=8, shared_expert_intermediate_size=8,
+                linear_num_key_heads=1, linear_num_value_heads=1, linear_key_head_dim=8, linear_value_head_dim=8,
+            )
+        ),
+        "mtp.layers.0.self_attn.q_proj.weight",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PASSED_OVER)
+@pytest.mark.parametrize("side", ["start", "tuned"])
+def test_what_transformers_passes_over_when_it_loads_a_checkpoint_needs_no_partner(tmp_path, kind, side):
+    build, extra = PASSED_OVER[kind]
+    model = build()
+    model.save_pretrained(tmp_path / "start")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    model.save_pretrained(tmp_path / "tuned")
+    expected = from_files(tmp_path)
+    stored = load_file(tmp_path / side / "model.safetensors")
+    save_file({**stored, extra: torch.ones(4, 2)}, tmp_path / side / "model.safetensors", {"format": "pt"})
+    vector = TaskVector.between(tmp_path / "start", tmp_path / "tuned")
+    equal(vector, expected)
+    merge(tmp_path / "start", [Term(vector)], tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert (extra in merged) == (side == "start")
+    stored = load_file(tmp_path / "start" / "model.safetensors")
+    assert all(torch.equal(merged[name], stored[name] + expected[name] if name in expected else stored[name]) for name in stored)
+
+
+def test_a_bare_vision_language_model_meets_the_one_with_a_head(tmp_path):
+    text = {**SIZES, "vocab_size": 160, "num_key_value_heads": 1, "rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
+    vision = {"depth": 2, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=150, video_token_id=151)
+    model = transformers.Qwen2VLForConditionalGeneration(config)
+    for name in ("start", "tuned"):
+        model.save_pretrained(tmp_path / name)
+        model.model.save_pretrained(tmp_path / f"{name}-bare")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)
+    expected = from_files(tmp_path)
+    vector = TaskVector.between(tmp_path / "start", tmp_path / "tuned-bare")
+    equal(vector, {name: tensor for name, tensor in expected.items() if name != "lm_head.weight"})
+    assert len(TaskVector.between(tmp_path / "start-bare", tmp_path / "tuned")) == len(vector)

@@ -220,6 +220,15 @@ def test_a_directory_of_variants_names_them(tmp_path):
     assert same_bits(contents(open_source(tmp_path / "model.fp16.safetensors")), dict(llama(0).state_dict()))
 
 
+@pytest.mark.parametrize("folder", ["checkpoint-500", "0_Transformer", "text_encoder"])
+def test_a_directory_whose_weights_are_in_a_folder_names_the_folder(tmp_path, folder):
+    llama(0).save_pretrained(tmp_path / folder)
+    torch.save({}, tmp_path / "training_args.bin")
+    with pytest.raises(SourceError, match=rf"Folders in it hold weights, 1: \['{folder}'\]: give the one that is meant"):
+        open_source(tmp_path)
+    assert same_bits(contents(open_source(tmp_path / folder)), dict(llama(0).state_dict()))
+
+
 def test_a_hub_repository_of_pickled_weights_only_is_downloaded(tmp_path, monkeypatch):
     import huggingface_hub
 
