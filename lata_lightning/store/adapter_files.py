@@ -63,8 +63,12 @@ def adapted_model(start: TensorSource, directory: Path) -> AdaptedModel:
             f"{directory} was initialised by {config['init_lora_weights']}, which changes the base weights, and does not hold what its factors started "
             "with. Save it with save_pretrained(…, path_initial_model_for_weight_conversion=…), or merge_and_unload() it and extract from that."
         )
+    if start.config is None or skeleton(start.config) is None:
+        raise SourceError(
+            f"{start.label} must be a Hugging Face directory of an architecture that transformers knows, to find the layers that {directory} adapts"
+        )
     held, errors = _read_weights(directory), []
-    for described in _candidates(start.config or {}, config, held):
+    for described in _candidates(start.config, config, held):
         module = skeleton(described)
         if module is None:
             continue
@@ -78,12 +82,8 @@ def adapted_model(start: TensorSource, directory: Path) -> AdaptedModel:
             return AdaptedModel(model)
         except LataError as error:
             raise SourceError(f"{directory}: {error}") from error
-    if errors:
-        # The model that is most likely meant comes first.
-        raise errors[0]
-    raise SourceError(
-        f"{start.label} must be a Hugging Face directory of an architecture that transformers knows, to find the layers that {directory} adapts"
-    )
+    # The model that is most likely meant comes first.
+    raise errors[0]
 
 
 def _candidates(start: Mapping[str, Any], config: Mapping[str, Any], held: Mapping[str, Tensor]) -> Iterator[Mapping[str, Any]]:
@@ -207,6 +207,14 @@ def _fill(model: Any, held: Mapping[str, Tensor], directory: Path, config: Mappi
         )
         raise LayoutMismatchError(f"{directory} holds tensors that the model of {label} does not have, {first_three(foreign)}.{advice}")
     odd = [key for key, tensor in held.items() if tensor.shape != stored[key].shape]
+    rows = model.get_input_embeddings().weight.shape[0] if _has_embeddings(model) else None
+    resized = {held[key].shape[0] for key in odd if stored[key].shape[0] == rows and held[key].shape[1:] == stored[key].shape[1:]}
+    if len(resized) == 1:
+        count = resized.pop()
+        raise LayoutMismatchError(
+            f"{directory} was trained on a model with {count} rows of tokens, and {label} has {rows}: load that, resize_token_embeddings({count}), "
+            "save it with the tokenizer of the adapter, and give it as START."
+        )
     if odd:
         raise LayoutMismatchError(
             f"{directory} has other shapes than its config and {label} ask for in {first_three(odd)}. Is it another model's?"

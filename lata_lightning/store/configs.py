@@ -84,7 +84,8 @@ def _is_known(key: str, defaults: Mapping[str, Any]) -> bool:
         if not isinstance(part, Mapping) or "model_type" not in part:
             return True
         if word not in part:
-            return False
+            # Of rotary embeddings old releases had settings under many names.
+            return "rope" in word or "rotary" in word
         part = part[word]
     return True
 

@@ -275,3 +275,18 @@ def test_an_adapter_of_a_model_that_does_not_tell_its_embeddings_is_read(tmp_pat
     assert changed == {key for key in vector if not torch.equal(merged[key], start[key].double())}
     for key in changed:
         torch.testing.assert_close(vector[key].double(), merged[key] - start[key].double(), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("saved_whole", [["embed_tokens", "lm_head"], ["embed_tokens"]])
+def test_an_adapter_of_a_model_with_more_tokens_says_to_resize_the_start(tmp_path, saved_whole):
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).save_pretrained(tmp_path / "base")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(44)
+    wrapped(model, target_modules=["q_proj"], modules_to_save=saved_whole, task_type="CAUSAL_LM").save_pretrained(tmp_path / "adapter")
+    refused(
+        tmp_path / "base",
+        tmp_path / "adapter",
+        LayoutMismatchError,
+        r"a model with 44 rows of tokens, and .*base has 40: .*resize_token_embeddings\(44\)",
+    )

@@ -26,6 +26,7 @@ QWEN2 = {"model_type": "qwen2", "hidden_size": 16, "num_attention_heads": 2, "nu
         (LLAMA, {"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({**LLAMA, "a_key_of_nobody": 2}, {"a_key_of_nobody": 3}, "a_key_of_nobody"),
         ({"hidden_size": 16, "num_attention_heads": 2}, {"model_type": "bert", "hidden_act": "relu"}, "hidden_act"),
+        ({"model_type": "dbrx"}, {"attn_config": {"rope_theta": 5.0}}, "attn_config.rope_theta"),
         (LLAMA, {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_type": "default"}}, "rope_parameters.partial_rotary_factor"),
         (LLAMA, {"model_type": "mistral"}, "model_type"),
         (QWEN2, {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding_window"),
