@@ -207,7 +207,8 @@ def _fill(model: Any, held: Mapping[str, Tensor], directory: Path, config: Mappi
         )
         raise LayoutMismatchError(f"{directory} holds tensors that the model of {label} does not have, {first_three(foreign)}.{advice}")
     odd = [key for key, tensor in held.items() if tensor.shape != stored[key].shape]
-    rows = model.get_input_embeddings().weight.shape[0] if _has_embeddings(model) else None
+    embedding = model.get_input_embeddings() if _has_embeddings(model) else None
+    rows = embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
     resized = {held[key].shape[0] for key in odd if stored[key].shape[0] == rows and held[key].shape[1:] == stored[key].shape[1:]}
     if len(resized) == 1:
         count = resized.pop()
