@@ -16,6 +16,7 @@ from lata_lightning.layers import skeleton
 from lata_lightning.store.directories import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_object
 from lata_lightning.store.formats.table import find_format
 from lata_lightning.store.lora import RESIDUAL, AdaptedModel, check_kind
+from lata_lightning.store.meaning import rows_of
 from lata_lightning.store.sources import TensorSource
 
 # The models with a head that adapters of a task type are trained on.
@@ -207,8 +208,7 @@ def _fill(model: Any, held: Mapping[str, Tensor], directory: Path, config: Mappi
         )
         raise LayoutMismatchError(f"{directory} holds tensors that the model of {label} does not have, {first_three(foreign)}.{advice}")
     odd = [key for key, tensor in held.items() if tensor.shape != stored[key].shape]
-    embedding = model.get_input_embeddings() if _has_embeddings(model) else None
-    rows = embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
+    rows = rows_of(model.get_base_model().config.to_dict())
     resized = {held[key].shape[0] for key in odd if stored[key].shape[0] == rows and held[key].shape[1:] == stored[key].shape[1:]}
     if len(resized) == 1:
         count = resized.pop()
