@@ -56,27 +56,35 @@ class Reweighting:
             LayoutMismatchError: A vector does not hold the tensors of the model.
         """
         if not terms:
-            self._set(self._onto.names, self._onto.read)
+            self._set({name: name for name in self._onto.names}, self._onto.read)
             return
         total = Sum([self._fixed(term) for term in terms], self._onto, check_base=False)
-        self._set(total.names, lambda name: total.merged(name, None), total)
+        # A sum has the names of its vectors, which may lack the prefix of the model.
+        known = set(self._onto.names)
+        own = {name if name in known else total.weights.origin_name(name): name for name in total.names}
+        self._set(own, lambda name: total.merged(name, None), total)
 
     def restore(self) -> None:
         """Give the model its own weights back."""
         self.apply([])
 
-    def _set(self, names: Sequence[str], read: Callable[[str], Tensor], total: Sum | None = None) -> None:
-        """Set every tensor of the model to what is stored under its name; with a sum, piece by piece where it is stored as one tensor."""
-        stored = set(names)
+    def _set(self, names: Mapping[str, str], read: Callable[[str], Tensor], total: Sum | None = None) -> None:
+        """Set every tensor of the model to what is read; with a sum, piece by piece where it is stored as one tensor.
+
+        Args:
+            names: What to read, by the name under which transformers saves it.
+            read: Reads it.
+            total: The sum, if it is one.
+        """
         for name, tensor in self._tensors.values():
-            whole = next((other for other in self._shell.tied(name) if other in stored), None)
-            if total is not None and whole is not None and total.weights.shape(whole) == tensor.shape and tensor.is_contiguous():
+            whole = next((other for other in self._shell.tied(name) if other in names), None)
+            if total is not None and whole is not None and total.weights.shape(names[whole]) == tensor.shape and tensor.is_contiguous():
                 flat, begin = tensor.view(-1), 0
-                for piece in total.pieces(whole):
+                for piece in total.pieces(names[whole]):
                     flat[begin : begin + len(piece)].copy_(piece)
                     begin += len(piece)
                 continue
-            values = self._shell.fill([name], lambda key: read(key) if key in stored else None, "the model", tensor.dtype)
+            values = self._shell.fill([name], lambda key: read(names[key]) if key in names else None, "the model", tensor.dtype)
             for value in values.values():
                 tensor.copy_(value)
 

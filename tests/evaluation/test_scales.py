@@ -52,6 +52,24 @@ def test_the_weights_are_those_that_a_merge_of_the_directories_loads(tmp_path, k
     assert same_bits(state(model), before)
 
 
+def test_a_vector_without_the_prefix_of_the_model_is_applied_as_a_merge_applies_it(tmp_path):
+    prefix, (model, tuned) = "transformer.", (built("gpt2"), built("gpt2", 1))
+    start, other = saved(model, tmp_path / "start"), saved(tuned, tmp_path / "tuned")
+    for directory in (start, other):
+        tensors = load_file(directory / "model.safetensors")
+        save_file(
+            {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, directory / "model.safetensors", {"format": "pt"}
+        )
+    vector, before = TaskVector.between(start, other), state(model)
+    assert not any(name.startswith(prefix) for name in vector)
+    Reweighting(model).apply([Term(vector, 0.5)])
+    live, own = state(model), state(tuned)
+    assert not same_bits(live, before)
+    for name in before:
+        if before[name].is_floating_point():
+            torch.testing.assert_close(live[name], before[name] + 0.5 * (own[name] - before[name]), rtol=1e-5, atol=1e-6)
+
+
 def test_a_tied_head_that_the_vector_stores_twice_is_one_tensor(tmp_path):
     model, tuned = llama(tied=True), llama(1, tied=True)
     start, other = saved(model, tmp_path / "start"), saved(tuned, tmp_path / "tuned")
