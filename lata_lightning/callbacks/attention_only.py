@@ -7,14 +7,16 @@ from functools import wraps
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lata_lightning.callbacks.lata import LATACallback
 from lata_lightning.errors import LataError, first_three
 from lata_lightning.layers import unwrapped
+from lata_lightning.live.adapters import look_at
 from lata_lightning.live.live_model import find_model
+from lata_lightning.live.new_heads import is_classifier, new_head
 from lata_lightning.live.projections import attention_projections
 from lata_lightning.store.lora import peft_kinds
 from lata_lightning.store.names import LeaveOut
@@ -35,8 +37,9 @@ class AttentionOnlyFinetuning(pl.Callback):
         model: Path of the model inside the LightningModule; by default the transformers model it holds, else the whole module. Attention elsewhere
             is frozen.
         heads: Paths of heads inside the LightningModule that are trained, too: modules that belong to one task, such as a freshly
-            initialised classifier. They take no part in the task vector: a LATACallback beside this one must follow a model that does not contain
-            them, ``LATACallback(model="model.vit")`` for a head at ``model.classifier``, or leave them out, ``LATACallback(leave_out=["classifier"])``.
+            initialised classifier. They take no part in the task vector: a LATACallback beside this one leaves out by itself what the start does not
+            hold; otherwise it must follow a model that does not contain them, ``LATACallback(model="model.vit")`` for a head at
+            ``model.classifier``, or leave them out, ``LATACallback(leave_out=["classifier"])``. A new head that stays frozen causes a warning.
 
     Checkpoint state, which loads with ``weights_only=True``, some 50 bytes per trained tensor:
 
@@ -78,6 +81,7 @@ class AttentionOnlyFinetuning(pl.Callback):
         held = dict(pl_module.named_parameters())
         trained = sum(parameter.numel() for parameter in held.values() if parameter.requires_grad)
         total = sum(parameter.numel() for parameter in held.values())
+        self._warn_of_untrained_head(pl_module)
         heads = f" (with {', '.join(self.heads)})" if self.heads else ""
         rank_zero_info(
             f"AttentionOnlyFinetuning: {trained:,} parameters in {len(self._trainable)} tensors{heads} are trained, of {total:,} in {len(held)}"
@@ -139,12 +143,29 @@ class AttentionOnlyFinetuning(pl.Callback):
         named = pl_module.named_parameters()
         self._trainable = tuple(unwrapped(name) for name, parameter in named if parameter.requires_grad)
 
+    def _warn_of_untrained_head(self, pl_module: pl.LightningModule) -> None:
+        """Warn where a head that starts at random values is frozen: the model would learn around random numbers."""
+        if not is_classifier(find_model(pl_module, self.model)):
+            return
+        live = look_at(pl_module, self.model)
+        new = new_head(live)
+        path = next((unwrapped(name) for name, module in pl_module.named_modules() if module is live.module), "")
+        own = {unwrapped(name): parameter for name, parameter in live.module.named_parameters()}
+        frozen = [name for name in new.names if name in own and not own[name].requires_grad]
+        if frozen:
+            heads = [f"{path}.{module}".removeprefix(".") for module in new.modules(own)]
+            rank_zero_warn(
+                f"the head is new, so it holds random numbers, and it is frozen: {first_three(frozen)}. Train it too: AttentionOnlyFinetuning(heads="
+                f"{heads!r}), or start from a model whose head is trained."
+            )
+
     def _check_companions(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A head has a meaning for its own task only, so no task vector may contain it."""
         headed = {id(parameter) for name in self.heads for parameter in pl_module.get_submodule(name).parameters()}
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(other, LATACallback):
-                left_out = LeaveOut(other.leave_out)
+                new = new_head(look_at(pl_module, other.model, LeaveOut(other.leave_out)))
+                left_out = LeaveOut(other.leave_out, new.names)
                 followed = find_model(pl_module, other.model).named_parameters()
                 inside = [name for name, parameter in followed if id(parameter) in headed and not left_out(unwrapped(name))]
                 if inside:

@@ -14,6 +14,7 @@ from lata_lightning.errors import LataError
 from lata_lightning.exports import EXPORTS, export_to
 from lata_lightning.merging.merge import Term
 from lata_lightning.merging.weigh import from_instruct, weigh
+from lata_lightning.store.head_files import HEAD_TENSORS
 from lata_lightning.store.writer import PARTIAL_MARK, replace_directory
 from lata_lightning.vectors.task_vector import TaskVector
 from lata_lightning.weighting import STORED, WEIGHTINGS, Rule, Weighting, follows_alignment
@@ -96,7 +97,7 @@ def write_exports(
 
 
 def closing_lines(
-    vector: TaskVector, handed_over: TaskVector, kinds: Sequence[str], directory: Path, *, instruction: str | None
+    vector: TaskVector, handed_over: TaskVector, kinds: Sequence[str], directory: Path, *, instruction: str | None, head: bool = False
 ) -> list[str]:
     """Say what a run has written, and which commands go on from there.
 
@@ -106,18 +107,23 @@ def closing_lines(
         kinds: What was written.
         directory: Output directory of the run.
         instruction: Path of the instruction vector, if it is a saved one.
+        head: Whether the head of a classifier was saved beside the vector.
 
     Returns:
         Lines for the log.
     """
     lines = [f"{kind}: {directory / folder(kind)}" for kind in kinds]
+    lines += [f"head: {directory / HEAD_TENSORS}, which belongs to this task and is never merged"] if head else []
     others = [kind for kind in kinds if kind != "vector"]
     if others and vector is not handed_over and vector.manifest.coefficients is not None:
         lines.append(
             f"no weighting was asked for (weighting=…) and the alignments are too flat to rank by: coefficient 1 for every tensor in {', '.join(others)}"
         )
     if "vector" in kinds:
-        lines += [f"next: {command}" for command in _next_commands(vector, directory, instruction)]
+        commands = _next_commands(vector, directory, instruction)
+        if head:
+            commands.insert(1, shlex.join(["lata", "evaluate", "MERGED", "--head", str(directory), "--data", "FILE"]))
+        lines += [f"next: {command}" for command in commands]
     return lines
 
 

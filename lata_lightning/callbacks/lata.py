@@ -30,8 +30,10 @@ from lata_lightning.errors import LataError, OutputError
 from lata_lightning.layers import LayerRule, Level, check_level
 from lata_lightning.live.gathering import export, manifest_of
 from lata_lightning.live.measuring import Measurement
+from lata_lightning.live.new_heads import head_of
 from lata_lightning.live.tracker import Fingerprint, Tracker
 from lata_lightning.moments import Start, check_start, total
+from lata_lightning.store.head_files import Head
 from lata_lightning.store.names import LeaveOut
 from lata_lightning.store.writer import float_dtype
 from lata_lightning.vectors.task_vector import TaskVector
@@ -69,7 +71,8 @@ class LATACallback(pl.Callback):
         model: Path of the model inside the LightningModule, where it holds several.
         layers: Rule that names the blocks, for modules of no known layout (see ``layer_map``).
         leave_out: Regular expressions, searched in tensor names. What matches is neither measured nor exported: a head that belongs to one task,
-            or embeddings to which training adds tokens.
+            or embeddings to which training adds tokens. A classification head of transformers that the start does not hold, or holds in another size,
+            is left out by itself. What is left out of such a head is saved in the output directory at the end: ``head.safetensors`` and ``head.json``.
         dtype: Precision of the exported vector.
         table: Print a table of the layers at the end of training.
         name: Prefix of the logged keys. Several callbacks in one trainer need different names.
@@ -209,6 +212,8 @@ class LATACallback(pl.Callback):
             tracker.ranks.agree(lambda: self._check_companions(trainer))
             tracker.ranks.agree(lambda: tracker.settle(self._directory))
             rank_zero_info(f"LATACallback: start weights: {tracker.describe()}")
+            if tracker.head.describe():
+                rank_zero_info(f"LATACallback: {tracker.head.describe()}")
             self._require_measurement().check_instruction(self.level, weighted=self.weighting != "none")
             self._settled, self._decided = True, False
             if not trainer.strategy.restore_checkpoint_after_setup:
@@ -375,7 +380,8 @@ class LATACallback(pl.Callback):
         tracker.ranks.agree(tracker.kept.check_origin)
         alignment = self.alignment if self._require_measurement().instruction is not None else None
         manifest = manifest_of(tracker, self.start, alignment, trainer.global_step, trainer.current_epoch)
-        tracker.ranks.agree(lambda: export(tracker, self._write, manifest))
+        head = head_of(tracker.look(), tracker.head.names, tracker.location)
+        tracker.ranks.agree(lambda: export(tracker, lambda vector: self._write(vector, head), manifest))
         self._finished = True
         if trainer.is_global_zero:
             tracker.kept.close()
@@ -386,8 +392,8 @@ class LATACallback(pl.Callback):
     def _exported(self) -> bool:
         return self._directory is None or all((self._directory / folder(kind)).exists() for kind in self.export)
 
-    def _write(self, vector: TaskVector) -> None:
-        """On rank zero: weight the vector, show it, write it, and say what to do with it."""
+    def _write(self, vector: TaskVector, head: Head | None) -> None:
+        """On rank zero: weight the vector, show it, write it and a head that was left out of it, and say what to do with them."""
         alignment, instruction = vector.manifest.alignment, self._require_measurement().instruction
         vector, handed_over = weigh_run(vector, self.weighting, instruction, threshold=self.threshold, outside=self.outside)
         if alignment is not None:
@@ -400,9 +406,12 @@ class LATACallback(pl.Callback):
                 for sentence in alignment.cautions():
                     rank_zero_info(f"LATACallback: {sentence}")
         if self._directory is not None:
+            if head is not None:
+                # Before the vector, which marks the run as finished.
+                head.save(self._directory)
             write_exports(vector, handed_over, self.export, self._directory, dtype=self.dtype, instruction=instruction)
             saved = str(self.instruction_vector) if isinstance(self.instruction_vector, str | Path) else None
-            for line in closing_lines(vector, handed_over, self.export, self._directory, instruction=saved):
+            for line in closing_lines(vector, handed_over, self.export, self._directory, instruction=saved, head=head is not None):
                 rank_zero_info(f"LATACallback: {line}")
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from lata_lightning.cli.common import Command, add_format, note, print_json
-from lata_lightning.cli.models import add_loading, add_rows, load, running
+from lata_lightning.cli.models import add_head, add_loading, add_rows, heads_of, load, running
 from lata_lightning.errors import LataError
 
 _SCORES, _TASKS = "scores.json", "tasks.json"
@@ -29,6 +29,7 @@ def _arguments(parser: ArgumentParser) -> None:
         help="exact_match: share of answers that are right; perplexity: of the text, or of the answers; accuracy: share of labels that a "
         "classifier gives. By default what suits the rows: exact_match, for text perplexity, for text and label accuracy.",
     )
+    add_head(parser)
     add_rows(parser)
     parser.add_argument(
         "--tasks", metavar="TASK", nargs="+", default=[], help="Tasks of lm-evaluation-harness, by name or as a task file (.yaml)."
@@ -57,10 +58,13 @@ def _run(options: Namespace, command: str) -> None:
     given = [name for name in ("data", "tasks", "forget") if options[name]]
     if len(given) != 1:
         raise LataError(f"give exactly one of --data, --tasks and --forget to evaluate by; {len(given)} of them are given")
+    if options.head and not options.data:
+        raise LataError("--head goes with --data FILE, whose rows are texts with labels")
     {"data": _score_files, "tasks": _run_tasks, "forget": _measure_unlearning}[given[0]](options)
 
 
 def _score_files(options: Namespace) -> None:
+    from lata_lightning.evaluation.heads import scored_with
     from lata_lightning.evaluation.questions import metric_of, names_of, prepare, read_data
 
     _check_output(options, _SCORES)
@@ -72,16 +76,15 @@ def _score_files(options: Namespace) -> None:
             f"one model cannot be both a classifier and a language model: {', '.join(f'{name} asks for {metric}' for name, metric in metrics.items())}. "
             "Give these files one by one, or a --metric that suits all."
         )
-    model, tokenizer = load(options, options.model, classifier=classifier)
+    heads = heads_of(options, options.data, metrics.values())
+    model, tokenizer = load(options, options.model, classifier=classifier, head=heads.get(options.data[0]))
+    scores: dict[str, dict[str, float]] = {}
     with running(options, model):
-        scores = {
-            name: {
-                metrics[name]: prepare(
-                    metrics[name], tokenizer, samples, options.context_length, template=options.template, name=options.data[number]
-                )(model)
-            }
-            for number, (name, samples) in enumerate(data.items())
-        }
+        for path, (name, samples) in zip(options.data, data.items(), strict=True):
+            score = prepare(metrics[name], tokenizer, samples, options.context_length, template=options.template, name=path)
+            if path in heads:
+                score = scored_with(heads[path], score, options.model)
+            scores[name] = {metrics[name]: score(model)}
     _deliver(options, scores, _SCORES)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lata_lightning.errors import SourceError
+from lata_lightning.errors import LataError, SourceError
+
+if TYPE_CHECKING:
+    from lata_lightning.store.head_files import Head
 
 
 def add_loading(parser: ArgumentParser) -> None:
@@ -33,6 +36,50 @@ def add_rows(parser: ArgumentParser) -> None:
     add_template(parser)
 
 
+def add_head(parser: ArgumentParser) -> None:
+    """``--head``: classification heads that were saved beside task vectors."""
+    parser.add_argument(
+        "--head",
+        metavar="RUN",
+        nargs="+",
+        default=[],
+        help="For texts with labels: folder of a fine-tune with head.safetensors and head.json, such as RUN/lata; one for all files, or one for each "
+        "in their order.",
+    )
+
+
+def heads_of(options: Namespace, paths: Sequence[str], metrics: Iterable[str]) -> dict[str, Head]:
+    """The head of each file of data; none where ``--head`` is not given.
+
+    Args:
+        options: With ``head``.
+        paths: The files.
+        metrics: What is measured on them.
+
+    Raises:
+        LataError: There is another number of heads than of files, or what is measured needs no head.
+        SourceError, CorruptFileError: A head cannot be read.
+    """
+    from lata_lightning.store.head_files import Head
+
+    if not options.head:
+        return {}
+    other = sorted(set(metrics) - {"accuracy"})
+    if other:
+        raise LataError(f"--head is for the accuracy of texts with labels; the data asks for {', '.join(other)}. Leave it out.")
+    if len(options.head) not in (1, len(paths)):
+        raise LataError(
+            f"give one head for all files of data, or one for each in their order; got {len(options.head)} heads for {len(paths)} files"
+        )
+    opened = {path: Head.open(path) for path in dict.fromkeys(options.head)}
+    given = options.head * len(paths) if len(options.head) == 1 else options.head
+    found: dict[str, Head] = {}
+    for path, head in zip(paths, given, strict=True):
+        if found.setdefault(path, opened[head]) is not opened[head]:
+            raise LataError(f"{path} is given twice with different heads; score it once with each")
+    return found
+
+
 def add_template(parser: ArgumentParser) -> None:
     """``--template``."""
     parser.add_argument(
@@ -43,18 +90,19 @@ def add_template(parser: ArgumentParser) -> None:
     )
 
 
-def load(options: Namespace, path: str, *, classifier: bool = False) -> tuple[Any, Any]:
+def load(options: Namespace, path: str, *, classifier: bool = False, head: Head | None = None) -> tuple[Any, Any]:
     """A model in evaluation mode, and its tokenizer.
 
     Args:
         options: With ``dtype`` and ``device``; without a device, a GPU if there is one.
         path: Hugging Face directory or hub id.
         classifier: Load a model for sequence classification instead of a causal language model.
+        head: Head of the classifier; by default the one that is stored with it.
 
     Raises:
         SourceError: Either cannot be loaded, or there is no such device.
         CorruptFileError: A file is damaged.
-        LataError: A classifier lacks its head.
+        LataError: A classifier lacks its head, or the given one does not fit.
     """
     import torch
 
@@ -63,7 +111,7 @@ def load(options: Namespace, path: str, *, classifier: bool = False) -> tuple[An
 
     # Damaged and missing files are named by this better than by transformers.
     open_source(path)
-    model = (load_classifier if classifier else load_causal_lm)(path, options.dtype)
+    model = load_classifier(path, options.dtype, head) if classifier else load_causal_lm(path, options.dtype)
     try:
         return model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), load_tokenizer(path)
     except (RuntimeError, AssertionError) as error:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from lata_lightning.cli.common import Command, add_model, add_start, note, point_progress
-from lata_lightning.cli.models import add_loading, add_rows, load, running
+from lata_lightning.cli.models import add_head, add_loading, add_rows, heads_of, load, running
 from lata_lightning.errors import LataError
 from lata_lightning.weighting import Weighting
 
@@ -55,6 +55,7 @@ def _arguments(parser: ArgumentParser) -> None:
         type=Literal["exact_match", "perplexity", "accuracy"] | None,
         help="What to choose by. By default what suits the rows: exact_match, for text perplexity, for text and label accuracy.",
     )
+    add_head(parser)
     add_rows(parser)
     parser.add_argument("--instruction", type=str | None, help="Instruction vector (instruct − base) to measure the alignment with.")
     parser.add_argument(
@@ -77,6 +78,7 @@ def _arguments(parser: ArgumentParser) -> None:
 
 
 def _run(options: Namespace, command: str) -> None:
+    from lata_lightning.evaluation.heads import scored_with
     from lata_lightning.evaluation.questions import prepare, read_data
     from lata_lightning.evaluation.tuning import tune, under_rules
     from lata_lightning.merging.open_vector import added_to, open_vector
@@ -92,6 +94,7 @@ def _run(options: Namespace, command: str) -> None:
     check_free_directory(Path(options.output))
     rows = {path: read_data(path) for path in dict.fromkeys((*options.data, *options.control))}
     metric = _metric(options, rows)
+    heads = heads_of(options, (*options.data, *options.control), [metric])
     _note_few(options, rows)
     instruction = None if options.instruction is None else TaskVector.open(options.instruction, check_config=options.check_config)
     # Refuses a model that neither ONTO nor a tuned model holds.
@@ -115,11 +118,12 @@ def _run(options: Namespace, command: str) -> None:
                 note(sentence)
     if options.check_base:
         check_same_start(weighted[next(iter(weighted))])
-    model, tokenizer = load(options, options.onto, classifier=metric == "accuracy")
+    model, tokenizer = load(options, options.onto, classifier=metric == "accuracy", head=heads.get(options.data[0]))
     scores = {
         path: prepare(metric, tokenizer, samples, options.context_length, template=options.template, name=path)
         for path, samples in rows.items()
     }
+    scores |= {path: scored_with(head, scores[path], options.onto) for path, head in heads.items()}
     scorers, controls = ({name: scores[path] for name, path in side.items()} for side in _sides(options))
     stored = open_source(options.onto)
     dtypes = {name: stored.dtype(name) for name in stored.names}

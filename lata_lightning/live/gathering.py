@@ -59,7 +59,7 @@ def export(tracker: Tracker, write: Callable[[TaskVector], _Result], start: Mani
 
 def manifest_of(tracker: Tracker, start: Start, alignment: Alignment | None, step: int, epoch: int) -> Manifest:
     """Manifest of the vector as it now stands, without tensors and identities."""
-    left_out = tracker.leave_out.patterns
+    left_out = (*tracker.leave_out.patterns, *tracker.head.patterns)
     return Manifest(kind="task", start=start, layers=tracker.positions, alignment=alignment, step=step, epoch=epoch, leave_out=left_out)
 
 

@@ -78,8 +78,7 @@ class LiveModel(TensorSource):
         # Tables that the model computes by itself, as older releases save them.
         tables = {name for name in buffer_names if named_role(name, tuple(named[name].shape), named[name].dtype) == "table"}
         self._tensors = {name: tensor.detach() for name, tensor in named.items() if name not in tables and not leave_out(name)}
-        self.left_out = frozenset(name for name in named if leave_out(name))
-        """Names of the tensors that are neither followed nor measured."""
+        self._left_out = {name: tensor.detach() for name, tensor in named.items() if leave_out(name)}
         self.buffers = buffer_names & self._tensors.keys()
         """Names of the tensors that are no parameters: they are followed, and not measured."""
         self._names = tuple(self._tensors)
@@ -94,6 +93,15 @@ class LiveModel(TensorSource):
     def label(self) -> str:
         """Not where it was loaded from: a message may tell the model from what lies there."""
         return "the model in training"
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """Names of the tensors that are neither followed nor measured."""
+        return frozenset(self._left_out)
+
+    def read_left_out(self, name: str) -> Tensor:
+        """A tensor that is left out, as it stands."""
+        return self._left_out[name]
 
     def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
         return tuple(self._tensors[name].shape)

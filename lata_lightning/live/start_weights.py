@@ -10,14 +10,18 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lata_lightning.errors import CorruptFileError, LataError
 from lata_lightning.live.live_model import LiveModel, Shard
+from lata_lightning.live.matching import matched_to
 from lata_lightning.numerics.measure import same_values
+from lata_lightning.store.names import LeaveOut
+from lata_lightning.store.opening import open_source
 from lata_lightning.store.sources import TensorSource
 
 SPILL_NAME = "start_weights"
+PROVIDERS = ("auto", "lora", "source", "spill", "memory")
 
 
 class StartWeights:
@@ -215,6 +219,32 @@ class Spill:
             bounds = json.loads(handle.metadata()["bounds"])
         for name, places in bounds.items():
             self._parts.setdefault(name, []).append((file, tuple(slice(*place) for place in places)))
+
+
+def origin_of(live: LiveModel, base_weights: str, root: nn.Module, leave_out: LeaveOut) -> tuple[TensorSource | None, bool]:
+    """Where start weights may be read again from.
+
+    Args:
+        live: The model in training.
+        base_weights: One of ``PROVIDERS``, or where the start weights lie.
+        root: The LightningModule, in which an error may name the model that is meant.
+        leave_out: What the start weights need not hold.
+
+    Returns:
+        The start weights under the names of the live model, None where there are none on disk; and whether they are known to be the start values.
+
+    Raises:
+        LayoutMismatchError: ``base_weights`` does not fit the model.
+    """
+    if base_weights not in PROVIDERS:
+        return matched_to(live, open_source(base_weights), f"the start weights {base_weights}", root, leave_out), True
+    if base_weights not in ("auto", "source") or live.location is None or not Path(live.location).is_dir():
+        return None, False
+    try:
+        return matched_to(live, open_source(live.location), live.location, root, leave_out), False
+    except LataError:
+        # What the model says it was loaded from need not be weights of its own shape; then they are copied.
+        return None, False
 
 
 def _slices(shard: Shard) -> tuple[slice, ...]:

@@ -13,17 +13,15 @@ from lata_lightning.errors import BaseMismatchError, LataError, first_three
 from lata_lightning.layers import STATISTICS, LayerMap, LayerPosition, LayerRule, layer_map
 from lata_lightning.live.adapters import LoraModel, look_at
 from lata_lightning.live.live_model import LiveModel
-from lata_lightning.live.matching import matched_to
+from lata_lightning.live.new_heads import NO_HEAD, new_head
 from lata_lightning.live.ranks import Ranks
-from lata_lightning.live.start_weights import SPILL_NAME, StartWeights
+from lata_lightning.live.start_weights import PROVIDERS, SPILL_NAME, StartWeights, origin_of
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.numerics.measure import same_values
 from lata_lightning.store.hashing import value_sums
 from lata_lightning.store.names import NOTHING, LeaveOut
-from lata_lightning.store.opening import open_source
 from lata_lightning.store.sources import TensorSource
 
-PROVIDERS = ("auto", "lora", "source", "spill", "memory")
 _BUFFER = LayerPosition(None, STATISTICS)
 _ADVICE = "Pass base_weights=<directory or checkpoint of the start weights>, or train with base_weights='spill' from the start."
 Fingerprint = Mapping[str, list[int]]
@@ -53,6 +51,8 @@ class Tracker:
         leave_out: LeaveOut = NOTHING,
     ) -> None:
         self.root, self._model, self.leave_out = root, model, leave_out
+        self.head = NO_HEAD
+        """Head of a classifier that its start does not hold, which is left out, too."""
         self._base_weights, self._rule = base_weights, layers
         self.ranks = Ranks()
         self._live: LiveModel | None = None
@@ -88,6 +88,7 @@ class Tracker:
 
     def capture_early(self) -> None:
         """Keep the weights as they are before a resumed run restores trained ones; nothing if the model has none yet."""
+        self._find_head()
         live = look_at(self.root, self._model, self.leave_out)
         if live.materialized:
             self._live = live
@@ -105,6 +106,7 @@ class Tracker:
         Args:
             spill_to: Output directory of the run, for spilled start weights.
         """
+        self._find_head()
         live, self._spill_to = self.look(), spill_to
         if not live.materialized:
             raise LataError(
@@ -206,9 +208,9 @@ class Tracker:
             )
         self._capture(changed)
 
-    def note_fingerprint(self) -> None:
-        """Note the fingerprint of all start values."""
-        self._take_fingerprint(self._changing)
+    def note_fingerprint(self, names: Iterable[str] | None = None) -> None:
+        """Note the fingerprint of some start values; by default of all."""
+        self.fingerprint.update(self._sums_of_bits(self._changing if names is None else names))
 
     def begin(self) -> None:
         """After the start is certain: note its fingerprint, and spill it if that is wanted."""
@@ -221,7 +223,7 @@ class Tracker:
         if new:
             self._moved.update(self._moved_of(name for name in new if name in self._frozen))
             self._capture(new)
-            self._take_fingerprint(new)
+            self.note_fingerprint(new)
             self._spill()
 
     def other_values(self, source: TensorSource) -> list[str]:
@@ -255,6 +257,13 @@ class Tracker:
         """Whether this process counts its part of a tensor, and keeps the start value of that part."""
         counted = self.live.shard(name).counted
         return self.owner(name) == self.ranks.rank if counted is None else counted
+
+    def _find_head(self) -> None:
+        """Leave out a new head, as soon as the model is there."""
+        if not self.head.names:
+            given = None if self._base_weights in PROVIDERS else self._base_weights
+            self.head = new_head(look_at(self.root, self._model, self.leave_out), given)
+            self.leave_out = LeaveOut(self.leave_out.patterns, {*self.head.names, *self.head.beside})
 
     def _capture(self, names: Iterable[str]) -> None:
         for name in list(names):
@@ -306,9 +315,6 @@ class Tracker:
         shard = self.live.shard(name)
         return not same_values(shard.local, self.kept.read(name, shard))
 
-    def _take_fingerprint(self, names: Iterable[str]) -> None:
-        self.fingerprint.update(self._sums_of_bits(names))
-
     def _sums_of_bits(self, names: Iterable[str]) -> dict[str, list[int]]:
         """Two sums over the bits of start values (of live ones, where nothing is kept): one reduction, the same result whatever the sharding."""
         listed = sorted(names)
@@ -323,23 +329,8 @@ class Tracker:
         return dict(zip(listed, self.ranks.total(sums).tolist(), strict=True))
 
     def _new_kept(self) -> StartWeights:
-        origin, trusted = self._origin()
+        origin, trusted = origin_of(self.live, self._base_weights, self.root, self.leave_out)
         return StartWeights(origin, trusted=trusted)
-
-    def _origin(self) -> tuple[TensorSource | None, bool]:
-        """Where the start weights may be read again from, and whether they are known to lie there."""
-        live = self.live
-        if self._base_weights not in PROVIDERS:
-            return matched_to(
-                live, open_source(self._base_weights), f"the start weights {self._base_weights}", self.root, self.leave_out
-            ), True
-        if self._base_weights not in ("auto", "source") or live.location is None or not Path(live.location).is_dir():
-            return None, False
-        try:
-            return matched_to(live, open_source(live.location), live.location, self.root, self.leave_out), False
-        except LataError:
-            # What the model says it was loaded from need not be weights of its own shape; then they are copied.
-            return None, False
 
     def _check_provider(self, live: LiveModel) -> None:
         if self._base_weights == "lora" and not live.adapted:

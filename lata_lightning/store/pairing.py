@@ -93,6 +93,20 @@ def match(start: TensorSource, tuned: TensorSource, leave_out: LeaveOut = NOTHIN
         LayoutMismatchError: Names differ otherwise.
         SourceError: A tensor is of a dtype that cannot be read.
     """
+    attempt = _best_attempt(start, tuned, leave_out)
+    if attempt.lone:
+        raise LayoutMismatchError(_lone_message(start, tuned, attempt.lone, attempt.paired))
+    found = attempt.pairing()
+    _check_kinds(found.start, found.tuned)
+    return found
+
+
+def unmatched(start: TensorSource, tuned: TensorSource) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of the tensors of each of two sides for which the other side has no partner, as each side has them."""
+    return _best_attempt(start, tuned, NOTHING).alone
+
+
+def _best_attempt(start: TensorSource, tuned: TensorSource, leave_out: LeaveOut) -> _Attempt:
     sides = Named(start, keyed(start.names, start.label)), Named(tuned, keyed(tuned.names, tuned.label))
     attempt = _Attempt(*sides, leave_out)
     # Each side by its own config first; a bare model and one with a head may convert their names in different ways.
@@ -100,15 +114,10 @@ def match(start: TensorSource, tuned: TensorSource, leave_out: LeaveOut = NOTHIN
         if not attempt.lone:
             break
         known = by_checkpoint_names(start, one.config or other.config), by_checkpoint_names(tuned, other.config or one.config)
-        further = _Attempt(known[0] or sides[0], known[1] or sides[1], leave_out)
-        attempt = further if len(further.lone) < len(attempt.lone) else attempt
+        attempt = min(attempt, _Attempt(known[0] or sides[0], known[1] or sides[1], leave_out), key=lambda found: len(found.lone))
     if attempt.lone:
         attempt.pass_over(start if start.config is not None else tuned)
-    if attempt.lone:
-        raise LayoutMismatchError(_lone_message(start, tuned, attempt.lone, attempt.paired))
-    found = attempt.pairing()
-    _check_kinds(found.start, found.tuned)
-    return found
+    return attempt
 
 
 class _Attempt:
@@ -146,6 +155,13 @@ class _Attempt:
             # Each side has something of its own: nothing says that these are not the same under two names.
             self.lone |= {*outside[0], *outside[1]}
         self._outside: tuple[str, ...] = (*outside[0], *outside[1])
+
+    @property
+    def alone(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Names of the start and of the tuned side that have no partner, whether they need one or not."""
+        alone = {*self.lone, *self._outside}
+        start, tuned = ({names[key] for key in self.common} for names in (self._start_names, self._tuned_names))
+        return frozenset(alone & set(self.start.names) - start), frozenset(alone & set(self.tuned.names) - tuned)
 
     def pairing(self) -> Pairing:
         """Both sides under one set of names."""

@@ -45,7 +45,8 @@ class LabelledDataModule(LightningDataModule):
             data: Files (paths or patterns), a directory, or the name of a data set on the hub.
             column: Column of what is classified.
             label_column: Column of the labels.
-            label_names: Which words the labels 0, 1, … are; by default the sorted words of ``data``.
+            label_names: Which words the labels 0, 1, … are; by default those of the model where it names its classes so, else the sorted
+                words of ``data``. They become the names of the classes in the model's config.
             validation: The same as ``data`` for the validation loop.
             validation_share: Without ``validation``: share of the rows of ``data`` to hold out, which their contents decide.
             batch_size: Rows a batch, of each process.
@@ -135,7 +136,7 @@ class LabelledDataModule(LightningDataModule):
         labels = list(table[self.label_column])
         if all(isinstance(label, str) for label in labels):
             if self.label_names is None:
-                self.label_names = sorted(set(labels))
+                self.label_names = self._names_for(set(labels))
             unknown = set(labels) - set(self.label_names)
             if unknown:
                 raise LataError(f"there are labels that are not among the {len(self.label_names)} label_names, {first_three(unknown)}")
@@ -146,11 +147,29 @@ class LabelledDataModule(LightningDataModule):
         wrong = [label for label in numbers if not isinstance(label, int)]
         if wrong:
             raise LataError(f"labels must be whole numbers from 0, or words; {len(wrong)} are neither, the first is {wrong[0]!r}")
-        config = getattr(getattr(getattr(self.trainer, "lightning_module", None), "model", None), "config", None)
+        config = self._model_config()
         classes = getattr(config, "num_labels", None)
         if min(numbers) < 0 or (classes is not None and max(numbers) >= classes):
             raise LataError(f"labels run from {min(numbers)} to {max(numbers)}, the model has {classes} classes; set its num_labels")
+        if classes is not None and len(self.label_names or ()) > classes:
+            raise LataError(
+                f"label_names must be no more than the classes of the model; there are {len(self.label_names or ())} and {classes}"
+            )
+        if classes is not None and self.label_names is not None:
+            # What is saved of the model, such as its head, tells what its classes mean.
+            names = dict(enumerate([*self.label_names, *(f"LABEL_{number}" for number in range(len(self.label_names), classes))]))
+            config.id2label, config.label2id = names, {name: number for number, name in names.items()}
         return table
+
+    def _model_config(self) -> Any:
+        """Config of the model in training; None if there is none."""
+        return getattr(getattr(getattr(self.trainer, "lightning_module", None), "model", None), "config", None)
+
+    def _names_for(self, labels: set[str]) -> list[str]:
+        """Names of the classes: those that the model has, if all labels are among them; else the labels in alphabetical order."""
+        known = dict(getattr(self._model_config(), "id2label", None) or {})
+        names = [str(known[number]) for number in sorted(known)]
+        return names if labels <= set(names) else sorted(labels)
 
     def _ready(self) -> Any:
         if self._train is None:

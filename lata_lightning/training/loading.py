@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from lata_lightning.errors import LataError, SourceError, first_line, first_three
+from lata_lightning.evaluation.heads import class_names, give_head
+from lata_lightning.store.head_files import Head
 
 
 def load_causal_lm(source: str, dtype: str = "float32", *, quantize: bool = False) -> Any:
@@ -44,27 +46,51 @@ def load_causal_lm(source: str, dtype: str = "float32", *, quantize: bool = Fals
         raise SourceError(f"cannot load {source!r} as a causal language model: {first_line(error)}") from error
 
 
-def load_classifier(source: str, dtype: str = "float32") -> Any:
-    """Hugging Face model for sequence classification from a directory or hub id, with its stored head, in evaluation mode.
+def load_classifier(source: str, dtype: str = "float32", head: Head | None = None) -> Any:
+    """Hugging Face model for sequence classification from a directory or hub id, in evaluation mode.
 
     Args:
         source: Directory or hub id.
         dtype: Name of the torch floating type to hold the weights in.
+        head: Its head, in place of one that is stored; the model has as many classes as this head, by the same names.
 
     Raises:
-        LataError: The head is not stored.
+        LataError: The head is neither stored nor given, or does not fit.
         SourceError: It cannot be loaded; the message carries the reason.
     """
+    settings: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
+    if head is not None:
+        settings |= {"config": _config_with(source, head), "ignore_mismatched_sizes": True}
     try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(source, dtype=getattr(torch, dtype), output_loading_info=True)
+        model, report = AutoModelForSequenceClassification.from_pretrained(source, **settings)
     except (OSError, ValueError, RuntimeError) as error:
         raise SourceError(f"cannot load {source!r} as a classifier of texts: {first_line(error)}") from error
-    if report["missing_keys"]:
-        raise LataError(
-            f"a classifier must hold all its weights; {source!r} lacks {first_three(report['missing_keys'])}, which would be random numbers. "
-            "Give a model directory with its classification head."
+    given = {} if head is None else head.tensors
+    other = {entry[0] for entry in report["mismatched_keys"]}
+    missing = ({*report["missing_keys"]} | other) - given.keys()
+    if missing:
+        advice = (
+            "Give a model directory with its classification head, or name a head that a fine-tune saved beside its task vector: --head RUN/lata."
+            if head is None
+            else "Give the head of a fine-tune of this model."
         )
+        raise LataError(
+            f"a classifier must hold all its weights; {source!r} lacks {first_three(missing)}, which would be random numbers. {advice}"
+        )
+    if head is not None:
+        give_head(model, head, repr(source))
     return model
+
+
+def _config_with(source: str, head: Head) -> Any:
+    """The config of a model with the classes of a head."""
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"cannot load {source!r} as a classifier of texts: {first_line(error)}") from error
+    head.check_model(config.model_type, repr(source))
+    config.id2label, config.label2id = class_names(head)
+    return config
 
 
 def with_adapters(model: Any, lora: Mapping[str, Any], *, quantized: bool = False) -> Any:

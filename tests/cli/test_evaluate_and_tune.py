@@ -9,7 +9,7 @@ from tokenizers_of_kinds import bert
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from lata_lightning.cli.main import main, parser_of
-from lata_lightning.evaluation import tuning, unlearning
+from lata_lightning.evaluation import tuning, unlearning_measures
 from lata_lightning.evaluation.accuracy import exact_match
 from lata_lightning.evaluation.perplexity import perplexity
 from lata_lightning.evaluation.questions import METRICS
@@ -146,7 +146,7 @@ def test_evaluate_says_what_it_needs(lata, tmp_path, monkeypatch):
     for file in ("config.json", "model.safetensors"):
         (bare / file).symlink_to(INSTRUCT / file)
     assert "bare holds no tokenizer that can be loaded" in lata("evaluate bare --data copy.jsonl")[2]
-    monkeypatch.setattr(unlearning, "find_spec", lambda name: None)
+    monkeypatch.setattr(unlearning_measures, "find_spec", lambda name: None)
     status, _, said = lata("evaluate instruct --forget copy.jsonl --output out")
     assert (status, "needs nltk, which is not installed" in said) == (1, True)
 

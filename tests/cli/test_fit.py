@@ -125,7 +125,8 @@ def test_another_module_is_named_after_a_recipe_without_the_arguments_of_the_fir
         "null",
     ]
     assert fit(*classes, "--data", "LabelledTextDataModule", "--data.data", "rows.csv") == 0
-    assert "score.weight" in TaskVector.open(folder / "out/lata/task_vector")
+    assert "score.weight" not in TaskVector.open(folder / "out/lata/task_vector")
+    assert (folder / "out/lata/head.safetensors").is_file()
 
 
 def test_any_module_and_data_module_are_taken_by_their_class_path(folder):
@@ -138,7 +139,8 @@ def test_any_module_and_data_module_are_taken_by_their_class_path(folder):
     (folder / "classes.yaml").write_text(yaml.safe_dump(recipe))
     trainer = ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
     assert main(["fit", "--config", "classes.yaml", *trainer, "--lata.table", "false"]) == 0
-    assert "score.weight" in TaskVector.open(folder / "run/lata/task_vector")
+    assert "score.weight" not in TaskVector.open(folder / "run/lata/task_vector")
+    assert json.loads((folder / "run/lata/head.json").read_text())["labels"] is None
 
 
 def test_a_trial_run_leaves_nothing(folder):

@@ -1,0 +1,103 @@
+"""Several classification heads on one encoder, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from lata_lightning.errors import LataError, first_three
+from lata_lightning.store.checkpoint_names import checkpoint_name_of
+from lata_lightning.store.head_files import Head
+
+
+@contextmanager
+def with_head(model: Any, head: Head, label: str = "the model") -> Iterator[None]:
+    """Give a classifier the tensors and the class names of a head; afterwards it has its own again.
+
+    Args:
+        model: A classifier of transformers, of whatever number of classes.
+        head: Of the same architecture.
+        label: Name of the model, for messages.
+
+    Raises:
+        LataError: The head belongs to another architecture, or has tensors that the model lacks or has in another shape.
+    """
+    config = model.config
+    classes = config.id2label, config.label2id
+    before = give_head(model, head, label)
+    try:
+        yield
+    finally:
+        config.id2label, config.label2id = classes
+        for name, tensor in before.items():
+            _exchange(model, name, tensor)
+
+
+def give_head(model: Any, head: Head, label: str = "the model") -> dict[str, Tensor]:
+    """Give a classifier the tensors and the class names of a head for good; arguments and errors as for ``with_head``.
+
+    Returns:
+        The tensors it had before, by the names of the module.
+    """
+    modules = _fitting(model, head, label)
+    model.config.id2label, model.config.label2id = class_names(head)
+    return {modules[name]: _exchange(model, modules[name], tensor) for name, tensor in head.tensors.items()}
+
+
+def scored_with(head: Head, score: Callable[[Any], float], label: str = "the model") -> Callable[[Any], float]:
+    """A score of models with this head in the place of their own."""
+
+    def scored(model: Any) -> float:
+        with with_head(model, head, label):
+            return score(model)
+
+    return scored
+
+
+def class_names(head: Head) -> tuple[dict[int, str], dict[str, int]]:
+    """Names by the number of a class, and numbers by its name, as a config of transformers holds them; numbers as words where there are no names."""
+    names = head.labels or tuple(map(str, range(head.count)))
+    return dict(enumerate(names)), {name: number for number, name in enumerate(names)}
+
+
+def _fitting(model: Any, head: Head, label: str) -> dict[str, str]:
+    """The names that the tensors of a head have in a classifier, which may have another number of classes; an error where it does not fit."""
+    head.check_model(model.config.model_type, label)
+    if type(model).__name__ != head.architecture:
+        raise LataError(f"the head of a {head.architecture} does not fit a {type(model).__name__}: it was trained for another kind of task")
+    modules = {name: own for own, name in checkpoint_name_of(model).items()}
+    state = model.state_dict(keep_vars=True)
+    odd = [
+        f"{name} {tuple(tensor.shape)}"
+        for name, tensor in head.tensors.items()
+        if name not in modules or not _fits(state[modules[name]], tensor, model.config.num_labels, head.count)
+    ]
+    if odd:
+        raise LataError(
+            f"the head does not fit {label}, which lacks these tensors or has them in another size: {first_three(odd)}. Give the head of a fine-tune "
+            "of this model."
+        )
+    return modules
+
+
+def _fits(own: Tensor, given: Tensor, classes: int, count: int) -> bool:
+    """Whether shapes agree, except for axes as long as there are classes on each side."""
+    return own.dim() == given.dim() and all(
+        one == other or (one == classes and other == count) for one, other in zip(own.shape, given.shape, strict=True)
+    )
+
+
+def _exchange(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """Put a tensor in the place of a parameter or buffer, and give back what was there."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    own: Tensor = getattr(module, leaf)
+    value = tensor.to(own.device, own.dtype)
+    if leaf in module._parameters:
+        module._parameters[leaf] = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=own.requires_grad)
+    else:
+        module._buffers[leaf] = value
+    return own
