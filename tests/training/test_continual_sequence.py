@@ -198,7 +198,7 @@ def test_a_task_that_was_trained_but_not_merged_is_not_trained_again(start, tmp_
     from lata_lightning.training import continual
 
     with monkeypatch.context() as patch:
-        patch.setattr(continual, "merge", lambda *_: (_ for _ in ()).throw(RuntimeError("disk full")))
+        patch.setattr(continual, "merge", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("disk full")))
         with pytest.raises(RuntimeError, match="disk full"):
             learn_in_sequence(start, Fits().tasks("only"), tmp_path / "out")
     fits = Fits()
