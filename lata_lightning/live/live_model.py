@@ -4,37 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import Shard as Sharded
 from torch.nn.parameter import is_lazy
 
 from lata_lightning.errors import LataError, first_three
 from lata_lightning.layers import unwrapped
+from lata_lightning.live.placements import Shard, shard_of
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
 from lata_lightning.store.lora import peft_kinds
 from lata_lightning.store.names import NOTHING, LeaveOut
 from lata_lightning.store.roles import named_role
 from lata_lightning.store.sources import TensorSource
-
-
-class Shard(NamedTuple):
-    """The part of a tensor that this process holds.
-
-    Attributes:
-        local: Its values, as they stand.
-        slices: Where they lie in the whole tensor; None for all of it.
-        counted: Whether this process counts them; False for copies of what another process counts. None if all processes hold the same, so
-            that they share the counting by name.
-    """
-
-    local: Tensor
-    slices: tuple[slice, ...] | None = None
-    counted: bool | None = None
 
 
 class LiveModel(TensorSource):
@@ -119,7 +104,7 @@ class LiveModel(TensorSource):
             LataError: The tensor is spread over devices in a way that has no contiguous parts.
         """
         tensor = self._tensors[name]
-        return _shard_of(name, tensor) if isinstance(tensor, DTensor) else Shard(tensor)
+        return shard_of(name, tensor) if isinstance(tensor, DTensor) else Shard(tensor)
 
     @property
     def changing(self) -> tuple[str, ...]:
@@ -186,27 +171,6 @@ def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if name not in part._non_persistent_buffers_set
     }
     return ((name, buffer) for name, buffer in nn.Module.named_buffers(module) if name in persistent)
-
-
-def _shard_of(name: str, tensor: DTensor) -> Shard:
-    """The local part of a DTensor; chunks are cut as ``torch.chunk`` cuts them, so the last ones may be smaller or empty."""
-    bounds = [(0, length) for length in tensor.shape]
-    counted = True
-    coordinates: list[int] = list(tensor.device_mesh.get_coordinate() or [])
-    for axis, (placement, coordinate) in enumerate(zip(tensor.placements, coordinates, strict=True)):
-        if placement.is_replicate():
-            counted = counted and coordinate == 0
-            continue
-        if type(placement) is not Sharded:
-            raise LataError(f"LATACallback cannot measure {name}, which is placed as {placement}; plain shards and replicas are supported")
-        begin, end = bounds[placement.dim]
-        length = -(-(end - begin) // tensor.device_mesh.size(axis))
-        first = min(begin + coordinate * length, end)
-        bounds[placement.dim] = (first, min(first + length, end))
-    local = tensor.to_local()
-    if tuple(local.shape) != tuple(end - begin for begin, end in bounds):
-        raise LataError(f"LATACallback cannot measure {name}: its shard has shape {tuple(local.shape)}, where {bounds} was expected")
-    return Shard(local, tuple(slice(begin, end) for begin, end in bounds), counted)
 
 
 def find_model(module: nn.Module, name: str | None = None) -> nn.Module:

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lata_lightning.errors import CorruptFileError, LataError
-from lata_lightning.live.live_model import LiveModel, Shard
+from lata_lightning.live.live_model import LiveModel
 from lata_lightning.live.matching import matched_to
+from lata_lightning.live.placements import Shard
 from lata_lightning.numerics.measure import same_values
 from lata_lightning.store.names import LeaveOut
 from lata_lightning.store.opening import open_source

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Set
+from math import prod
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from lata_lightning.layers import STATISTICS, LayerMap, LayerPosition, LayerRule
 from lata_lightning.live.adapters import LoraModel, look_at
 from lata_lightning.live.live_model import LiveModel
 from lata_lightning.live.new_heads import NO_HEAD, new_head
+from lata_lightning.live.placements import check_counted_once
 from lata_lightning.live.ranks import Ranks
 from lata_lightning.live.start_weights import PROVIDERS, SPILL_NAME, StartWeights, origin_of
 from lata_lightning.numerics.low_rank import LowRank
@@ -121,6 +123,8 @@ class Tracker:
                 self._start_factors[name] = self._start_factors[name].stored_as(live.added(name).parts[0].left.dtype)
         self._capture(name for name in live.changing if name not in self._changing)
         self._check_provider(live)
+        shards = {name: live.shard(name) for name in live.names if name not in live.quantised}
+        check_counted_once(shards, self.counts, {name: prod(live.shape(name)) for name in shards}, self.ranks)
         layers = layer_map([name for name in live.names if name not in live.buffers], structure=live.module, rule=self._rule)
         self.positions = LayerMap({name: layers.positions.get(name, _BUFFER) for name in live.names}, layers.blocks)
 

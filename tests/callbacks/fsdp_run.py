@@ -45,6 +45,7 @@ if __name__ == "__main__":
         "provider": "auto",
         "replicated": False,
         "distributed": False,
+        "meshes": 1,
         "callback": True,
         **json.loads(sys.argv[1]),
     }
@@ -57,7 +58,9 @@ if __name__ == "__main__":
             callback,
             ModelCheckpoint(output / "kept", monitor="lata/alignment_min", mode="max", save_top_k=-1, filename="{epoch}"),
         ]
-    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=options["distributed"])
+    # With two meshes every process has a mesh of its own, as under ModelParallelStrategy() without arguments.
+    sizes = {"data_parallel_size": 2 // options["meshes"], "tensor_parallel_size": options["meshes"]}
+    strategy = ModelParallelStrategy(**sizes, save_distributed_checkpoint=options["distributed"])
     run = trainer(output, *callbacks, strategy=strategy, devices=2, enable_checkpointing=bool(callbacks), max_epochs=options["epochs"])
     run.fit(module, batches(8), batches(2), ckpt_path=options["resume"])
     if callbacks:

@@ -63,6 +63,16 @@ def test_replicas_are_counted_once(models, tmp_path):
     check(models, tmp_path)
 
 
+def test_shards_of_a_mesh_smaller_than_the_world_are_counted_once(models, tmp_path):
+    run(models, tmp_path, meshes=2, epochs=1)
+    assert (tmp_path / "rank0").read_text() == (tmp_path / "rank1").read_text()
+    exported, expected = TaskVector.open(tmp_path / "lata/task_vector"), TaskVector.between(models / "instruct", tmp_path / "tuned.ckpt")
+    assert all(torch.equal(exported[name], expected[name]) for name in expected)
+    norm = sum(expected[name].double().square().sum().item() for name in expected) ** 0.5
+    assert history(tmp_path)[-1]["task_norm"] == pytest.approx(norm, rel=1e-9)
+    assert exported.manifest.alignment.values == pytest.approx(align(expected, TaskVector.open(models / "instruction")).values, rel=1e-9)
+
+
 def test_sharded_training_is_bit_identical_with_and_without_the_callback(models, whole, tmp_path):
     run(models, tmp_path, callback=False)
     with_callback, without = (torch.load(output / "tuned.ckpt", weights_only=True)["state_dict"] for output in (whole, tmp_path))
