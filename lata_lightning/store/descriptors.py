@@ -85,6 +85,11 @@ class Descriptors:
             for file in files:
                 self._close(file)
 
+    def close_idle(self) -> bool:
+        """Close every descriptor that nobody is reading; whether there was any."""
+        with self._lock:
+            return self._close_oldest(0)
+
     def _opened(self, path: Path) -> int:
         try:
             # Without waiting, as opening a named pipe would.
@@ -187,11 +192,15 @@ def first_bytes(path: Path, count: int) -> bytes:
     Raises:
         SourceError, CorruptFileError: It cannot be opened; the message says why.
     """
-    try:
-        with path.open("rb") as file:
-            return file.read(count)
-    except OSError as error:
-        raise unreadable(path, error) from error
+    for _ in range(2):
+        try:
+            with path.open("rb") as file:
+                return file.read(count)
+        except OSError as error:
+            # Descriptors that are kept open for later reads are given up first.
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or not DESCRIPTORS.close_idle():
+                raise unreadable(path, error) from error
+    raise SourceError(f"too many files are open to open {path} as well. Raise the limit (ulimit -n) or close some.")
 
 
 def unreadable(path: Path, error: OSError) -> LataError:
