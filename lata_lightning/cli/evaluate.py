@@ -60,6 +60,8 @@ def _run(options: Namespace, command: str) -> None:
         raise LataError(f"give exactly one of --data, --tasks and --forget to evaluate by; {len(given)} of them are given")
     if options.head and not options.data:
         raise LataError("--head goes with --data FILE, whose rows are texts with labels")
+    if options.limit is not None and not options.tasks:
+        raise LataError("--limit counts examples of --tasks; for --data give a file with fewer rows")
     {"data": _score_files, "tasks": _run_tasks, "forget": _measure_unlearning}[given[0]](options)
 
 

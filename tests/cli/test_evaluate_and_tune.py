@@ -341,3 +341,8 @@ def test_tune_says_what_it_needs(lata, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "the figure needs matplotlib" in lata("tune base instruct --data copy.jsonl --output out")[2]
     assert lata("tune base instruct --output out")[0] == 2
+
+
+def test_a_limit_without_tasks_is_refused(lata):
+    status, _, said = lata("evaluate instruct --data copy.jsonl --limit 3")
+    assert (status, said) == (1, "lata: error: --limit counts examples of --tasks; for --data give a file with fewer rows\n")
