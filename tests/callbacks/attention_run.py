@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning_models import Module, batches, trainer
+from lightning_models import Module, batches, leave_together, trainer
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import LlamaForCausalLM
 
@@ -62,3 +62,4 @@ if __name__ == "__main__":
     }
     if run.is_global_zero:
         torch.save({"state_dict": whole}, output / "tuned.ckpt")
+    leave_together()

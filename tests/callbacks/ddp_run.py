@@ -10,7 +10,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_models import Module, batches, trainer
+from lightning_models import Module, batches, leave_together, trainer
 from transformers import LlamaForCausalLM
 
 from lata_lightning import LATACallback
@@ -36,3 +36,4 @@ if __name__ == "__main__":
     (output / f"rank{run.global_rank}").write_text(repr((run.callback_metrics["lata/alignment"].item(), callback.alignment.values)))
     if run.is_global_zero:
         module.model.save_pretrained(output / "tuned")
+    leave_together()

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning_models import Module, batches, trainer
+from lightning_models import Module, batches, leave_together, trainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import LlamaForCausalLM
@@ -71,3 +71,4 @@ if __name__ == "__main__":
     full = {name: parameter.full_tensor() for name, parameter in module.model.named_parameters()}
     if run.is_global_zero:
         torch.save({"state_dict": full}, output / "tuned.ckpt")
+    leave_together()

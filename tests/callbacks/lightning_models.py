@@ -78,3 +78,10 @@ def trainer(directory, *callbacks, **options):
         devices=options.pop("devices", 1),
         **options,
     )
+
+
+def leave_together():
+    """End the process group at the end of a script: its threads must not outlive the interpreter, which then aborts."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
