@@ -44,3 +44,11 @@ def first_line(error: BaseException) -> str:
     """The first line of what another library's error says, or its name where it says nothing; for an error message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """``; did you mean X?`` for the choice most like a word, and a full stop if none is like it; for an error message."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(word, list(choices), 1)
+    return f"; did you mean {near[0]}?" if near else "."

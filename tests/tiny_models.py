@@ -102,3 +102,19 @@ def read_back(directory):
 def leftovers(directory):
     """Names of partial outputs in a directory."""
     return [path.name for path in directory.iterdir() if "partial" in path.name]
+
+
+# Settings of a causal language model whose logits differ clearly.
+SMALL_CONFIG = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.5,
+}

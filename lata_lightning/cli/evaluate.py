@@ -10,8 +10,9 @@ from jsonargparse import ArgumentParser, Namespace
 from lata_lightning.cli.common import Command, add_format, note, print_json
 from lata_lightning.cli.models import add_head, add_loading, add_rows, heads_of, load, running
 from lata_lightning.errors import LataError
+from lata_lightning.store.directories import SCORES_NAME
 
-_SCORES, _TASKS = "scores.json", "tasks.json"
+_TASKS = "tasks.json"
 
 
 def _arguments(parser: ArgumentParser) -> None:
@@ -69,7 +70,7 @@ def _score_files(options: Namespace) -> None:
     from lata_lightning.evaluation.heads import scored_with
     from lata_lightning.evaluation.questions import metric_of, names_of, prepare, read_data
 
-    _check_output(options, _SCORES)
+    _check_output(options, SCORES_NAME)
     data = {name: read_data(path) for name, path in names_of(options.data).items()}
     metrics = {name: options.metric or metric_of(samples) for name, samples in data.items()}
     classifier = "accuracy" in metrics.values()
@@ -87,7 +88,7 @@ def _score_files(options: Namespace) -> None:
             if path in heads:
                 score = scored_with(heads[path], score, options.model)
             scores[name] = {metrics[name]: score(model)}
-    _deliver(options, scores, _SCORES)
+    _deliver(options, scores, SCORES_NAME)
 
 
 def _run_tasks(options: Namespace) -> None:

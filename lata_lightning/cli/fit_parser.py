@@ -8,8 +8,9 @@ from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lata_lightning.cli.parsing import first_sentence, nearest
+from lata_lightning.cli.parsing import KEY, MISSING, UNRECOGNISED, VALUE, first_sentence
 from lata_lightning.cli.shipped import located
+from lata_lightning.errors import nearest
 
 # Sections whose options are all known; those of model and data depend on the classes that are named.
 _KNOWN = ("--trainer.", "--lata.")
@@ -40,9 +41,9 @@ class FitParser(LightningArgumentParser):
 
 
 def _plain(message: str) -> str:
-    key = re.search(r'[Kk]ey "([^"]+)"', message)
+    key = KEY.search(message)
     option = f"--{key[1]}" if key else ""
-    missing = re.search(r"following arguments are required: (.+)", message)
+    missing = MISSING.search(message)
     if missing:
         # Without a key these are arguments of the module or of the data, as each class is parsed by itself.
         names = [f"{option or _section(name)}.{name}" for name in missing[1].split(", ")]
@@ -50,10 +51,11 @@ def _plain(message: str) -> str:
     inner = re.search(r"Problem with given class_path '[^']*':\s*(.+)", message)
     if inner:
         return f"{option}: {first_sentence(inner[1])}"
-    extra = re.search(r"unrecognized arguments: (\S+)", message)
+    extra = UNRECOGNISED.search(message)
     if extra:
-        return f"there is no option {extra[1]}{nearest(extra[1], ('--config', '--model.model', '--data.data', '--output', '--ckpt_path'))}"
-    value = re.search(r"(?:Got|Given) value: (.*)", message)
+        option = extra[1].split()[0]
+        return f"there is no option {option}{nearest(option, ('--config', '--model.model', '--data.data', '--output', '--ckpt_path'))}"
+    value = VALUE.search(message)
     wanted = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", message)
     if key and value:
         kinds = [choices.replace("'", "") or _KINDS.get(kind, kind) for kind, choices in wanted if kind != "NoneType"]

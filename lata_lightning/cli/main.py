@@ -26,9 +26,9 @@ from lata_lightning.cli import (
 )
 from lata_lightning.cli.common import Command
 from lata_lightning.cli.examples import EXAMPLES
-from lata_lightning.cli.parsing import CommandParser, nearest
+from lata_lightning.cli.parsing import CommandParser
 from lata_lightning.cli.shipped import located
-from lata_lightning.errors import LataError
+from lata_lightning.errors import LataError, nearest
 
 COMMANDS = {
     **quickstart.COMMANDS,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
-from difflib import get_close_matches
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -14,10 +13,15 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import PositiveInt
 
 from lata_lightning.cli.shipped import recipe
-from lata_lightning.errors import LataError
+from lata_lightning.errors import LataError, nearest
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?(inf|nan)", re.IGNORECASE)
 _TRUTH = ("true", "false")
+# What the parser library says, as far as it is read here and by the parser of `lata fit`.
+MISSING = re.compile(r"following arguments are required: (.+)")
+UNRECOGNISED = re.compile(r"unrecognized arguments: (.+)")
+KEY = re.compile(r'[Kk]ey "([^"]+)"')
+VALUE = re.compile(r"(?:Got|Given) value: (.*)")
 _WANTED = {float: "a number", int: "a whole number", PositiveInt: "a whole number above 0", bool: "true or false", str: "a text"}
 
 
@@ -146,20 +150,20 @@ class CommandParser(ArgumentParser):
 
     def _plain(self, message: str) -> str:
         """What the parser library says, in the words of this command line."""
-        missing = re.search(r"following arguments are required: (.+)", message)
+        missing = MISSING.search(message)
         if missing:
             return f"{' and '.join(self._shown(key) for key in missing[1].split(', '))} must be given."
         bare = re.search(r"argument (?:--?[\w-]+/)?-{0,2}([\w-]+)[^:]*: expected (?:one|at least one) argument", message)
         if bare:
             return self._without_value(bare[1].replace("-", "_"))
-        extra = re.search(r"unrecognized arguments: (.+)", message)
+        extra = UNRECOGNISED.search(message)
         if extra:
             return f"too many arguments: {extra[1]}."
         entry = re.search(r"Option '([^']+)' is not accepted", message)
         if entry:
             return f"the configuration has an entry {entry[1]!r} that this command does not take{nearest(entry[1], self.types)}"
-        key = re.search(r'[Kk]ey "([^"]+)"', message)
-        value = re.search(r"(?:Got|Given) value: (.*)", message)
+        key = KEY.search(message)
+        value = VALUE.search(message)
         if key and value and key[1] in self.types:
             given = value[1].strip().strip("'\"")
             kind = self.types[key[1]]
@@ -204,12 +208,6 @@ class _Formatter(CommandHelp):
 
     def _format_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any) -> str:
         return ""
-
-
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """``; did you mean X?`` for the choice most like a word; a full stop where none is like it."""
-    near = get_close_matches(word, list(choices), 1)
-    return f"; did you mean {near[0]}?" if near else "."
 
 
 def _without_none(kind: Any) -> Any:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 
-from lata_lightning.errors import LataError
+from lata_lightning.errors import LataError, nearest
 
 _PACKAGE = Path(str(files("lata_lightning")))
 RECIPES = _PACKAGE / "recipes"
@@ -33,7 +32,7 @@ def recipe(name: str) -> str:
     known = recipes()
     path = known.get(name.removesuffix(".yaml"))
     if path is None:
-        raise LataError(f"there is no file {name}, and no recipe of that name{_nearest(name, known)} The recipes are {', '.join(known)}.")
+        raise LataError(f"there is no file {name}, and no recipe of that name{nearest(name, known)} The recipes are {', '.join(known)}.")
     return str(path)
 
 
@@ -66,10 +65,5 @@ def _path(text: str) -> str:
     # By comparing names: nothing in a name becomes part of a path.
     known = {path.name: path for path in sorted(_FOLDERS[kind].iterdir()) if not path.name.startswith((".", "_"))}
     if name not in known:
-        raise LataError(f"the package ships no {text}{_nearest(name, known)} There are {', '.join(f'{kind}:{name}' for name in known)}.")
+        raise LataError(f"the package ships no {text}{nearest(name, known)} There are {', '.join(f'{kind}:{name}' for name in known)}.")
     return str(known[name])
-
-
-def _nearest(name: str, known: Mapping[str, Path]) -> str:
-    near = get_close_matches(name, known, 1)
-    return f"; did you mean {near[0]}?" if near else "."

@@ -12,13 +12,12 @@ from typing import Any
 from lata_lightning.alignment import Alignment
 from lata_lightning.callbacks.history import HISTORY_NAME, read_history
 from lata_lightning.errors import CorruptFileError, LataError, SourceError, first_three
-from lata_lightning.store.directories import MERGE_RECORD, holds_vector, read_object
+from lata_lightning.store.directories import MERGE_RECORD, SCORES_NAME, holds_vector, read_object
 from lata_lightning.vectors.task_vector import TaskVector
 
 # As in callbacks/lata.py, which imports Lightning; a test holds both together.
 VECTOR_NAME = "task_vector"
 TUNE_NAME = "tune.json"
-SCORES_NAME = "scores.json"
 CALLBACK_FOLDER = "lata"
 
 

@@ -13,6 +13,7 @@ from lata_lightning.store.descriptors import unreadable
 
 MANIFEST_NAME = "task_vector.json"
 MERGE_RECORD = "merge.json"
+SCORES_NAME = "scores.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # Whole models that transformers does not load by itself: of Mistral, LitGPT and Meta.

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny_models import SMALL_CONFIG
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
@@ -25,31 +26,17 @@ from transformers import (
 from lata_lightning.evaluation import logits
 from lata_lightning.evaluation.logits import body_and_head, piece_size, token_scores
 
-SMALL = {
-    "vocab_size": 61,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.5,
-}
-
 
 def without(*names):
-    return {name: value for name, value in SMALL.items() if name not in names}
+    return {name: value for name, value in SMALL_CONFIG.items() if name not in names}
 
 
 KINDS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
-    "gemma2 with a soft cap": lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=2.0)),
-    "cohere with a scale": lambda: Cohere2ForCausalLM(Cohere2Config(**SMALL, logit_scale=0.3)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL_CONFIG)),
+    "gemma2 with a soft cap": lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL_CONFIG, final_logit_softcapping=2.0)),
+    "cohere with a scale": lambda: Cohere2ForCausalLM(Cohere2Config(**SMALL_CONFIG, logit_scale=0.3)),
     "granite with a scale": lambda: GraniteForCausalLM(GraniteConfig(**without("head_dim"), logits_scaling=3.0)),
-    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1)),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SMALL_CONFIG, num_local_experts=2, num_experts_per_tok=1)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=16, n_layer=2, n_head=2, n_positions=32)),
     "opt": lambda: OPTForCausalLM(
         OPTConfig(vocab_size=61, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=16)
@@ -153,7 +140,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_wide_vocabulary_takes_no_more_memory_than_a_piece_of_logits(tied):
     width = 2**18
-    model = LlamaForCausalLM(LlamaConfig(**{**SMALL, "vocab_size": width, "hidden_size": 8}, tie_word_embeddings=tied)).eval()
+    model = LlamaForCausalLM(LlamaConfig(**{**SMALL_CONFIG, "vocab_size": width, "hidden_size": 8}, tie_word_embeddings=tied)).eval()
     ids = torch.randint(3, width, (4, 256))
     with torch.inference_mode(), Largest() as largest:
         found = token_scores(model, ids, ids)

@@ -1,25 +1,12 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny_models import SMALL_CONFIG
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from lata_lightning.evaluation import logits
 from lata_lightning.training import loss as losses
 from lata_lightning.training.loss import is_wide, piecewise_loss
-
-SMALL = {
-    "vocab_size": 61,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.5,
-}
 
 
 def batch():
@@ -34,9 +21,9 @@ def batch():
 def test_loss_and_gradients_are_those_of_the_whole_model(kind, monkeypatch):
     monkeypatch.setattr(logits, "BYTES_AT_ONCE", 4 * 61 * 4)
     if kind == "gemma2":
-        model = Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=2.0))
+        model = Gemma2ForCausalLM(Gemma2Config(**SMALL_CONFIG, final_logit_softcapping=2.0))
     else:
-        model = LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=kind == "tied"))
+        model = LlamaForCausalLM(LlamaConfig(**SMALL_CONFIG, tie_word_embeddings=kind == "tied"))
     if kind == "lora":
         model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
     model.train()
@@ -53,9 +40,9 @@ def test_loss_and_gradients_are_those_of_the_whole_model(kind, monkeypatch):
 
 
 def test_only_wide_batches_of_models_with_the_usual_loss_are_taken_apart(monkeypatch):
-    model, given = LlamaForCausalLM(LlamaConfig(**SMALL)), batch()
+    model, given = LlamaForCausalLM(LlamaConfig(**SMALL_CONFIG)), batch()
     assert not is_wide(model, given)
     monkeypatch.setattr(losses, "WIDE", 27 * 61 * 4 - 1)
     assert is_wide(model, given)
     assert not is_wide(torch.nn.Linear(1, 1), given)
-    assert not is_wide(MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=2, output_router_logits=True)), given)
+    assert not is_wide(MixtralForCausalLM(MixtralConfig(**SMALL_CONFIG, num_local_experts=2, output_router_logits=True)), given)
