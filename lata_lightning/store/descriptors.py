@@ -45,7 +45,7 @@ class Descriptors:
             SourceError, CorruptFileError: It cannot be opened; the message says why.
         """
         with self._lock:
-            descriptor = self._opened(path)
+            descriptor = self.opened(path)
             identity = _identity(path, descriptor)
             if identity in self._open:
                 os.close(descriptor)
@@ -65,7 +65,7 @@ class Descriptors:
         with self._lock:
             entry = self._open.pop(file, None)
             if entry is None:
-                descriptor = self._opened(file.path)
+                descriptor = self.opened(file.path)
                 if _identity(file.path, descriptor) != file:
                     os.close(descriptor)
                     raise CorruptFileError(f"{file.path} has changed since it was opened. Run the command again.")
@@ -85,12 +85,12 @@ class Descriptors:
             for file in files:
                 self._close(file)
 
-    def close_idle(self) -> bool:
-        """Close every descriptor that nobody is reading; whether there was any."""
-        with self._lock:
-            return self._close_oldest(0)
+    def opened(self, path: Path) -> int:
+        """Open a regular file and return its descriptor, which the caller closes; idle ones are given up where too many are open.
 
-    def _opened(self, path: Path) -> int:
+        Raises:
+            SourceError, CorruptFileError: It cannot be opened; the message says why.
+        """
         try:
             # Without waiting, as opening a named pipe would.
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -99,8 +99,11 @@ class Descriptors:
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
             return descriptor
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE) and self._close_oldest(0):
-                return self._opened(path)
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                with self._lock:
+                    closed = self._close_oldest(0)
+                if closed:
+                    return self.opened(path)
             raise unreadable(path, error) from error
 
     def _close_oldest(self, keep: int) -> bool:
@@ -192,15 +195,11 @@ def first_bytes(path: Path, count: int) -> bytes:
     Raises:
         SourceError, CorruptFileError: It cannot be opened; the message says why.
     """
-    for _ in range(2):
-        try:
-            with path.open("rb") as file:
-                return file.read(count)
-        except OSError as error:
-            # Descriptors that are kept open for later reads are given up first.
-            if error.errno not in (errno.EMFILE, errno.ENFILE) or not DESCRIPTORS.close_idle():
-                raise unreadable(path, error) from error
-    raise SourceError(f"too many files are open to open {path} as well. Raise the limit (ulimit -n) or close some.")
+    try:
+        with os.fdopen(DESCRIPTORS.opened(path), "rb") as file:
+            return file.read(count)
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def unreadable(path: Path, error: OSError) -> LataError:
