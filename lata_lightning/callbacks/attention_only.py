@@ -75,7 +75,7 @@ class AttentionOnlyFinetuning(pl.Callback):
                 _after(pl_module, hook, lambda: self._try_to_freeze(pl_module))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The model is complete: say what is trained, or that there is nothing to train."""
+        """Log which parameters are trained, now that the model is complete; refuse a model in which none are."""
         self._freeze(pl_module)
         self._check_companions(trainer, pl_module)
         held = dict(pl_module.named_parameters())

@@ -101,10 +101,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"lata: error: there is no {what} {name}{nearest(name, COMMANDS)} lata --help lists all commands.\n")
         raise SystemExit(2)
     command = COMMANDS[name]
-    parser = parser_of(name)
     try:
         # What a recipe may say depends on the classes it names, so `fit` is parsed where they are known.
-        options = Namespace({}) if command.parses_itself else located(parser.parse_args(parser.arranged(rest)))  # type: ignore[no-untyped-call]
+        if command.parses_itself:
+            options = Namespace({})  # type: ignore[no-untyped-call]
+        else:
+            parser = parser_of(name)
+            options = located(parser.parse_args(parser.arranged(rest)))
         command.run(options, shlex.join(["lata", *arguments]))
     except LataError as error:
         sys.stderr.write(f"lata: error: {error}\n")

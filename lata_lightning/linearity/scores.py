@@ -205,5 +205,5 @@ def _measure(walker: Walker, label: str, level: Level, distance: Distance, progr
 
 
 def _shifted(progress: Progress, first: int, count: int) -> Callable[[int], Progress]:
-    """Progress of one of several walks over the same bytes as progress of all."""
+    """Report the progress of one of several passes over the same bytes as a share of all passes."""
     return lambda number: lambda done, size: progress((first + number) * size + done, count * size)

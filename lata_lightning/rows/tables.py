@@ -80,7 +80,7 @@ def divided(rows: Sequence[Any], contents: Iterable[Any], share: float, seed: in
 
 
 def _files(name: str) -> list[str]:
-    """Local files a name stands for; none for a directory or a name on the hub."""
+    """Return the local files that a name or pattern matches; none for a directory or a name on the hub."""
     if Path(name).is_dir():
         return []
     found = sorted(glob(name, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute patterns
