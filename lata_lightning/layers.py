@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast, get_args
 
 from lata_lightning.errors import LataError, first_three
 
@@ -164,28 +164,6 @@ def layer_map(names: Iterable[str], *, structure: nn.Module | None = None, rule:
         block = block_of[name]
         places[name] = LayerPosition(block, part_of(name, block, modules) if block is not None else _role(name, modules))
     return LayerMap(places, tuple(blocks))
-
-
-def skeleton(config: Mapping[str, Any]) -> nn.Module | None:
-    """The empty model (meta tensors) that a Hugging Face config describes; None where transformers cannot build it."""
-    import torch
-    import transformers
-    from torch import nn
-
-    architectures = config.get("architectures") or []
-    model_class = getattr(transformers, str(architectures[0]), None) if architectures else None
-    # A config comes from whoever made the checkpoint: only models may be called by the name it gives.
-    if not isinstance(model_class, type) or not issubclass(model_class, nn.Module):
-        return None
-    if "auto_map" in config or config.get("model_type") not in transformers.CONFIG_MAPPING:
-        return None
-    settings = {key: value for key, value in config.items() if key != "model_type"}
-    try:
-        with torch.device("meta"):
-            return model_class(transformers.AutoConfig.for_model(config["model_type"], **settings))
-    except Exception:
-        # Whatever this release refuses in a config that another one wrote: the weights can be read all the same, and names alone place them.
-        return None
 
 
 def _by_rule(names: list[str], rule: LayerRule | str) -> dict[str, str | None]:

@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 
 from lata_lightning.errors import LataError, first_three
-from lata_lightning.layers import LayerPosition, check_level, layer_map, skeleton
+from lata_lightning.layers import LayerPosition, check_level, layer_map
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 CAUSAL = {**SMALL, "num_key_value_heads": 1, "vocab_size": 40}
@@ -467,33 +467,6 @@ def test_an_unknown_level_is_refused_with_the_choices():
         check_level("head")
     with pytest.raises(LataError, match="unknown level"):
         layer_map(["model.layers.0.self_attn.w"]).layers("heads")
-
-
-def test_a_config_gives_the_structure_without_any_memory_for_weights():
-    config = transformers.LlamaConfig(**CAUSAL).to_dict() | {"architectures": ["LlamaForCausalLM"]}
-    model = skeleton(config)
-    assert type(model).__name__ == "LlamaForCausalLM"
-    assert all(parameter.is_meta for parameter in model.parameters())
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {},
-        {"architectures": []},
-        {"architectures": ["NoSuchModel"], "model_type": "llama"},
-        {"architectures": ["LlamaForCausalLM"]},
-        {"architectures": ["LlamaForCausalLM"], "model_type": "no-such-type"},
-        {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "auto_map": {"AutoModel": "code.Model"}},
-        {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": "wide"},
-        {"architectures": ["BertModel"], "model_type": "llama"},
-        {"architectures": ["pipeline"], "model_type": "llama"},
-        {"architectures": ["AutoConfig"], "model_type": "llama"},
-        {"architectures": [3], "model_type": "llama"},
-    ],
-)
-def test_a_config_that_transformers_cannot_build_gives_no_structure_and_no_error(config):
-    assert skeleton(config) is None
 
 
 def test_first_three_counts_sorts_and_shortens():

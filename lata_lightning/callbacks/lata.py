@@ -33,9 +33,9 @@ from lata_lightning.live.measuring import Measurement
 from lata_lightning.live.new_heads import head_of
 from lata_lightning.live.tracker import Fingerprint, Tracker
 from lata_lightning.moments import Start, check_start, total
+from lata_lightning.store.dtypes import float_dtype
 from lata_lightning.store.head_files import Head
 from lata_lightning.store.names import LeaveOut
-from lata_lightning.store.writer import float_dtype
 from lata_lightning.vectors.task_vector import TaskVector
 from lata_lightning.weighting import DEFAULT_THRESHOLD, Rule, Weighting, follows_alignment, rule_name
 

@@ -11,9 +11,9 @@ import torch
 from lata_lightning.errors import LataError, first_three
 from lata_lightning.exports.cards import mergekit_card
 from lata_lightning.exports.structure import Structure
-from lata_lightning.layers import skeleton
 from lata_lightning.merging.merge import Term, merge
 from lata_lightning.merging.sum import Onto, Sum
+from lata_lightning.store.meta_model import meta_model
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.sources import TensorSource
 from lata_lightning.store.writer import Progress, atomic_directory, check_free_directory
@@ -58,7 +58,7 @@ def export_mergekit(
     start = start_for_mergekit(source)
     if check_base:
         total.check_start()
-    structure = None if source.config is None or skeleton(source.config) is None else Structure(source)
+    structure = None if meta_model(source.config) is None else Structure(source)
     weights = [_weights(term, {name: total.factors(name)[number] for name in total.names}, structure) for number, term in enumerate(terms)]
     models: list[tuple[Term, str, bool]] = []
     with atomic_directory(target) as directory:

@@ -20,7 +20,8 @@ from lata_lightning.exports.remarks import loss_remark, size_remark
 from lata_lightning.exports.structure import Form, Held, Structure
 from lata_lightning.merging.merge import Term
 from lata_lightning.merging.sum import Onto, Sum
-from lata_lightning.store.writer import Progress, ShardWriter, atomic_directory, check_free_directory, float_dtype, layout_size, write_json
+from lata_lightning.store.dtypes import float_dtype
+from lata_lightning.store.writer import Progress, ShardWriter, atomic_directory, check_free_directory, layout_size, write_json
 
 _STEM = "adapter_model"
 _PREFIX = "base_model.model."

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lata_lightning.errors import LataError, first_three
-from lata_lightning.layers import skeleton
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
+from lata_lightning.store.meta_model import meta_model
 from lata_lightning.store.names import differing_prefixes
 from lata_lightning.store.sources import TensorSource
 
@@ -55,7 +55,7 @@ class Structure:
             raise LataError(
                 f"{source.label} has no config.json, which says what its modules are: name a model directory (onto=…, --onto MODEL)"
             )
-        module = skeleton(source.config)
+        module = meta_model(source.config)
         if module is None:
             raise LataError(
                 f"transformers cannot build the model that the config of {source.label} describes "

@@ -2,46 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from lata_lightning.errors import LayoutMismatchError, SourceError, first_three
-from lata_lightning.layers import skeleton
+from lata_lightning.errors import LayoutMismatchError, first_three
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
-
-
-def empty_copy(module: nn.Module) -> nn.Module:
-    """A module of the same structure, in evaluation mode: parameters on the meta device, buffers copied to the CPU."""
-    memo: dict[int, Any] = {id(parameter): _on_meta(parameter) for parameter in module.parameters()}
-    shell = copy.deepcopy(module, memo).eval()
-    for part in shell.modules():
-        part._buffers = {name: buffer if buffer is None or buffer.is_meta else buffer.cpu() for name, buffer in part._buffers.items()}
-    return shell
-
-
-def empty_model(config: Mapping[str, Any] | None, label: str) -> nn.Module:
-    """The model that a Hugging Face config describes, in evaluation mode: parameters on the meta device, buffers with their values.
-
-    Raises:
-        SourceError: There is no config, or transformers cannot build the model from it.
-    """
-    plan = skeleton(config) if config is not None else None
-    if plan is None:
-        raise SourceError(
-            f"{label} does not say which model to run: a directory or hub id with the config.json of a transformers architecture is needed, or a module"
-        )
-    # On the meta device buffers would lose values that no checkpoint holds, such as rotary frequencies.
-    handle = register_module_parameter_registration_hook(lambda module, name, parameter: _on_meta(parameter))  # type: ignore[arg-type]
-    try:
-        model: nn.Module = type(plan)(plan.config)
-    finally:
-        handle.remove()
-    return model.eval()
 
 
 class Shell:
@@ -167,10 +134,3 @@ class Shell:
             begin += shape.numel()
         # How to save is known. Done to indices, it tells where every entry goes, and so how to undo it.
         return under_checkpoint_names(self.model, indices)
-
-
-def _on_meta(parameter: nn.Parameter | None) -> nn.Parameter | None:
-    # A tied parameter is registered again, and has to stay the one it is.
-    if parameter is None or parameter.is_meta:
-        return parameter
-    return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)

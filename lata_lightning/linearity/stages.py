@@ -19,10 +19,11 @@ from torch.func import functional_call
 from lata_lightning.errors import CorruptFileError, LataError, first_three
 from lata_lightning.linearity.lockstep import Stand, in_lockstep
 from lata_lightning.linearity.matrices import Fit, Role, Seen, flattened
-from lata_lightning.linearity.shell import Shell, empty_copy
+from lata_lightning.linearity.shell import Shell
 from lata_lightning.linearity.walk import Batch, call, relative
 from lata_lightning.numerics.matrix_regression import Settings
 from lata_lightning.numerics.measure import all_finite
+from lata_lightning.store.meta_model import copy_without_weights
 from lata_lightning.store.sources import TensorSource
 from lata_lightning.store.writer import Progress
 
@@ -93,7 +94,7 @@ class Stages:
         self._blocks, self._in_order = blocks, in_order
         self._batches = [(task, batch) for task, batches in enumerate(samples) for batch in batches]
         # What stands outside the stages stays in a model while others wait, and each task may need its own.
-        self._shells = [start] if in_order else [start, *(Shell(empty_copy(start.model)) for _ in vectors[1:])]
+        self._shells = [start] if in_order else [start, *(Shell(copy_without_weights(start.model)) for _ in vectors[1:])]
         matrices = {name for name, parameter in start.model.named_parameters(remove_duplicate=False) if parameter.ndim == 2}
         self._names = {**blocks, **_leaves(start, blocks, matrices)}
         moved, stored = set(merged.names) - unchanged, start.stored_names(matrices)

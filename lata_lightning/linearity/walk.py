@@ -19,8 +19,9 @@ from torch.func import functional_call
 
 from lata_lightning.errors import LataError, first_three
 from lata_lightning.linearity.lockstep import Stand, in_lockstep
-from lata_lightning.linearity.shell import Shell, empty_copy, empty_model
+from lata_lightning.linearity.shell import Shell
 from lata_lightning.linearity.units import Blocks, Unit
+from lata_lightning.store.meta_model import copy_without_weights, model_without_weights
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import named_like, pair
 from lata_lightning.store.sources import TensorSource, View
@@ -295,7 +296,7 @@ def opened(start: StartModel, vectors: Sequence[TaskVector], *, check_base: bool
     if check_base:
         check_same_start(vectors)
     source = open_source(Path(start) if isinstance(start, os.PathLike) else start)
-    shell = Shell(empty_copy(start) if isinstance(start, nn.Module) else empty_model(source.config, source.label))
+    shell = Shell(copy_without_weights(start) if isinstance(start, nn.Module) else model_without_weights(source.config, source.label))
     return shell, *_match(source, vectors)
 
 

@@ -19,6 +19,7 @@ from lata_lightning.numerics.chunks import in_parallel, worker_count
 from lata_lightning.numerics.combine import combined
 from lata_lightning.store.companions import Companions, companions_of, note_on_modules
 from lata_lightning.store.directories import MERGE_RECORD, local_directory
+from lata_lightning.store.dtypes import float_dtype
 from lata_lightning.store.hashing import content_hash
 from lata_lightning.store.model_directory import finished_config
 from lata_lightning.store.names import LeaveOut
@@ -32,7 +33,6 @@ from lata_lightning.store.writer import (
     ShardWriter,
     atomic_directory,
     check_free_directory,
-    float_dtype,
     layout_size,
     write_config,
 )

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lata_lightning.errors import CorruptFileError, LataError, LayoutMismatchError, SourceError, first_three
-from lata_lightning.layers import skeleton
 from lata_lightning.store.directories import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_object
 from lata_lightning.store.formats.table import find_format
 from lata_lightning.store.lora import RESIDUAL, AdaptedModel, check_kind
 from lata_lightning.store.meaning import rows_of
+from lata_lightning.store.meta_model import meta_model
 from lata_lightning.store.sources import TensorSource
 
 # The models with a head that adapters of a task type are trained on.
@@ -64,13 +64,13 @@ def adapted_model(start: TensorSource, directory: Path) -> AdaptedModel:
             f"{directory} was initialised by {config['init_lora_weights']}, which changes the base weights, and does not hold what its factors started "
             "with. Save it with save_pretrained(…, path_initial_model_for_weight_conversion=…), or merge_and_unload() it and extract from that."
         )
-    if start.config is None or skeleton(start.config) is None:
+    if start.config is None or meta_model(start.config) is None:
         raise SourceError(
             f"{start.label} must be a Hugging Face directory of an architecture that transformers knows, to find the layers that {directory} adapts"
         )
     held, errors = _read_weights(directory), []
     for described in _candidates(start.config, config, held):
-        module = skeleton(described)
+        module = meta_model(described)
         if module is None:
             continue
         try:

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lata_lightning.layers import skeleton
 from lata_lightning.numerics.chunks import ChunkReader, tensor_chunks
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.store.checkpoint_names import Piece, checkpoint_name_of, chunk_bounds, loading_names, row_major, under_checkpoint_names
+from lata_lightning.store.meta_model import meta_model
 from lata_lightning.store.names import differing_prefixes, keyed
 from lata_lightning.store.sources import TensorSource
 
@@ -137,7 +137,7 @@ def by_checkpoint_names(side: TensorSource, config: Mapping[str, Any] | None) ->
     Returns:
         The source, in the pieces a checkpoint has; None where the model is not known, or names are no help.
     """
-    module = None if config is None else skeleton(config)
+    module = meta_model(config)
     if module is None:
         return None
     state = module.state_dict()

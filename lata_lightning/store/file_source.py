@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lata_lightning.numerics.chunks import ChunkReader
 from lata_lightning.store.descriptors import DESCRIPTORS, fill
-from lata_lightning.store.layout import DTYPES, Span, check_readable, item_size, joined, safetensors_spans
+from lata_lightning.store.dtypes import item_size, torch_dtype
+from lata_lightning.store.layout import Span, check_readable, joined, safetensors_spans
 from lata_lightning.store.sources import TensorSource
 
 
@@ -90,12 +91,6 @@ def open_safetensors(files: Iterable[Path], location: str | Path | None = None) 
         SourceError: A file cannot be read, or holds a dtype that cannot be read.
     """
     return FileSource(joined(safetensors_spans(file) for file in files), None if location is None else str(location))
-
-
-def torch_dtype(code: str) -> torch.dtype:
-    """The dtype of a code in safetensors files."""
-    found: torch.dtype = getattr(torch, DTYPES[code])
-    return found
 
 
 def read_span(span: Span) -> Tensor:

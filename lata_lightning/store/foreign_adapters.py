@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lata_lightning.errors import SourceError, first_three
-from lata_lightning.layers import skeleton
+from lata_lightning.store.meta_model import meta_model
 
 
 class _Library(NamedTuple):
@@ -73,7 +73,7 @@ def check_no_factors(names: Iterable[str], label: str, config: Mapping[str, Any]
     for library in _LIBRARIES:
         parts = [name for name in listed if library.pattern.search(name)]
         if parts and config is not None:
-            module = skeleton(config)
+            module = meta_model(config)
             parts = parts if module is None else sorted(set(parts) - set(module.state_dict()))
         if parts:
             raise SourceError(f"{label} holds {library.who} that is not merged, {first_three(parts)}, and {library.advice}.")

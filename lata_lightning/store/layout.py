@@ -11,16 +11,8 @@ from typing import Any, NamedTuple
 from lata_lightning.errors import CorruptFileError, SourceError, first_three
 from lata_lightning.layers import layer_map
 from lata_lightning.store.descriptors import DESCRIPTORS, Identity, fill
+from lata_lightning.store.dtypes import dtype_name, is_known, is_readable, item_size
 
-DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
-}  # fmt: skip
-"""Names of dtypes in torch by their codes in safetensors files."""
-READABLE = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
-"""Codes of the dtypes that tensors can be read in."""
-_BYTES = {"64": 8, "32": 4, "16": 2, "8": 1}
 _PIECE = 1 << 20
 _LONGEST_HEADER = 100_000_000
 # Beyond this, sizes in bytes do not fit the integers of torch.
@@ -48,11 +40,6 @@ class Span(NamedTuple):
     begin: int
     entry: Entry
     strides: tuple[int, ...] | None = None
-
-
-def item_size(code: str) -> int:
-    """Bytes of one entry of a dtype."""
-    return 8 if code == "C64" else 1 if code == "BOOL" or code.startswith("F8") else _BYTES[code.lstrip("BFIU")]
 
 
 def safetensors_spans(path: Path) -> dict[str, Span]:
@@ -96,7 +83,7 @@ def _header(file: Identity) -> tuple[int, dict[str, Any]]:
 
 def _span(file: Identity, data: int, entry: Mapping[str, Any]) -> Span:
     shape, code, (begin, end) = _numbers(entry["shape"]), str(entry["dtype"]), _numbers(entry["data_offsets"])
-    if code in DTYPES and end - begin != math.prod(shape) * item_size(code):
+    if is_known(code) and end - begin != math.prod(shape) * item_size(code):
         raise ValueError("a tensor has another size than its shape")
     return Span(file, data + begin, Entry(shape, code))
 
@@ -141,7 +128,7 @@ def check_readable(label: str, entries: Mapping[str, Entry]) -> None:
     vast = {name for name, entry in entries.items() if math.prod(max(1, length) for length in entry.shape) >= _VAST}
     if vast:
         raise CorruptFileError(f"{label} holds tensors of impossible shapes, {first_three(vast)}. Copy or download it again.")
-    odd = {name for name, entry in entries.items() if entry.code not in READABLE}
+    odd = {name for name, entry in entries.items() if not is_readable(entry.code)}
     if odd:
         codes = ", ".join(sorted({repr(entries[name].code) for name in odd}))
         raise SourceError(f"{label} holds tensors of dtype {codes}, which are not supported: {first_three(odd)}. Convert them first.")
@@ -152,7 +139,7 @@ def sizes(entries: Mapping[str, Entry]) -> dict[str, Any]:
     return {
         "tensors": len(entries),
         "parameters": sum(math.prod(entry.shape) for entry in entries.values()),
-        "dtype": ", ".join(sorted({DTYPES.get(entry.code, entry.code) for entry in entries.values()})),
+        "dtype": ", ".join(sorted({dtype_name(entry.code) for entry in entries.values()})),
     }
 
 

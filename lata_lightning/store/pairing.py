@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from lata_lightning.errors import LayoutMismatchError, SourceError, first_three
-from lata_lightning.layers import skeleton, unwrapped
+from lata_lightning.layers import unwrapped
 from lata_lightning.store.checkpoint_names import ignored_on_load
 from lata_lightning.store.converted import Named, by_checkpoint_names
+from lata_lightning.store.dtypes import readable_code
+from lata_lightning.store.meta_model import meta_model
 from lata_lightning.store.names import (
     NOTHING,
     LeaveOut,
@@ -25,7 +27,7 @@ from lata_lightning.store.names import (
     restored,
 )
 from lata_lightning.store.roles import Role, is_counter, named_role, roles_of
-from lata_lightning.store.sources import DTYPES, TensorSource, View
+from lata_lightning.store.sources import TensorSource, View
 from lata_lightning.store.ties import Ties, same_values
 
 
@@ -177,7 +179,7 @@ class _Attempt:
 
     def pass_over(self, model: TensorSource) -> None:
         """Count tensors as outside of the model that transformers passes over when it loads a checkpoint of it."""
-        module = None if model.config is None else skeleton(model.config)
+        module = meta_model(model.config)
         ignored = set() if module is None else ignored_on_load(module, self.lone)
         self.lone -= ignored
         self._outside = (*self._outside, *sorted(ignored))
@@ -206,7 +208,7 @@ def _counts(side: TensorSource, name: str) -> bool:
 
 def _check_kinds(start: TensorSource, tuned: TensorSource) -> None:
     """Refuse tensors that are no plain numbers, or are floating on one side only."""
-    unusable = {name for name in start.names for side in (start, tuned) if side.dtype(name) not in DTYPES.values()}
+    unusable = {name for name in start.names for side in (start, tuned) if readable_code(side.dtype(name)) is None}
     if unusable:
         raise SourceError(
             f"{start.label} and {tuned.label} must hold plain floating or integer tensors; other dtypes have {first_three(unusable)}. Convert them first."

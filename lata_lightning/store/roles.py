@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lata_lightning.layers import skeleton
 from lata_lightning.store.checkpoint_names import state_of, under_checkpoint_names
+from lata_lightning.store.meta_model import meta_model
 
 Role = Literal["weight", "state", "table", "integers"]
 """``weight``: trained by gradients. ``state``: kept up to date while a model trains, as the statistics of batch norms. ``table``: computed by the
@@ -68,7 +68,7 @@ def roles_of(
     found = {name: named_role(name, shape, dtype) for name, shape, dtype in listed}
     known = [buffer_names(module) for module in modules]
     if not known and config is not None and None in found.values():
-        module = skeleton(config)
+        module = meta_model(config)
         known = [] if module is None else [buffer_names(module)]
     buffers = frozenset().union(*known)
     roles: dict[str, Role] = {}

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lata_lightning.errors import CorruptFileError
 from lata_lightning.numerics.chunks import ChunkReader, tensor_chunks
-from lata_lightning.store.file_source import fill_entries, read_span, torch_dtype
+from lata_lightning.store.dtypes import torch_dtype
+from lata_lightning.store.file_source import fill_entries, read_span
 from lata_lightning.store.layout import Span, check_readable
 from lata_lightning.store.sharded_metadata import Chunk, ShardedTensor
 from lata_lightning.store.sources import TensorSource

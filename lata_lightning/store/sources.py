@@ -15,12 +15,8 @@ from lata_lightning.errors import SourceError
 from lata_lightning.layers import unwrapped
 from lata_lightning.numerics.chunks import ChunkReader, chunk_bounds, factor_chunks, in_parallel, tensor_chunks, worker_count
 from lata_lightning.numerics.low_rank import LowRank
-from lata_lightning.store import layout
 from lata_lightning.store.checkpoint_names import state_of, under_checkpoint_names
 from lata_lightning.store.hashing import StoredHash, ValueHash, hash_values
-
-DTYPES: dict[str, torch.dtype] = {code: getattr(torch, layout.DTYPES[code]) for code in layout.READABLE}
-"""Dtypes that tensors can be read in, by their codes in safetensors files."""
 
 
 class TensorSource(ABC):

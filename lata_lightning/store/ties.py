@@ -9,9 +9,9 @@ from math import prod
 import torch
 from torch import nn
 
-from lata_lightning.layers import skeleton
 from lata_lightning.numerics.chunks import chunk_bounds
 from lata_lightning.store.checkpoint_names import checkpoint_name_of, tied_groups
+from lata_lightning.store.meta_model import meta_model
 from lata_lightning.store.sources import TensorSource
 
 
@@ -28,7 +28,7 @@ class Ties:
         # Where nobody can build the model, its config alone says that it is tied.
         self._stated = False
         for config in configs:
-            module = skeleton(config)
+            module = meta_model(config)
             if module is None:
                 self._stated = self._stated or bool(config.get("tie_word_embeddings", False))
                 continue

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from lata_lightning.errors import CorruptFileError, LataError, SourceError, first_line
 from lata_lightning.store.descriptors import Identity, Window
-from lata_lightning.store.layout import DTYPES, Entry, Span, item_size
+from lata_lightning.store.dtypes import code_of_name, item_size
+from lata_lightning.store.layout import Entry, Span
 from lata_lightning.store.pickles import DAMAGE, Call, Global, Persistent, read_pickle
 
 ZIP = b"PK\x03\x04"
@@ -24,7 +25,7 @@ _STORAGES = {
     "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8", "BoolStorage": "BOOL", "ComplexFloatStorage": "C64",
     "UntypedStorage": "U8",
 }  # fmt: skip
-_CODES = {name: code for code, name in DTYPES.items()} | {"double": "F64", "float": "F32", "half": "F16", "long": "I64", "int": "I32"}
+_OTHER_NAMES = {"double": "F64", "float": "F32", "half": "F16", "long": "I64", "int": "I32"}
 _REBUILT = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3")
 _WRAPPED = ("_rebuild_parameter", "_rebuild_parameter_with_state", "_rebuild_device_tensor_from_cpu_tensor")
 # Of the subclasses of tensors, those that are stored as the plain tensor that they are.
@@ -117,7 +118,7 @@ class TorchArchive:
     def _code(self, storage: Any, rest: tuple[Any, ...]) -> str:
         """The dtype of a tensor: that of its storage, or of newer dtypes one that is named beside."""
         named = [value for value in rest if isinstance(value, Global) and value.module == "torch"]
-        code = _CODES.get(named[0].name) if named else _STORAGES.get(storage.name)
+        code = _code_of(named[0].name) if named else _STORAGES.get(storage.name)
         if code is None:
             raise SourceError(
                 f"{self._file.path} holds tensors of {named[0].name if named else storage.name}, which are not read. {_PLAIN}"
@@ -210,9 +211,15 @@ def dtype_code(dtype: Global) -> str:
     Raises:
         SourceError: No such dtype is read.
     """
-    if dtype.module != "torch" or dtype.name not in _CODES:
+    code = _code_of(dtype.name)
+    if dtype.module != "torch" or code is None:
         raise SourceError(f"tensors of the dtype {dtype.name} are not read. {_PLAIN}")
-    return _CODES[dtype.name]
+    return code
+
+
+def _code_of(name: str) -> str | None:
+    """Return the safetensors code of a dtype by any name that torch has for it."""
+    return code_of_name(name) or _OTHER_NAMES.get(name)
 
 
 def whole_numbers(value: Any) -> tuple[int, ...]:

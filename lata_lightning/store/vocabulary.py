@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lata_lightning.errors import LayoutMismatchError, first_three
-from lata_lightning.layers import layer_map, skeleton
+from lata_lightning.layers import layer_map
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
 from lata_lightning.store.meaning import check_same_tokens, stated_sizes
+from lata_lightning.store.meta_model import meta_model
 from lata_lightning.store.sources import TensorSource
 from lata_lightning.store.tokens import Tokens, within
 
@@ -161,7 +162,7 @@ def _probed_axes(one: TensorSource, other: TensorSource, config: Mapping[str, An
 
 
 def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    module = skeleton(config)
+    module = meta_model(config)
     if module is None:
         return {}
     return {name: tuple(tensor.shape) for name, tensor in under_checkpoint_names(module, module.state_dict()).items()}

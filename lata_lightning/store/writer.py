@@ -19,16 +19,12 @@ import torch
 from torch import Tensor
 
 from lata_lightning.errors import LataError, OutputError, first_three
+from lata_lightning.store.dtypes import readable_code
 from lata_lightning.store.hashing import StoredHash, tensor_bytes
 
 MAX_SHARD_BYTES = 2 << 30
 _BYTES_AHEAD = 256 << 20
 PARTIAL_MARK = ".partial-"
-_CODES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes to write in all."""
@@ -136,7 +132,7 @@ class ShardWriter:
     ) -> None:
         self._directory, self._stem, self._layout = directory, stem, layout
         self._metadata = dict(metadata or {})
-        odd = [name for name, (dtype, _) in layout.items() if dtype not in _CODES]
+        odd = [name for name, (dtype, _) in layout.items() if readable_code(dtype) is None]
         if odd:
             raise LataError(f"safetensors files cannot hold every dtype; {layout[odd[0]][0]} and the like are in {first_three(odd)}")
         self._shards = _split(layout, max_shard_bytes)
@@ -230,7 +226,7 @@ class ShardWriter:
         for name in shard:
             dtype, shape = self._layout[name]
             end = offset + _tensor_size(dtype, shape)
-            header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            header[name] = {"dtype": readable_code(dtype), "shape": list(shape), "data_offsets": [offset, end]}
             self._begins[name] = offset
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
@@ -253,13 +249,6 @@ def _write_at(descriptor: int, data: memoryview, offset: int) -> int:
 def layout_size(layout: Layout) -> int:
     """Bytes that the tensors of a layout take."""
     return sum(_tensor_size(dtype, shape) for dtype, shape in layout.values())
-
-
-def float_dtype(name: str) -> torch.dtype:
-    """The dtype of that name; an error that lists the choices for any other."""
-    if name not in FLOAT_DTYPES:
-        raise LataError(f"unknown dtype {name!r}; choose one of {', '.join(FLOAT_DTYPES)}")
-    return FLOAT_DTYPES[name]
 
 
 def write_json(path: Path, data: Any) -> None:

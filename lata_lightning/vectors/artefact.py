@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from lata_lightning.errors import CorruptFileError, first_three
-from lata_lightning.layers import skeleton
 from lata_lightning.numerics.chunks import ChunkReader, chunk_bounds, in_parallel, tensor_chunks, worker_count
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.numerics.measure import all_finite
 from lata_lightning.store.adapters import AdapterDifference
 from lata_lightning.store.directories import shard_files
+from lata_lightning.store.dtypes import float_dtype
 from lata_lightning.store.file_source import open_safetensors
+from lata_lightning.store.meta_model import meta_model
 from lata_lightning.store.sources import TensorSource, hashes_of
 from lata_lightning.store.tied_names import TiedNames, ties_of
-from lata_lightning.store.writer import Progress, ShardWriter, atomic_directory, check_free_directory, float_dtype, layout_size
+from lata_lightning.store.writer import Progress, ShardWriter, atomic_directory, check_free_directory, layout_size
 from lata_lightning.vectors.cards import vector_card
 from lata_lightning.vectors.differences import Difference, LossMeter, Stored
 from lata_lightning.vectors.entries import FactorEntry, TensorEntry, factor_names
@@ -165,7 +166,7 @@ def _check_stored(label: str, name: str, full: Tensor, lower: Tensor) -> None:
 def _tied(tensors: TensorSource, manifest: Manifest) -> TiedNames:
     """Groups of names that are one tensor in the model, which its config tells where the vector does not know them yet."""
     config = manifest.meaning.config
-    model = skeleton(config) if config is not None and not manifest.tied else None
+    model = None if manifest.tied else meta_model(config)
     return manifest.tied if model is None else ties_of(model, set(tensors.names))
 
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from lata_lightning.alignment import Alignment
 from lata_lightning.errors import LataError, WeightingError, first_three
-from lata_lightning.layers import STATISTICS, DeferredLayerMap, LayerMap, LayerPosition, LayerRule, Level, check_level, layer_map, skeleton
+from lata_lightning.layers import STATISTICS, DeferredLayerMap, LayerMap, LayerPosition, LayerRule, Level, check_level, layer_map
 from lata_lightning.moments import Start, check_start
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.store.meaning import check_same_meaning, difference_meaning
+from lata_lightning.store.meta_model import meta_model
 from lata_lightning.store.names import NOTHING, LeaveOut
 from lata_lightning.store.opening import narrowed, open_difference, open_source
 from lata_lightning.store.pairing import brought_to, check_same_shapes, match, measured_names
@@ -112,7 +113,7 @@ class TaskVector(Mapping[str, Tensor]):
         meaning = difference_meaning(start_source, tuned_source, compared=check_config)
 
         def place() -> LayerMap:
-            structure = start if isinstance(start, nn.Module) else skeleton(start_source.config) if start_source.config else None
+            structure = start if isinstance(start, nn.Module) else meta_model(start_source.config)
             found = layer_map([name for name in difference.names if name not in statistics], structure=structure, rule=layers)
             buffers = dict.fromkeys(statistics, LayerPosition(None, STATISTICS))
             return LayerMap({name: {**found.positions, **buffers}[name] for name in difference.names}, found.blocks)

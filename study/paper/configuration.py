@@ -14,7 +14,7 @@ import yaml  # type: ignore[import-untyped]
 
 from lata_lightning.errors import LataError, SourceError, first_line, first_three
 from lata_lightning.moments import Start, check_start
-from lata_lightning.store.writer import float_dtype
+from lata_lightning.store.dtypes import float_dtype
 from study.paper.streamed import PAPER, check_methods, check_start_of
 
 READY = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}

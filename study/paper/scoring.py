@@ -16,7 +16,7 @@ from lata_lightning.errors import LataError, SourceError, first_line, first_thre
 from lata_lightning.evaluation.answers import AnswerPerplexity, evaluating
 from lata_lightning.evaluation.harness import evaluate_tasks
 from lata_lightning.evaluation.questions import read_questions
-from lata_lightning.store.writer import float_dtype
+from lata_lightning.store.dtypes import float_dtype
 from lata_lightning.training.loading import load_causal_lm
 from study.paper.configuration import TOKENS_PER_BATCH, Configuration
 

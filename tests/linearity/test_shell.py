@@ -6,8 +6,9 @@ from safetensors.torch import load_file
 from tiny_models import llama
 from torch import nn
 
-from lata_lightning.errors import LayoutMismatchError, SourceError
-from lata_lightning.linearity.shell import Shell, empty_copy, empty_model
+from lata_lightning.errors import LayoutMismatchError
+from lata_lightning.linearity.shell import Shell
+from lata_lightning.store.meta_model import copy_without_weights
 
 SMALL = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 40,
@@ -15,40 +16,11 @@ SMALL = {
 }  # fmt: skip
 
 
-def config_of(model):
-    return {**model.config.to_dict(), "architectures": [type(model).__name__]}
-
-
-def test_an_empty_model_has_no_weights_and_its_own_buffers():
-    model = llama()
-    shell = empty_model(config_of(model), "start")
-    assert all(parameter.is_meta for parameter in shell.parameters())
-    buffers = dict(shell.named_buffers())
-    assert buffers
-    assert all(torch.equal(tensor, buffers[name]) for name, tensor in model.named_buffers())
-    assert not shell.training
-
-
-def test_building_an_empty_model_leaves_no_trace_in_torch():
-    empty_model(config_of(llama()), "start")
-    assert not nn.Linear(2, 2).weight.is_meta
-
-
-def test_an_empty_copy_shares_nothing_with_the_module():
-    module = nn.BatchNorm1d(3).train()
-    shell = empty_copy(module)
-    shell.running_mean.add_(1)
-    assert shell.weight.is_meta
-    assert not module.weight.is_meta
-    assert module.running_mean.eq(0).all()
-    assert (module.training, shell.training) == (True, False)
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_shell_that_is_filled_computes_what_the_model_computes(tied):
     model = llama(tied=tied).eval()
     stored = {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
-    shell = Shell(empty_copy(model))
+    shell = Shell(copy_without_weights(model))
     shell.put(shell.fill(shell.names, stored.get, "start"))
     ids = torch.arange(6)[None]
     with torch.no_grad():
@@ -71,7 +43,7 @@ def test_what_is_saved_under_other_names_or_in_other_pieces_finds_its_place(mode
     original = getattr(transformers, model)(getattr(transformers, config)(**settings))
     original.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
-    shell = Shell(empty_copy(original))
+    shell = Shell(copy_without_weights(original))
     filled = shell.fill(shell.names, stored.get, "start")
     assert set(filled) == set(dict(original.named_parameters()))
     assert all(torch.equal(filled[name], parameter) for name, parameter in original.named_parameters())
@@ -82,30 +54,24 @@ def test_what_is_saved_under_other_names_or_in_other_pieces_finds_its_place(mode
 
 def test_experts_are_stored_in_pieces():
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**SMALL, num_local_experts=2))
-    names = Shell(empty_copy(model)).stored_names(["model.layers.1.mlp.experts.gate_up_proj"])
+    names = Shell(copy_without_weights(model)).stored_names(["model.layers.1.mlp.experts.gate_up_proj"])
     assert names["model.layers.1.mlp.experts.gate_up_proj"] == {
         f"model.layers.1.block_sparse_moe.experts.{expert}.{piece}.weight" for expert in (0, 1) for piece in ("w1", "w3")
     }
 
 
 def test_a_buffer_that_is_not_stored_keeps_its_value():
-    shell = Shell(empty_copy(nn.BatchNorm1d(3)))
+    shell = Shell(copy_without_weights(nn.BatchNorm1d(3)))
     assert set(shell.fill(shell.names, {"weight": torch.ones(3), "bias": torch.ones(3)}.get, "start")) == {"weight", "bias"}
 
 
 def test_what_cannot_be_filled_is_named():
-    shell = Shell(empty_copy(Chain()))
+    shell = Shell(copy_without_weights(Chain()))
     with pytest.raises(LayoutMismatchError, match=r"start must hold all tensors that the model needs; missing are 4: \['blocks.0.bias'"):
         shell.fill(shell.names, lambda name: None, "start")
     with pytest.raises(LayoutMismatchError, match=r"blocks.0.weight of start has the shape \(2,\), and the model needs \(4, 4\)"):
         shell.fill(shell.names, lambda name: torch.ones(2), "start")
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**SMALL, num_local_experts=2))
-    shell = Shell(empty_copy(model))
+    shell = Shell(copy_without_weights(model))
     with pytest.raises(LayoutMismatchError, match=r"missing are 2: \['model.layers.0.block_sparse_moe.experts.0.w2.weight'"):
         shell.fill(["model.layers.0.mlp.experts.down_proj"], lambda name: None, "start")
-
-
-@pytest.mark.parametrize("config", [None, {}, {"architectures": ["NoSuchModel"], "model_type": "llama"}])
-def test_a_config_that_describes_no_known_model_is_refused(config):
-    with pytest.raises(SourceError, match="start does not say which model to run"):
-        empty_model(config, "start")

@@ -7,8 +7,8 @@ from architectures import moved
 from safetensors.torch import load_file, save_file
 
 from lata_lightning import TaskVector
-from lata_lightning.layers import skeleton
 from lata_lightning.store.checkpoint_names import chunk_bounds, under_checkpoint_names
+from lata_lightning.store.meta_model import meta_model
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import match
 
@@ -130,7 +130,7 @@ def test_of_fused_experts_only_the_piece_is_read(tmp_path, monkeypatch):
 
 def test_pieces_say_where_their_entries_lie():
     config = transformers.MixtralConfig(**TEXT, num_local_experts=3, architectures=["MixtralForCausalLM"]).to_dict()
-    module = skeleton(config)
+    module = meta_model(config)
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     values = {name: torch.arange(shape.numel()).reshape(shape) for name, shape in shapes.items()}
     pieces = chunk_bounds(module, shapes)

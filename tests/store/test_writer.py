@@ -18,7 +18,6 @@ from lata_lightning.store.writer import (
     atomic_directory,
     check_free,
     check_free_directory,
-    float_dtype,
     layout_size,
     write_json,
 )
@@ -190,12 +189,6 @@ def test_a_layout_that_was_not_filled_is_refused_and_not_left_as_a_truncated_fil
 def test_a_dtype_without_a_name_in_the_format_is_refused(tmp_path):
     with pytest.raises(LataError, match=r"cannot hold every dtype; torch.complex64 and the like are in 1: \['a'\]"):
         ShardWriter(tmp_path, "part", {"a": (torch.complex64, (2,))})
-
-
-def test_an_unknown_dtype_is_refused_with_the_choices():
-    assert float_dtype("bfloat16") is torch.bfloat16
-    with pytest.raises(LataError, match="unknown dtype 'float64'; choose one of float32, bfloat16, float16"):
-        float_dtype("float64")
 
 
 @pytest.mark.parametrize("kind", ["directory", "file", "dangling link", "link to an empty directory"])
