@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from lata_lightning.errors import LataError
 from lata_lightning.evaluation.logits import TokenScores, token_scores
+from lata_lightning.evaluation.modes import evaluating
 from lata_lightning.rows.schema import Sample, pair
 from lata_lightning.rows.tokens import IGNORED, Row, Template, check_chat_template, collate, conversation_row
 
@@ -140,19 +140,6 @@ def generated(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens
             )
             found += tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in found]
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every part of the model has the mode it had."""
-    training = [part for part in model.modules() if part.training]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def perplexity_of(losses: Iterable[Tensor]) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lata_lightning.errors import LataError, first_three
-from lata_lightning.evaluation.answers import evaluating
+from lata_lightning.evaluation.modes import evaluating
 from lata_lightning.rows.schema import Sample
 
 

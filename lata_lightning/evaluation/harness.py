@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lata_lightning.errors import LataError, SourceError, first_three
-from lata_lightning.evaluation.answers import evaluating
+from lata_lightning.evaluation.modes import evaluating
 
 
 def evaluate_tasks(

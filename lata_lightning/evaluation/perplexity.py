@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lata_lightning.errors import LataError
-from lata_lightning.evaluation.answers import batches_by_length, evaluating, perplexity_of
+from lata_lightning.evaluation.answers import batches_by_length, perplexity_of
 from lata_lightning.evaluation.logits import token_scores
+from lata_lightning.evaluation.modes import evaluating
 from lata_lightning.rows.tokens import IGNORED, Row, special_tokens, text_windows
 
 

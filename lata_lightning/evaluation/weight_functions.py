@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from math import isfinite
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lata_lightning.errors import LataError, LayoutMismatchError, first_three
+from lata_lightning.evaluation.modes import evaluating
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
 
 Outputs = Callable[[nn.Module, Any], Tensor]
@@ -91,17 +92,9 @@ class WeightFunction:
         found: Tensor = functional_call(self._called, {f"model.{name}": tensor for name, tensor in weights.items()}, (batch,))
         return found
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Evaluation mode, without gradients; the mode of every submodule is given back at the end."""
-        modes = [(module, module.training) for module in self._called.model.modules()]
-        self._called.model.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Return a block of evaluation mode, without gradients; afterwards every module has the mode it had."""
+        return evaluating(self._called.model, inference=False)
 
 
 def check_scales(scales: Sequence[float]) -> tuple[float, ...]:

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 
 from lata_lightning.errors import LataError, SourceError, first_line, first_three
-from lata_lightning.evaluation.answers import AnswerPerplexity, evaluating
+from lata_lightning.evaluation.answers import AnswerPerplexity
 from lata_lightning.evaluation.harness import evaluate_tasks
+from lata_lightning.evaluation.modes import evaluating
 from lata_lightning.evaluation.questions import read_questions
 from lata_lightning.store.dtypes import float_dtype
 from lata_lightning.training.loading import load_causal_lm
