@@ -1,4 +1,4 @@
-"""How far each layer of a fine-tune points along instruction following."""
+"""The alignment of each layer of a fine-tune with instruction following."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from lata_lightning.layers import LayerMap, Level
 from lata_lightning.moments import Moments, Start, check_start, total
 
 FLAT_SPREAD = 0.05
-"""Alignments that span less than this are too close to rank by: in experiments on small models spans of 0.02 to 0.1 gave ranks that did no
-better than random ones."""
+"""A smaller spread of the alignments is too small to rank layers by: in experiments on small models, ranks from spreads of 0.02 to 0.1 did no better than
+random ranks."""
 NORM_CORRELATION = 0.9
-"""From this absolute rank correlation on, ranking by alignment is ranking by relative norm."""
+"""Above this absolute rank correlation, ranking by alignment amounts to ranking by relative norm."""
 RANKING = ("alignment_spread", "alignment_too_flat_to_rank", "alignment_norm_correlation", "alignment_ranks_by_relative_norm")
-"""Keys of what a ranking is worth."""
+"""Keys of the figures that say whether a ranking means anything."""
 _FEWEST_RANKED = 4
-"""With fewer layers than this, so high a rank correlation comes about by chance more often than once in ten times."""
+"""With fewer layers, such a high rank correlation occurs by chance more than one time in ten."""
 
 
 @dataclass(frozen=True)
 class LayerStats:
-    """What was measured of one layer; norms in the units of the weights.
+    """Measurements of one layer; norms are in the units of the weights.
 
     Attributes:
         alignment: cos(complex vector, instruction vector); None where it is undefined.
         relative_norm: ‖task vector‖ / ‖instruction vector‖; None where the instruction vector is zero.
         task_norm: ‖task vector‖.
         instruction_norm: ‖instruction vector‖.
-        coefficient: The layer's weight; None as long as no weighting rule has been applied.
+        coefficient: The factor of the layer's task vector; None before a weighting rule has been applied.
     """
 
     alignment: float | None
@@ -42,7 +42,7 @@ class LayerStats:
 
     @classmethod
     def of(cls, moments: Moments) -> LayerStats:
-        """The figures that follow from three sums."""
+        """Compute the figures from the three sums of a layer."""
         return cls(moments.alignment, moments.relative_norm, moments.task_norm, moments.instruction_norm)
 
 
@@ -51,8 +51,8 @@ class Alignment:
     """Alignment of every layer of one task vector with one instruction vector.
 
     Attributes:
-        level: The unit: block, submodule or tensor.
-        start: What the fine-tune started from.
+        level: Unit of weighting: block, submodule or tensor.
+        start: The kind of model that the fine-tune started from.
         layers: The ranked layers, in the order in which the model runs them.
         outside: The tensors that belong to no layer, by tensor name.
     """
@@ -64,7 +64,7 @@ class Alignment:
 
     @property
     def values(self) -> dict[str, float]:
-        """Alignment by layer, where it is defined."""
+        """Alignment of each layer where it is defined."""
         return {name: stats.alignment for name, stats in self.layers.items() if stats.alignment is not None}
 
     @property
@@ -75,8 +75,8 @@ class Alignment:
     @property
     def spread(self) -> float:
         """Largest minus smallest alignment; 0 with fewer than two layers."""
-        found = self.values.values()
-        return max(found) - min(found) if found else 0.0
+        alignments = self.values.values()
+        return max(alignments) - min(alignments) if alignments else 0.0
 
     @property
     def flat(self) -> bool:
@@ -88,8 +88,8 @@ class Alignment:
         """Spearman's rank correlation between alignment and −relative norm over the layers.
 
         Returns:
-            In [-1, 1]; 1 where the layer that moved least for the length of its instruction vector is always the better aligned one. None where fewer than
-            two layers have both figures, or all layers have the same of one.
+            In [-1, 1]; 1 where layers with a smaller relative norm are always better aligned. None where fewer than two layers have both figures, or one
+            of the figures is the same in all layers.
         """
         pairs = [
             (stats.alignment, -stats.relative_norm)
@@ -100,20 +100,20 @@ class Alignment:
 
     @property
     def by_relative_norm(self) -> bool:
-        """Whether ranking by alignment is ranking by relative norm: an absolute rank correlation of NORM_CORRELATION or more over four layers or more."""
+        """Whether ranking by alignment amounts to ranking by relative norm: over four layers or more, the rank correlation reaches ±NORM_CORRELATION."""
         correlation = self.norm_correlation
         return correlation is not None and abs(correlation) >= NORM_CORRELATION and len(self.values) >= _FEWEST_RANKED
 
     def ranking(self) -> dict[str, float | bool | None]:
-        """What a ranking by these alignments is worth, as plain types for JSON."""
+        """Return the figures that say whether ranking by these alignments means anything, as plain types for JSON."""
         return dict(zip(RANKING, (self.spread, self.flat, self.norm_correlation, self.by_relative_norm), strict=True))
 
     def spread_warning(self) -> str:
-        """One sentence for alignments that are too flat to rank by."""
+        """Return one sentence for alignments that are too flat to rank by."""
         return f"The alignments spread by {self.spread:.4f}, less than {FLAT_SPREAD}: too little to rank the layers by."
 
     def cautions(self) -> list[str]:
-        """What to know before ranking the layers, a sentence each; none where nothing speaks against it."""
+        """Return the reasons against ranking the layers, a sentence each; an empty list if there are none."""
         sentences = []
         if self.flat:
             sentences.append(self.spread_warning())
@@ -124,7 +124,7 @@ class Alignment:
         return sentences
 
     def with_coefficients(self, coefficients: Mapping[str, float] | None, outside: float = 0.0) -> Alignment:
-        """The same measurement with coefficients written in: by layer, and one for all tensors outside."""
+        """Return this measurement with coefficients filled in: one for each layer, and one for all tensors outside."""
         layers = {
             name: replace(stats, coefficient=None if coefficients is None else coefficients[name]) for name, stats in self.layers.items()
         }
@@ -132,7 +132,7 @@ class Alignment:
         return replace(self, layers=layers, outside=rest)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain types for JSON; an undefined alignment is null."""
+        """Return plain types for JSON; an undefined alignment is null."""
         return {
             "level": self.level,
             "start": self.start,
@@ -142,21 +142,21 @@ class Alignment:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Alignment:
-        """The inverse of ``to_json``."""
+        """Invert ``to_json``."""
         layers, outside = ({name: LayerStats(**stats) for name, stats in data[key].items()} for key in ("layers", "outside"))
         return cls(data["level"], data["start"], layers, outside)
 
 
 def _average_ranks(values: Sequence[float]) -> list[float]:
-    """Rank of each value by rising size, from 1; equal values share the mean of their ranks."""
+    """Return the rank of each value in ascending order, from 1; equal values share the mean of their ranks."""
     rising = sorted(values)
     return [(bisect_left(rising, value) + bisect_right(rising, value) + 1) / 2 for value in values]
 
 
 def _correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Pearson's correlation; None where a side does not vary."""
-    middles = sum(one) / max(len(one), 1), sum(other) / max(len(other), 1)
-    pairs = [(a - middles[0], b - middles[1]) for a, b in zip(one, other, strict=True)]
+    """Return Pearson's correlation; None where a side does not vary."""
+    means = sum(one) / max(len(one), 1), sum(other) / max(len(other), 1)
+    pairs = [(a - means[0], b - means[1]) for a, b in zip(one, other, strict=True)]
     squares = sum(a * a for a, _ in pairs), sum(b * b for _, b in pairs)
     if not all(squares):
         return None
@@ -164,7 +164,7 @@ def _correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
 
 
 def alignment_of(table: Mapping[str, Moments], layers: LayerMap, level: Level = "block", start: Start = "instruct") -> Alignment:
-    """Alignment by layer from a table of moments by tensor."""
+    """Compute the alignment of each layer from the moments of each tensor."""
     grouped = {layer: total(table[name] for name in names) for layer, names in layers.layers(level).items()}
     return Alignment(
         level=level,
@@ -175,7 +175,7 @@ def alignment_of(table: Mapping[str, Moments], layers: LayerMap, level: Level = 
 
 
 def layer_alignment(table: Mapping[str, Moments]) -> dict[str, float]:
-    """Cosine between complex vector and instruction vector, one value per layer.
+    """Return the cosine between complex vector and instruction vector, one value per layer.
 
     Args:
         table: Moments by layer.

@@ -1,4 +1,4 @@
-"""The errors a user can meet: every one says what is wrong and what to do about it."""
+"""The errors of this package: each says what is wrong and what to do about it."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ class WeightingError(LataError):
 
 
 def first_three(names: Iterable[str]) -> str:
-    """How many there are and the first three of them, for an error message."""
+    """Return how many names there are and the first three of them, for an error message."""
     listed = sorted(names)
     shown = ", ".join(repr(name) for name in listed[:3])
     return f"{len(listed)}: [{shown}{', …' if len(listed) > 3 else ''}]"
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what another library's error says, or its name where it says nothing; for an error message."""
+    """Return the first line of another library's error message, or the name of the error where it has none; for an error message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """``; did you mean X?`` for the choice most like a word, and a full stop if none is like it; for an error message."""
+    """Return ``; did you mean X?`` for the choice most similar to a word, or a full stop if none is similar; for an error message."""
     from difflib import get_close_matches
 
     near = get_close_matches(word, list(choices), 1)

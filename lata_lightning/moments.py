@@ -1,7 +1,7 @@
-"""The three sums per tensor on which everything else is arithmetic.
+"""The three sums of a tensor from which every norm and cosine follows.
 
-⟨τ, τ_instr⟩, ‖τ‖² and ‖τ_instr‖² of a tensor add up over tensors, layers and shards, so they are measured once, at tensor level (``sums.py``);
-everything else is arithmetic on a small table, and needs no tensors.
+⟨τ, τ_instr⟩, ‖τ‖² and ‖τ_instr‖² of a tensor add up over tensors, layers and shards. So they are measured once, at tensor level
+(``numerics/measure.py``); everything else is arithmetic on a small table and needs no tensors.
 """
 
 from __future__ import annotations
@@ -53,26 +53,30 @@ class Moments:
     def alignment(self) -> float | None:
         """cos(τ + τ_instr, τ_instr), in [-1, 1]; None where the instruction or the complex vector is zero.
 
-        Source: LATA, arXiv:2502.20186, step 2, written in the three sums: (a + c) / √((b + 2a + c)·c).
+        Source: LATA, arXiv:2502.20186, step 2, in terms of the three sums a, b and c: (a + c) / √((b + 2a + c)·c).
         """
         complex_squared = self.task + 2 * self.inner + self.instruction
         if self.instruction == 0 or complex_squared <= 0:
             return None
         if self.task == 0:
-            # Nothing was learned: exactly 1, so that such layers tie and are ranked in layer order, not by how their roots round.
+            # Nothing was learned: return exactly 1, so that such layers tie and are ranked in layer order, not by rounding errors.
             return 1.0
         cosine = (self.inner + self.instruction) / math.sqrt(complex_squared) / math.sqrt(self.instruction)
         return max(-1.0, min(1.0, cosine))
 
 
 def total(moments: Iterable[Moments]) -> Moments:
-    """Sum of moments; zero moments for an empty iterable. Each of the sums is rounded once."""
+    """Return the sum of moments, zero for an empty iterable. Each of the three sums is rounded once."""
     rows = list(moments)
     return Moments(*(math.fsum(getattr(row, field) for row in rows) for field in ("inner", "task", "instruction")))
 
 
 def check_start(start: str) -> Start:
-    """The kind of start itself; an error that lists the choices for any other word."""
+    """Return the kind of start itself.
+
+    Raises:
+        LataError: It is neither ``"instruct"`` nor ``"base"``.
+    """
     if start not in STARTS:
         raise LataError(f"unknown start {start!r}; choose one of {', '.join(STARTS)}")
     return start

@@ -1,7 +1,7 @@
-"""Rules that turn alignments into coefficients.
+"""Weighting rules: from the alignment of each layer to its coefficient.
 
-A layer that is well aligned with instruction following gets a small coefficient, a layer that is not gets a large one. Layers are ranked by
-falling alignment, rank 1 for the highest; equal alignments are ranked in layer order.
+A layer that is well aligned with instruction following gets a small coefficient, other layers get larger ones. Layers are ranked by falling alignment,
+rank 1 for the highest; equal alignments are ranked in layer order.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from lata_lightning.errors import WeightingError, first_three
 Weighting = Literal["linear", "log", "threshold", "none"]
 WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
 Rule = Callable[[Alignment], Mapping[str, float]]
-"""A rule of one's own: coefficient by layer, from a measurement."""
-# Coefficients may also come from samples instead of alignments (``lata_lightning.linearity``); then this is recorded as their rule.
+"""A rule of your own: returns the coefficient of each layer, from a measurement."""
+# Recorded as the rule of coefficients that come from samples instead of alignments (``lata_lightning.linearity``).
 CLOSED_FORM: Literal["closed-form"] = "closed-form"
 ORIGINS: tuple[str, ...] = (*WEIGHTINGS, CLOSED_FORM)
-"""What coefficients come from, besides rules of one's own."""
+"""Names under which coefficients are recorded, besides those of your own rules."""
 STORED: Literal["stored"] = "stored"
-"""Asks for the coefficients that a vector stores, whatever rule made them."""
+"""Use the coefficients that a vector stores, whatever rule they come from."""
 _OWN_NAME = re.compile(r"[A-Za-z_][\w.-]*")
 DEFAULT_THRESHOLD = 0.95
 
 
 def linear_drop_by_rank(alignment: Alignment | Mapping[str, float]) -> dict[str, float]:
-    """Coefficient r / L by layer, r the layer's rank among L.
+    """Return the coefficient r / L of each layer, with r its rank among L layers.
 
     Args:
         alignment: A measurement, or alignment by layer in layer order.
@@ -48,14 +48,14 @@ def linear_drop_by_rank(alignment: Alignment | Mapping[str, float]) -> dict[str,
 
 
 def log_drop_by_rank(alignment: Alignment | Mapping[str, float]) -> dict[str, float]:
-    """Coefficient log r / log L by layer, r the layer's rank among L.
+    """Return the coefficient log r / log L of each layer, with r its rank among L layers.
 
     Args:
         alignment: A measurement, or alignment by layer in layer order.
 
     Returns:
-        Dimensionless, in [0, 1], in layer order: 0 for the best aligned layer, 1 for the worst. For a single layer log 1 / log 1 is undefined;
-        it gets 1, as a layer that cannot be compared to another is kept.
+        Dimensionless, in [0, 1], in layer order: 0 for the best aligned layer, 1 for the worst. A single layer gets 1: log 1 / log 1 is undefined,
+        and a layer that cannot be compared with another is kept whole.
 
     Raises:
         WeightingError: An alignment is undefined, or there is no layer.
@@ -69,7 +69,7 @@ def log_drop_by_rank(alignment: Alignment | Mapping[str, float]) -> dict[str, fl
 
 
 def drop_with_threshold(alignment: Alignment | Mapping[str, float], threshold: float = DEFAULT_THRESHOLD) -> dict[str, float]:
-    """Coefficient 0 for layers whose alignment reaches the threshold, 1 for the others.
+    """Return the coefficient 0 for layers whose alignment reaches the threshold, and 1 for the others.
 
     Args:
         alignment: A measurement, or alignment by layer.
@@ -93,8 +93,8 @@ def coefficients(alignment: Alignment, weighting: Weighting | Rule, threshold: f
 
     Args:
         alignment: A measurement.
-        weighting: Name of a rule (``"none"`` gives 1 to every layer), or a function from the measurement to the coefficient by layer.
-        threshold: For the rule ``"threshold"``.
+        weighting: Name of a rule (``"none"`` gives 1 to every layer), or a function from the measurement to the coefficient of each layer.
+        threshold: Used by the rule ``"threshold"``.
 
     Returns:
         Dimensionless, in layer order.
@@ -115,17 +115,21 @@ def coefficients(alignment: Alignment, weighting: Weighting | Rule, threshold: f
 
 
 def check_weighting(weighting: str) -> Weighting:
-    """The rule's name itself; an error that lists the choices if there is no such rule."""
+    """Return the name of a rule itself.
+
+    Raises:
+        WeightingError: There is no such rule.
+    """
     if weighting not in WEIGHTINGS:
         raise WeightingError(f"unknown weighting {weighting!r}; choose one of {', '.join(WEIGHTINGS)}")
     return weighting
 
 
 def rule_name(rule: Weighting | Rule) -> str:
-    """Name under which a rule is recorded: its own, or that of the function.
+    """Return the name under which a rule is recorded: its own, or that of the function.
 
     Raises:
-        WeightingError: The rule is unknown, or is a function without a name of its own, as a lambda.
+        WeightingError: The rule is unknown, or is a function without a name, such as a lambda.
     """
     if isinstance(rule, str):
         return check_weighting(rule)
@@ -142,12 +146,12 @@ def rule_name(rule: Weighting | Rule) -> str:
 
 
 def is_own_name(name: str) -> bool:
-    """Whether coefficients can be recorded as coming from a rule of this name that is none of the package's."""
+    """Return whether a rule of your own may have this name."""
     return name not in (*ORIGINS, STORED) and _OWN_NAME.fullmatch(name) is not None
 
 
 def follows_alignment(name: str) -> bool:
-    """Whether the rule recorded under a name makes coefficients of alignments; ``"none"`` and closed-form coefficients do not look at them."""
+    """Return whether the recorded rule depends on the alignments; ``"none"`` and closed-form coefficients do not."""
     return name not in ("none", CLOSED_FORM)
 
 

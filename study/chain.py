@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lata_lightning.quickstart.exercises import INSTRUCT_SKILLS
-from lata_lightning.rows.tokens import Row, chat_rows, collate, raw_tokens
-from lata_lightning.training.batches import Batches, MixtureBatchSampler, Rows
+from lata_lightning.rows.tokens import TokenRow, chat_rows, collate, raw_tokens
+from lata_lightning.training.batches import Batches, MixtureBatchSampler, TokenRows
 from lata_lightning.training.module import CausalLMModule
 from study.tasks import (
     CONTEXT,
@@ -129,12 +129,12 @@ class Mixture(LightningDataModule):
 
     def _loader(self, part: Part) -> DataLoader[Any]:
         groups: list[range] = []
-        rows: list[Row] = []
+        rows: list[TokenRow] = []
         for pairs in part.examples.values():
             found = _chat_rows(tuple(pairs))
             groups.append(range(len(rows), len(rows) + len(found)))
             rows.extend(found)
-        source = Rows(rows, _raw_tokens(tuple(part.texts)), CONTEXT)
+        source = TokenRows(rows, _raw_tokens(tuple(part.texts)), CONTEXT)
         sampler = MixtureBatchSampler(
             groups,
             [1.0] * len(groups) if part.shares is None else [part.shares[name] for name in part.examples],
@@ -303,7 +303,7 @@ def batches_of(task: Task, order: int, rows: int) -> list[dict[str, Tensor]]:
     if task.raw:
         text = _raw_tokens(tuple(found))
         step = len(text) // rows
-        taken = [Row(text[number * step :][:CONTEXT].long(), text[number * step :][:CONTEXT].long()) for number in range(rows)]
+        taken = [TokenRow(text[number * step :][:CONTEXT].long(), text[number * step :][:CONTEXT].long()) for number in range(rows)]
     else:
         taken = chat_rows(tokenizer(), found[:rows], CONTEXT)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row.input_ids) for row in taken], True, 0)
@@ -374,7 +374,7 @@ def train(shape: Shape, recipe: Recipe, start: Weights | None) -> dict[str, Tens
 
 
 @cache
-def _chat_rows(pairs: tuple[tuple[str, str], ...]) -> list[Row]:
+def _chat_rows(pairs: tuple[tuple[str, str], ...]) -> list[TokenRow]:
     return chat_rows(tokenizer(), pairs, CONTEXT)
 
 

@@ -136,7 +136,7 @@ def _run(options: Namespace, command: str) -> None:
                 metric=metric,
                 grid=options.grid or None,
                 control=controls,
-                kept=options.keep,
+                control_share=options.keep,
                 dtypes=dtypes,
                 progress=progress,
             )
@@ -202,7 +202,7 @@ def _show(options: Namespace, found: Tuning) -> None:
     from lata_lightning.evaluation.curves import mean_score
 
     best = found.best
-    sides = ["score"] if found.kept is None else ["to forget", "to keep"]
+    sides = ["score"] if found.control_share is None else ["to forget", "to keep"]
     rows = [
         (
             f"{point.weighting} ← chosen" if (point.weighting, point.scale) == (best.weighting, best.scale) else point.weighting,

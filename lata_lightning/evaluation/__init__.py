@@ -1,1 +1,1 @@
-"""Scores of a model, scales chosen by them, what was forgotten, and tasks in sequence."""
+"""Scoring models, choosing the scale on validation data, unlearning, disentanglement and continual learning."""

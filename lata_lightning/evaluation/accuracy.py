@@ -1,4 +1,4 @@
-"""Exact match of short answers, by one forward pass instead of generation."""
+"""Exact match of short answers, from one forward pass instead of generation."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from lata_lightning.rows.tokens import Template
 
 
 class ExactMatch:
-    """Share of questions a model answers exactly, end of turn included.
+    """Share of questions that a model answers exactly, end of turn included.
 
-    A question counts if, with the right answer fed in, the most likely next token is the right one at every position of
-    the answer and at the token that ends the turn. Greedy generation takes the same steps for as long as it is right,
-    so this equals exact match under greedy generation, for one forward pass a batch. The questions are turned into
-    tokens once; the object can then be called with many models.
+    The model reads the question and its right answer. The question counts if at every position of the answer, and at the token that ends the turn, the
+    most likely next token is the right one. This equals exact match under greedy generation, at the cost of one forward pass per batch. The questions
+    are turned into tokens once; the object can then be called with many models.
     """
 
     def __init__(
@@ -26,9 +25,9 @@ class ExactMatch:
 
         Args:
             tokenizer: Hugging Face tokenizer with an end token, and with a chat template unless ``template`` is ``plain``.
-            pairs: (prompt, answer) pairs or samples, at least one. Of a conversation every turn of the assistant has to be right.
-            tokens_per_batch: Most tokens of a batch, padding included; a longer row is a batch of its own.
-            template: ``plain`` puts the answer of a pair straight after its prompt.
+            pairs: (prompt, answer) pairs or samples, at least one. In a conversation every turn of the assistant must be right.
+            tokens_per_batch: Largest number of tokens of a batch, padding included; a longer row is a batch of its own.
+            template: ``plain`` puts the answer of a pair directly after its prompt.
 
         Raises:
             LataError: There are no pairs, ``tokens_per_batch`` is not positive, or a row does not fit the tokenizer.
@@ -37,18 +36,18 @@ class ExactMatch:
         self.count = self._answers.count
 
     def matches(self, model: Any) -> list[bool]:
-        """Whether each question is answered exactly, in the order of the pairs; the model stays as it is."""
-        found = [True] * self.count
+        """Return whether each question is answered exactly, in the order of the pairs; the model is not changed."""
+        exact = [True] * self.count
         for members, tokens in self._answers.token_scores(model):
             for row in tokens.rows[~tokens.hits].tolist():
-                found[members[row]] = False
-        return found
+                exact[members[row]] = False
+        return exact
 
     def __call__(self, model: Any) -> float:
-        """Exact match of a model, in [0, 1]."""
+        """Return the exact match of a model, in [0, 1]."""
         return sum(self.matches(model)) / self.count
 
 
 def exact_match(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> float:
-    """Exact match of one model on some pairs, in [0, 1]; see ``ExactMatch``, which is faster for many models."""
+    """Return the exact match of one model on some pairs, in [0, 1]; see ``ExactMatch``, which is faster for many models."""
     return ExactMatch(tokenizer, pairs)(model)

@@ -1,4 +1,4 @@
-"""Accuracy of classifiers of texts."""
+"""Accuracy of text classifiers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lata_lightning.errors import LataError, first_three
+from lata_lightning.evaluation.answers import groups_by_length
 from lata_lightning.evaluation.modes import evaluating
 from lata_lightning.rows.schema import Sample
 
@@ -15,8 +16,8 @@ from lata_lightning.rows.schema import Sample
 class Accuracy:
     """Share of texts to which a classifier gives the right label.
 
-    Texts get the tokens that ``tokenizer(text)`` gives, cut to the length the tokenizer gives its model. They are turned into tokens once; the object
-    can then be called with many models.
+    Texts are tokenised by ``tokenizer(text)`` and truncated to the tokenizer's ``model_max_length``. They are turned into tokens once; the object can then
+    be called with many models.
     """
 
     def __init__(self, tokenizer: Any, samples: Sequence[Sample], tokens_per_batch: int = 4096, *, name: str = "the data") -> None:
@@ -25,8 +26,8 @@ class Accuracy:
         Args:
             tokenizer: Hugging Face tokenizer.
             samples: Texts with labels, at least one.
-            tokens_per_batch: Most tokens of a batch, padding included; a longer text is a batch of its own.
-            name: What the samples are called in messages.
+            tokens_per_batch: Largest number of tokens of a batch, padding included; a longer text is a batch of its own.
+            name: Name of the samples in messages.
 
         Raises:
             LataError: There are no samples, one has no label, or some labels are words and others are numbers.
@@ -45,7 +46,7 @@ class Accuracy:
         self._tokens_per_batch = tokens_per_batch
 
     def __call__(self, model: Any) -> float:
-        """Accuracy of a transformers model for sequence classification, in [0, 1]; the model stays as it is.
+        """Return the accuracy of a transformers model for sequence classification, in [0, 1]; the model is not changed.
 
         Raises:
             LataError: The model does not have these labels.
@@ -64,23 +65,19 @@ class Accuracy:
         return right / self.count
 
     def _batches(self, model: Any) -> list[list[int]]:
-        """Numbers of the texts of each batch, shortest first; one text each for a model without a padding token."""
-        batches: list[list[int]] = []
-        for index in sorted(range(self.count), key=lambda index: len(self._rows[index])):
-            full = batches and (len(batches[-1]) + 1) * len(self._rows[index]) > self._tokens_per_batch
-            if not batches or full or model.config.pad_token_id is None:
-                batches.append([])
-            batches[-1].append(index)
-        return batches
+        """Return the numbers of the texts of each batch; one text each for a model without a padding token."""
+        if model.config.pad_token_id is None:
+            return [[index] for index in range(self.count)]
+        return groups_by_length([len(row) for row in self._rows], self._tokens_per_batch)
 
 
 def label_numbers(labels: Sequence[int | str], config: Any, name: str) -> list[int]:
-    """Labels as the numbers of a model's classes.
+    """Return labels as the numbers of a model's classes.
 
     Args:
-        labels: Whole numbers from 0; or words, which the config of the model names. Where it names none and has as many classes as there are different
-            words, they are numbered in alphabetical order, as ``lata fit`` does.
-        config: Of a transformers model, with ``num_labels`` and ``label2id``.
+        labels: Whole numbers from 0, or class names of the model's config. If the config has no class names, and as many classes as there are different
+            words, the words are numbered in alphabetical order, as ``lata fit`` does.
+        config: Config of a transformers model, with ``num_labels`` and ``label2id``.
         name: Where the labels come from, for messages.
 
     Raises:

@@ -1,8 +1,7 @@
-"""How well a model that learns one task after the other keeps the earlier ones, from its accuracy matrix.
+"""Continual-learning metrics from the accuracy matrix: how well a model keeps earlier tasks while it learns later ones.
 
-The matrix has a row for each stage, that is after each task, and a column for each task: row i holds the scores after the first i + 1 tasks were
-learned, in the order of the columns. It may have fewer rows than columns while the sequence is under way. An entry that was not measured is NaN, and
-a figure that would need it is None: nothing is filled in.
+The matrix has one column for each task, in the order of learning, and one row for each stage: row i holds the scores after the first i + 1 tasks have been
+learned. It has fewer rows than columns until the sequence is finished. An entry that was not measured is NaN, and a metric that needs it is None.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ Matrix = Tensor | Sequence[Sequence[float]]
 
 
 def average_accuracy(accuracies: Matrix) -> float | None:
-    """Mean score, after the last stage, of the tasks learned so far.
+    """Return the mean score, after the last stage, on the tasks learned so far.
 
     Args:
         accuracies: Shape (stages, tasks); NaN where nothing was measured.
@@ -39,14 +38,13 @@ def average_accuracy(accuracies: Matrix) -> float | None:
 
 
 def backward_transfer(accuracies: Matrix) -> float | None:
-    """Mean change, up to the last stage, of the score that each earlier task had just after it was learned.
+    """Return the mean change of the score on each earlier task, from just after it was learned to the last stage.
 
     Args:
         accuracies: Shape (stages, tasks); NaN where nothing was measured.
 
     Returns:
-        Negative where learning the later tasks cost the earlier ones; None with fewer than two stages, as there is no earlier task yet, or where a
-        score it needs was not measured.
+        Negative where later tasks made earlier ones worse; None with fewer than two stages, or where a needed score was not measured.
 
     Raises:
         LataError: As for ``average_accuracy``.
@@ -59,15 +57,14 @@ def backward_transfer(accuracies: Matrix) -> float | None:
 
 
 def forward_transfer(accuracies: Matrix, reference: Tensor | Sequence[float] | None) -> float | None:
-    """Mean head start of the tasks just before they were learned, over a model that learned none.
+    """Return the mean score on each later task just before it is learned, minus the score of a model that has learned no task.
 
     Args:
         accuracies: Shape (stages, tasks); NaN where nothing was measured.
-        reference: Score of each task under the model that learned nothing: in the source one at random weights; for fine-tunes, the start.
+        reference: Score on each task of a model that has learned none: the start of a fine-tune; in the source, a model with random weights.
 
     Returns:
-        Positive where the earlier tasks helped the later ones; None with fewer than two stages, without a reference, or where a score it needs was
-        not measured.
+        Positive where earlier tasks helped later ones; None with fewer than two stages, without a reference, or where a needed score was not measured.
 
     Raises:
         LataError: As for ``average_accuracy``, or the reference does not have one score per task.
@@ -85,14 +82,14 @@ def forward_transfer(accuracies: Matrix, reference: Tensor | Sequence[float] | N
 
 
 def forgetting(accuracies: Matrix) -> float | None:
-    """Mean loss of the earlier tasks: from the best score each ever had at an earlier stage to the one after the last.
+    """Return the mean loss on the earlier tasks: the best score of each at any earlier stage minus its score after the last stage.
 
     Args:
-        accuracies: Shape (stages, tasks); NaN where nothing was measured. Stages before a task was learned take part where they were measured.
+        accuracies: Shape (stages, tasks); NaN where nothing was measured. Stages before a task was learned count too, if they were measured.
 
     Returns:
-        In [-1, 1] for accuracies, negative where the last stage is the best; None with fewer than two stages, or where a score from its own stage on
-        was not measured for an earlier task.
+        In [-1, 1] for accuracies, negative where the last stage is the best; None with fewer than two stages, or where an earlier task was not measured
+        at every stage since it was learned.
 
     Raises:
         LataError: As for ``average_accuracy``.
@@ -113,7 +110,7 @@ def forgetting(accuracies: Matrix) -> float | None:
 
 
 def summary(accuracies: Matrix, reference: Tensor | Sequence[float] | None = None) -> dict[str, float | None]:
-    """All four figures after the last stage, by name; None where one has no value."""
+    """Return all four metrics after the last stage, by name; None where one has no value."""
     return {
         "average_accuracy": average_accuracy(accuracies),
         "backward_transfer": backward_transfer(accuracies),
@@ -123,13 +120,13 @@ def summary(accuracies: Matrix, reference: Tensor | Sequence[float] | None = Non
 
 
 class ContinualLearning(Metric):
-    """The accuracy matrix of a sequence of tasks as a metric, and what follows from it.
+    """The accuracy matrix of a sequence of tasks as a torchmetrics metric.
 
-    Its state is the matrix as sums and counts of scores, with one row more for the model that has learned nothing, so it adds up over batches and
-    processes.
+    Its state is the matrix as sums and counts of scores, so it adds up over batches and processes. One more row holds the scores of the model that has
+    learned no task.
 
     Args:
-        tasks: How many there are.
+        tasks: Number of tasks.
         kwargs: Passed on to ``torchmetrics.Metric``.
 
     Raises:
@@ -155,8 +152,8 @@ class ContinualLearning(Metric):
 
         Args:
             scores: One for each example, such as whether it was answered exactly; any shape and dtype, at least one.
-            task: Which task they belong to, from 0.
-            stage: After which task they were taken, from 0; None for the model that has learned nothing.
+            task: Number of the task, from 0.
+            stage: Number of the last task learned, from 0; None for the model that has learned no task.
 
         Raises:
             LataError: There is no such task or stage, or no score.
@@ -171,23 +168,23 @@ class ContinualLearning(Metric):
 
     @property
     def accuracies(self) -> Tensor:
-        """The matrix so far: float64 of shape (stages, tasks), rows up to the last stage measured, NaN where nothing was."""
+        """The matrix so far: float64 of shape (stages, tasks), up to the last stage measured; NaN where nothing was measured."""
         measured = self.counts[1:].sum(1).nonzero()
         return self._means[1 : 1 + (int(measured.max()) + 1 if len(measured) else 0)]
 
     @property
     def reference(self) -> Tensor:
-        """Scores of the model that has learned nothing: float64 of shape (tasks,), NaN where there is none."""
+        """Scores of the model that has learned no task: float64 of shape (tasks,), NaN where nothing was measured."""
         return self._means[0]
 
     def compute(self) -> dict[str, Tensor]:
-        """The figures of ``summary`` as float64 scalars; absent where one has no value."""
-        found = summary(self.accuracies, self.reference)
-        return {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items() if value is not None}
+        """Return the metrics of ``summary`` as float64 scalars; metrics without a value are absent."""
+        values = summary(self.accuracies, self.reference)
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items() if value is not None}
 
     @property
     def _means(self) -> Tensor:
-        # Nothing divided by nothing is NaN, which is how the matrix says that there was no measurement.
+        # 0 / 0 is NaN, which marks entries without a measurement.
         return self.sums / self.counts
 
 
@@ -201,5 +198,5 @@ def _checked(accuracies: Matrix) -> Tensor:
 
 
 def _mean(scores: Tensor) -> float | None:
-    found = float(scores.mean())
-    return None if found != found else found
+    mean = float(scores.mean())
+    return None if mean != mean else mean

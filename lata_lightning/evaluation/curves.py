@@ -1,4 +1,4 @@
-"""Scores by rule and scale, and the choice among them."""
+"""Scores of a model by weighting rule and scale, and choosing the best point."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Search = Literal["grid", "coarse-to-fine"]
 
 @dataclass(frozen=True)
 class Point:
-    """One scale under one rule.
+    """Scores at one scale under one rule.
 
     Attributes:
-        scale: Multiplier of all vectors; for forgetting, how much is taken off.
-        weighting: The rule for the coefficients.
-        scores: By file, as the metric gives them; one that is no finite number is left out.
-        control: For forgetting, the same of the files that must not suffer.
+        scale: Multiplier of all vectors; for forgetting, of what is subtracted.
+        weighting: The weighting rule.
+        scores: Score on each file; scores that are not finite are left out.
+        control: For forgetting, the score on each control file.
     """
 
     scale: float
@@ -33,13 +33,13 @@ class Point:
 
 
 class Choice(NamedTuple):
-    """The point that was chosen, and why.
+    """The chosen point and its scores.
 
     Attributes:
-        scale, weighting: Of the point.
-        score: What it was chosen by: the mean over the validation files (of perplexities the geometric mean).
-        start_score: The same of the model itself, at scale 0.
-        control, start_control: For forgetting, the same of the control files.
+        scale, weighting: Scale and rule of the point.
+        score: Mean score on the validation files; the geometric mean for perplexities.
+        start_score: The same for the model itself, at scale 0.
+        control, start_control: For forgetting, the same on the control files.
     """
 
     scale: float
@@ -52,50 +52,50 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Tuning:
-    """The whole curve and the choice.
+    """All points that were scored, and the chosen one.
 
     Attributes:
         metric: ``exact_match``, ``perplexity`` or ``accuracy``.
-        points: By rule, then by rising scale.
-        best: The choice.
-        kept: For forgetting, the share of the control performance that had to be kept; None for merging.
-        search: ``grid``: every scale that was given; ``coarse-to-fine``: see ``coarse_to_fine``.
+        points: Sorted by rule, then by scale.
+        best: The chosen point.
+        control_share: For forgetting, the share of the control performance that had to remain; None for merging.
+        search: ``grid``: every given scale; ``coarse-to-fine``: see ``coarse_to_fine``.
     """
 
     metric: MetricName
     points: Sequence[Point]
     best: Choice
-    kept: float | None = None
+    control_share: float | None = None
     search: Search = "grid"
 
     @property
     def undecided(self) -> bool:
-        """Whether exact match is 0 at every point, so that it cannot tell one from another."""
+        """Whether exact match is 0 at every point, so that it cannot tell points apart."""
         return self.metric == "exact_match" and not any(score for point in self.points for score in point.scores.values())
 
     def to_json(self) -> dict[str, Any]:
-        """Plain types for JSON."""
+        """Return plain types for JSON."""
         return {
-            "task": "merge" if self.kept is None else "forget",
+            "task": "merge" if self.control_share is None else "forget",
             "metric": self.metric,
-            "kept": self.kept,
+            "kept": self.control_share,
             "search": self.search,
             "points": [asdict(point) for point in self.points],
             "best": self.best._asdict(),
         }
 
     def chart(self) -> Lines:
-        """The curves: for each rule the mean over the validation files and, for forgetting, over the control files, by scale."""
+        """Return the mean score by scale as a chart, one line for each rule and, for forgetting, one more for the control files."""
         rules = list(dict.fromkeys(point.weighting for point in self.points))
         series: list[Series] = []
         for rule in rules:
             points = [point for point in self.points if point.weighting == rule]
             curves = {rule: [point.scores for point in points]}
-            if self.kept is not None:
+            if self.control_share is not None:
                 curves = {f"{rule}, to forget": curves[rule], f"{rule}, to keep": [point.control for point in points]}
             for name, scores in curves.items():
                 means: dict[float | str, float | None] = {
-                    point.scale: _height(self.metric, found) for point, found in zip(points, scores, strict=True)
+                    point.scale: _height(self.metric, values) for point, values in zip(points, scores, strict=True)
                 }
                 series.append(Series(name, len(series), means))
         return Lines(
@@ -109,7 +109,7 @@ class Tuning:
 
 
 def mean_score(metric: MetricName, scores: Mapping[str, float]) -> float | None:
-    """Mean of some scores: of perplexities the geometric one, which is the exponential of the mean loss; None without a score."""
+    """Return the mean of some scores, None without a score; for perplexities the geometric mean, the exponential of the mean loss."""
     values = list(scores.values())
     if not values:
         return None
@@ -118,51 +118,51 @@ def mean_score(metric: MetricName, scores: Mapping[str, float]) -> float | None:
     return sum(values) / len(values)
 
 
-def choose(metric: MetricName, points: Sequence[Point], start: Point, kept: float | None) -> Choice:
-    """The best of some points.
+def choose(metric: MetricName, points: Sequence[Point], start: Point, control_share: float | None) -> Choice:
+    """Choose the best point.
 
     Args:
-        metric: What the scores are.
-        points: Those with all their scores.
-        start: The model itself.
-        kept: For forgetting, the share of the control performance to keep; None for merging.
+        metric: Metric of the scores.
+        points: The points that have all their scores.
+        start: The point of the model itself.
+        control_share: For forgetting, the share of the control performance that must remain; None for merging.
     """
-    return _highest(metric, points, start) if kept is None else _least_left(metric, points, start, kept)
+    return _highest(metric, points, start) if control_share is None else _least_left(metric, points, start, control_share)
 
 
-def height(metric: MetricName, point: Point, start: Point, kept: float | None) -> float:
-    """What a search wants to be high: the performance of a merge, or how little is left of what is to be forgotten.
+def height(metric: MetricName, point: Point, start: Point, control_share: float | None) -> float:
+    """Return the objective of a search, higher is better: the performance of a merge, or minus the performance on what is to be forgotten.
 
     Args:
-        metric: What the scores are.
+        metric: Metric of the scores.
         point: The point.
-        start: The model itself, which has all its scores.
-        kept: As for ``choose``.
+        start: The point of the model itself, which has all its scores.
+        control_share: As for ``choose``.
 
     Returns:
-        Minus infinity for a point that cannot be chosen, as a score is missing or the control is not kept.
+        Minus infinity for a point that cannot be chosen, because a score is missing or the control performance is too low.
     """
     if set(point.scores) != set(start.scores) or set(point.control) != set(start.control):
         return -math.inf
     performance = _performance(metric, point.scores)
-    if kept is None:
+    if control_share is None:
         return performance
-    return -performance if _performance(metric, point.control) >= kept * _performance(metric, start.control) else -math.inf
+    return -performance if _performance(metric, point.control) >= control_share * _performance(metric, start.control) else -math.inf
 
 
 def _highest(metric: MetricName, points: Sequence[Point], start: Point) -> Choice:
     best: Point | None = None
     for rule in dict.fromkeys(point.weighting for point in points):
         curve = {point.scale: point for point in points if point.weighting == rule}
-        found = curve[best_scale({scale: _performance(metric, point.scores) for scale, point in curve.items()})]
-        if best is None or (_performance(metric, found.scores), -found.scale) > (_performance(metric, best.scores), -best.scale):
-            best = found
+        candidate = curve[best_scale({scale: _performance(metric, point.scores) for scale, point in curve.items()})]
+        if best is None or (_performance(metric, candidate.scores), -candidate.scale) > (_performance(metric, best.scores), -best.scale):
+            best = candidate
     chosen = best or start
     return Choice(chosen.scale, chosen.weighting, _known(metric, chosen.scores), _known(metric, start.scores))
 
 
-def _least_left(metric: MetricName, points: Sequence[Point], start: Point, kept: float) -> Choice:
-    least = kept * _performance(metric, start.control)
+def _least_left(metric: MetricName, points: Sequence[Point], start: Point, control_share: float) -> Choice:
+    least = control_share * _performance(metric, start.control)
     # Scale 0 always qualifies.
     allowed = [point for point in points if _performance(metric, point.control) >= least]
     best = min(allowed, key=lambda point: (_performance(metric, point.scores), point.scale))
@@ -177,13 +177,13 @@ def _least_left(metric: MetricName, points: Sequence[Point], start: Point, kept:
 
 
 def _height(metric: MetricName, scores: Mapping[str, float]) -> float | None:
-    """What a figure shows of a mean: of perplexities, which span orders of magnitude, the logarithm."""
+    """Return the mean score for a figure; for perplexities, which span orders of magnitude, its logarithm."""
     mean = mean_score(metric, scores)
     return math.log(mean) if mean is not None and metric == "perplexity" else mean
 
 
 def _performance(metric: MetricName, scores: Mapping[str, float]) -> float:
-    """The mean score, turned so that more is better and 0 is nothing: of a perplexity, its inverse."""
+    """Return the mean score such that more is better and 0 is the worst; for perplexities its inverse."""
     value = _known(metric, scores)
     return 1 / value if metric == "perplexity" else value
 

@@ -1,4 +1,4 @@
-"""Weight disentanglement: whether two task vectors act on one model without disturbing each other."""
+"""Weight disentanglement: whether two task vectors can be added to one model without disturbing each other."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Distance = Literal["prediction", "representation"]
 DISTANCES: tuple[Distance, ...] = get_args(Distance)
 GRID = tuple(round(-2 + 0.2 * step, 1) for step in range(21))
-"""The default scales of both axes: 21 points in [-2, 2], 0 and 1 among them."""
+"""The default scales of both axes: 21 points in [-2, 2], including 0 and 1."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Disentanglement:
     Attributes:
         scales_1, scales_2: Scales of the first and of the second task vector: rows and columns.
         by_task: Mean distance over the samples of each task, float64 of shape (2, rows, columns).
-        samples: How many samples of each task were used.
-        distance: What was compared.
+        samples: Number of samples of each task.
+        distance: The distance between outputs.
     """
 
     scales_1: tuple[float, ...]
@@ -57,23 +57,23 @@ def disentanglement_error(
     distance: Distance = "prediction",
     outputs: Outputs = model_outputs,
 ) -> Disentanglement:
-    """ξ(scale_1, scale_2) = Σ_t E_{x∼μ_t} dist( f(x; θ0 + scale_t τ_t), f(x; θ0 + scale_1 τ1 + scale_2 τ2) ) on a grid.
+    """Compute ξ(scale_1, scale_2) = Σ_t E_{x∼μ_t} dist( f(x; θ0 + scale_t τ_t), f(x; θ0 + scale_1 τ1 + scale_2 τ2) ) on a grid.
 
-    0 where each vector acts on the data of its own task only: at (0, 0) always, and along an axis always in the share of the task of that axis.
+    0 where each vector acts on the data of its own task only. At (0, 0) it is always 0; along an axis the term of that axis's task is always 0.
 
     Args:
-        model: Holds θ0 unless ``start`` is given; in evaluation mode while this runs, and otherwise unchanged.
-        task_vectors: τ1 and τ2 by parameter name, such as two TaskVectors. Parameters that a vector lacks do not move.
-        batches: Of task 1 and of task 2; gone through once, and kept.
+        model: Has the weights θ0 unless ``start`` is given; in evaluation mode while this runs, and otherwise unchanged.
+        task_vectors: τ1 and τ2 by parameter name, such as two TaskVectors. Parameters that a vector lacks do not change.
+        batches: The batches of task 1 and of task 2; each iterable is read once and stored.
         start: θ0 by parameter name.
-        scales_1: Of the first vector.
-        scales_2: Of the second.
-        distance: ``"prediction"``: 1 where the largest output is another one. ``"representation"``: half the symmetric Kullback-Leibler
-            divergence, in nats, between the outputs after a softmax; give the features of the encoder as outputs.
-        outputs: From model and batch to a tensor of shape (…, classes or features); each of its rows is a sample. Leave padding out.
+        scales_1: Scales of the first vector.
+        scales_2: Scales of the second vector.
+        distance: ``"prediction"``: 1 where the index of the largest output differs. ``"representation"``: half the symmetric Kullback-Leibler
+            divergence, in nats, between the outputs after a softmax; return the features of the encoder from ``outputs``.
+        outputs: Takes model and batch, and returns a tensor of shape (…, classes or features), one row for each sample. Leave padding out.
 
     Returns:
-        Errors on the grid. The model runs (rows · columns) times over both data sets, and (rows + columns) times over one.
+        The errors on the grid. The model runs (rows · columns) times over both data sets, and (rows + columns) times over one.
 
     Raises:
         LataError: Not two vectors and two data sets, no scales, an unknown distance, or a task without samples.
@@ -97,8 +97,8 @@ def disentanglement_error(
         for row, scale_1 in enumerate(metric.scales_1):
             for column, scale_2 in enumerate(metric.scales_2):
                 weights = function.at(vectors, [scale_1, scale_2])
-                for task, place in enumerate((row, column)):
-                    for before, batch in zip(alone[task][place], data[task], strict=True):
+                for task, position in enumerate((row, column)):
+                    for before, batch in zip(alone[task][position], data[task], strict=True):
                         metric.add(task, row, column, before, _needed(function(weights, batch), distance))
     counts = metric.samples[:, 0, 0].tolist()
     if 0 in counts:
@@ -107,17 +107,17 @@ def disentanglement_error(
 
 
 class DisentanglementError(Metric):
-    """ξ on a grid as a metric: its states are sums, so it adds up over batches, epochs and processes.
+    """ξ on a grid as a torchmetrics metric; its states are sums, so it adds up over batches, epochs and processes.
 
     Args:
-        scales_1: Scales of the first task vector: rows.
-        scales_2: Scales of the second: columns.
+        scales_1: Scales of the first task vector, one for each row.
+        scales_2: Scales of the second task vector, one for each column.
         distance: ``"prediction"`` or ``"representation"``; see ``disentanglement_error``.
         kwargs: Passed on to ``torchmetrics.Metric``.
 
     Attributes:
-        sums: Sum of distances, float64 of shape (2, rows, columns).
-        samples: How many samples that are, int64 of the same shape.
+        sums: Sums of distances, float64 of shape (2, rows, columns).
+        samples: Number of samples in each sum, int64 of the same shape.
     """
 
     full_state_update = False
@@ -142,10 +142,10 @@ class DisentanglementError(Metric):
         """Add samples of one task at one point of the grid.
 
         Args:
-            task: 0 or 1: whose samples these are.
-            row: LayerPosition of scale_1 in ``scales_1``.
-            column: LayerPosition of scale_2 in ``scales_2``.
-            alone: Outputs with this task's vector alone, at its scale: shape (…, classes or features).
+            task: The task of the samples, 0 or 1.
+            row: Index of scale_1 in ``scales_1``.
+            column: Index of scale_2 in ``scales_2``.
+            alone: Outputs with only this task's vector, at its scale: shape (…, classes or features).
             together: Outputs on the same samples with both vectors, of the same shape.
 
         Raises:
@@ -164,44 +164,44 @@ class DisentanglementError(Metric):
         self.add(task, row, column, _needed(alone, self.distance), _needed(together, self.distance))
 
     def add(self, task: int, row: int, column: int, alone: Tensor, together: Tensor) -> None:
-        """As ``update``, with outputs that are reduced to what the distance needs already."""
-        found = distances(alone, together, self.distance)
-        self.sums[task, row, column] += found.sum().to(self.sums.device)
-        self.samples[task, row, column] += found.numel()
+        """Add samples as ``update`` does, from outputs that have gone through ``_needed``."""
+        added = distances(alone, together, self.distance)
+        self.sums[task, row, column] += added.sum().to(self.sums.device)
+        self.samples[task, row, column] += added.numel()
 
     def by_task(self) -> Tensor:
-        """Mean distance over the samples of each task, float64 of shape (2, rows, columns); NaN where there are none."""
+        """Return the mean distance over the samples of each task, float64 of shape (2, rows, columns); NaN where there are none."""
         return self.sums / self.samples
 
     def compute(self) -> Tensor:
-        """ξ at every point, float64 of shape (rows, columns); NaN where a task has no samples."""
+        """Return ξ at every point, float64 of shape (rows, columns); NaN where a task has no samples."""
         return self.by_task().sum(0)
 
 
 def distances(alone: Tensor, together: Tensor, distance: Distance) -> Tensor:
-    """Distance of each sample, float64.
+    """Return the distance of each sample, float64.
 
     Args:
-        alone: For predictions, the chosen classes; for representations, logarithms of probabilities in the last dimension.
-        together: Of the same shape.
-        distance: Which.
+        alone: For predictions, the predicted classes; for representations, log-probabilities in the last dimension.
+        together: The same with both vectors; same shape.
+        distance: ``"prediction"`` or ``"representation"``.
 
     Returns:
         For predictions 1 where the classes differ, else 0; for representations ½ Σ (p − q)(log p − log q), 0 or more.
     """
     if distance == "prediction":
         return (alone != together).double().flatten()
-    # Where both are exactly zero, so is their share of the sum: the logarithms are infinite there.
+    # Where both probabilities are exactly zero, the logarithms are infinite but the term is zero.
     terms = torch.where(alone == together, 0.0, (alone.exp() - together.exp()) * (alone - together))
     return (terms.sum(-1) / 2).flatten()
 
 
-def heat_map(found: Disentanglement, path: str | Path | None = None) -> Figure:
-    """The error over the grid as a figure, scale_1 to the right and scale_2 upwards.
+def heat_map(errors: Disentanglement, path: str | Path | None = None) -> Figure:
+    """Draw the error over the grid, with scale_1 on the x axis and scale_2 on the y axis.
 
     Args:
-        found: At least two scales on each axis.
-        path: Where to write it too; the ending decides the format.
+        errors: At least two scales on each axis.
+        path: File to write the figure to; its ending decides the format.
 
     Raises:
         LataError: matplotlib is not installed, or an axis has a single scale.
@@ -210,13 +210,13 @@ def heat_map(found: Disentanglement, path: str | Path | None = None) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise LataError("a heat map needs matplotlib; install lata_lightning[report]") from error
-    if min(len(found.scales_1), len(found.scales_2)) < 2:
-        raise LataError(f"a heat map needs at least two scales on each axis, got {len(found.scales_1)} and {len(found.scales_2)}")
+    if min(len(errors.scales_1), len(errors.scales_2)) < 2:
+        raise LataError(f"a heat map needs at least two scales on each axis, got {len(errors.scales_1)} and {len(errors.scales_2)}")
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.add_subplot()
-    mesh = axes.pcolormesh(found.scales_1, found.scales_2, found.error.T.numpy(), vmin=0, shading="nearest", cmap="viridis")
-    axes.set(xlabel="scale_1", ylabel="scale_2", title=f"weight disentanglement error, {found.distance} level", aspect="equal")
-    # The region in which scales are looked for.
+    mesh = axes.pcolormesh(errors.scales_1, errors.scales_2, errors.error.T.numpy(), vmin=0, shading="nearest", cmap="viridis")
+    axes.set(xlabel="scale_1", ylabel="scale_2", title=f"weight disentanglement error, {errors.distance} level", aspect="equal")
+    # The region in which scales are searched.
     axes.plot([0, 1, 1, 0, 0], [0, 0, 1, 1, 0], color="white", linewidth=1)
     figure.colorbar(mesh, ax=axes)
     if path is not None:
@@ -225,5 +225,5 @@ def heat_map(found: Disentanglement, path: str | Path | None = None) -> Figure:
 
 
 def _needed(outputs: Tensor, distance: Distance) -> Tensor:
-    """What a distance needs of outputs: keeping it takes far less memory than the outputs of every scale."""
+    """Return the part of the outputs that a distance needs, which takes far less memory than all outputs of every scale."""
     return outputs.argmax(-1) if distance == "prediction" else outputs.double().log_softmax(-1)

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, from its own collection or from files. Needs the extra ``eval``."""
+"""Running tasks of lm-evaluation-harness, from its own collection or from files. Needs the extra ``eval``."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ def evaluate_tasks(
     batch_size: int = 8,
     run_code: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Scores of a model by task and metric, as the harness names them (``acc``, ``exact_match``, …), standard errors included.
+    """Return the scores of a model by task and metric, as the harness names them (``acc``, ``exact_match``, …), including standard errors.
 
     Args:
-        model: Hugging Face causal language model; it stays as it is.
-        tokenizer: Of the model.
-        tasks: Names of tasks, groups or tags of the harness, or paths of files of one task each (``.yaml``). Such a file may name functions of Python
+        model: Hugging Face causal language model; it is not changed.
+        tokenizer: Tokenizer of the model.
+        tasks: Names of tasks, groups or tags of the harness, or paths of files with one task each (``.yaml``). A file may name functions of Python
             files beside it, which are then run.
-        limit: Only so many examples of each task.
-        num_fewshot: Examples before each question; by default what the task says.
-        chat: Ask in the tokenizer's chat format.
-        batch_size: Rows of a batch.
-        run_code: Allow tasks that run the code a model writes, such as ``humaneval``, on this machine and as this user; they also need the environment
-            variable HF_ALLOW_CODE_EVAL to be 1.
+        limit: Use only the first so many examples of each task.
+        num_fewshot: Number of examples before each question; by default that of the task.
+        chat: Use the tokenizer's chat format.
+        batch_size: Rows per batch.
+        run_code: Allow tasks that run code written by the model, such as ``humaneval``, on this machine and as this user. They also need the
+            environment variable HF_ALLOW_CODE_EVAL to be 1.
 
     Returns:
         By task (and group), then by metric; where a task filters answers, by ``metric,filter`` for filters other than ``none``.
 
     Raises:
         SourceError: A task is unknown, or its file or its data cannot be read.
-        LataError: The harness is not installed, there is no task, or a task cannot be run.
+        LataError: The harness is not installed, no task is given, or a task cannot be run.
     """
     if not tasks:
         raise LataError("there is no task to evaluate: give at least one")
@@ -54,7 +54,7 @@ def evaluate_tasks(
     missing = [file for file in files if not Path(file).is_file()]
     if missing:
         raise SourceError(f"there are no such task files: {first_three(missing)}")
-    # Looking through the harness's own collection takes seconds, and files do not need it.
+    # Indexing the harness's own collection takes seconds, and task files do not need it.
     manager = TaskManager(include_defaults=len(files) < len(tasks))
     unknown = [task for task in tasks if task not in files and task not in manager.all_tasks]
     if unknown:
@@ -64,7 +64,7 @@ def evaluate_tasks(
     wanted = [str(Path(task).absolute()) if task in files else task for task in tasks]
     try:
         with evaluating(model):
-            found = simple_evaluate(
+            results = simple_evaluate(
                 HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
                 tasks=wanted,
                 task_manager=manager,
@@ -80,7 +80,7 @@ def evaluate_tasks(
         ) from error
     except (KeyError, ValueError, TypeError) as error:
         raise LataError(f"lm-evaluation-harness cannot run these tasks: {type(error).__name__}: {error}") from error
-    return {task: _figures(row) for task, row in found["results"].items()}
+    return {task: _figures(row) for task, row in results["results"].items()}
 
 
 def _figures(row: dict[str, Any]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Several classification heads on one encoder, one at a time."""
+"""Exchanging the classification head of a model."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lata_lightning.store.head_files import Head
 
 @contextmanager
 def with_head(model: Any, head: Head, label: str = "the model") -> Iterator[None]:
-    """Give a classifier the tensors and the class names of a head; afterwards it has its own again.
+    """Give a classifier the tensors and class names of a head for the ``with`` block; afterwards its own are restored.
 
     Args:
-        model: A classifier of transformers, of whatever number of classes.
-        head: Of the same architecture.
+        model: A classifier of transformers, with any number of classes.
+        head: A head of the same architecture.
         label: Name of the model, for messages.
 
     Raises:
-        LataError: The head belongs to another architecture, or has tensors that the model lacks or has in another shape.
+        LataError: The head belongs to another architecture, or the model lacks one of its tensors or has it in another shape.
     """
     config = model.config
     classes = config.id2label, config.label2id
@@ -37,10 +37,10 @@ def with_head(model: Any, head: Head, label: str = "the model") -> Iterator[None
 
 
 def give_head(model: Any, head: Head, label: str = "the model") -> dict[str, Tensor]:
-    """Give a classifier the tensors and the class names of a head for good; arguments and errors as for ``with_head``.
+    """Give a classifier the tensors and class names of a head permanently; arguments and errors as for ``with_head``.
 
     Returns:
-        The tensors it had before, by the names of the module.
+        The tensors that were replaced, by their names in the module.
     """
     modules = _fitting(model, head, label)
     model.config.id2label, model.config.label2id = class_names(head)
@@ -48,7 +48,7 @@ def give_head(model: Any, head: Head, label: str = "the model") -> dict[str, Ten
 
 
 def scored_with(head: Head, score: Callable[[Any], float], label: str = "the model") -> Callable[[Any], float]:
-    """A score of models with this head in the place of their own."""
+    """Return a function that scores models with this head in place of their own."""
 
     def scored(model: Any) -> float:
         with with_head(model, head, label):
@@ -58,13 +58,13 @@ def scored_with(head: Head, score: Callable[[Any], float], label: str = "the mod
 
 
 def class_names(head: Head) -> tuple[dict[int, str], dict[str, int]]:
-    """Names by the number of a class, and numbers by its name, as a config of transformers holds them; numbers as words where there are no names."""
+    """Return ``id2label`` and ``label2id`` for a config of transformers; classes without a name are named after their number."""
     names = head.labels or tuple(map(str, range(head.count)))
     return dict(enumerate(names)), {name: number for number, name in enumerate(names)}
 
 
 def _fitting(model: Any, head: Head, label: str) -> dict[str, str]:
-    """The names that the tensors of a head have in a classifier, which may have another number of classes; an error where it does not fit."""
+    """Return the name in the classifier of each tensor of a head; raise a LataError if the head does not fit, other than in the number of classes."""
     head.check_model(model.config.model_type, label)
     if type(model).__name__ != head.architecture:
         raise LataError(f"the head of a {head.architecture} does not fit a {type(model).__name__}: it was trained for another kind of task")
@@ -84,14 +84,14 @@ def _fitting(model: Any, head: Head, label: str) -> dict[str, str]:
 
 
 def _fits(own: Tensor, given: Tensor, classes: int, count: int) -> bool:
-    """Whether shapes agree, except for axes as long as there are classes on each side."""
+    """Return whether the shapes agree, apart from axes whose length is the number of classes on each side."""
     return own.dim() == given.dim() and all(
         one == other or (one == classes and other == count) for one, other in zip(own.shape, given.shape, strict=True)
     )
 
 
 def _exchange(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """Put a tensor in the place of a parameter or buffer, and give back what was there."""
+    """Replace a parameter or buffer, and return the old one."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     own: Tensor = getattr(module, leaf)

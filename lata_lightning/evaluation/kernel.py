@@ -1,4 +1,4 @@
-"""Kernel behaviour: how well a model's outputs are described by their first-order change along a task vector."""
+"""Kernel behaviour: how well a first-order expansion describes the change of a model's outputs along a task vector."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ def linearisation_error(
     module_sets: Mapping[str, Collection[str]] | None = None,
     outputs: Outputs = model_outputs,
 ) -> dict[str, float]:
-    """‖f(θ0 + s τ) − f(θ0) − s J τ‖ / ‖f(θ0 + s τ) − f(θ0)‖ by set of modules, the vector restricted to the set.
+    """Compute ‖f(θ0 + s τ) − f(θ0) − s J τ‖ / ‖f(θ0 + s τ) − f(θ0)‖ for each set of modules, with the vector restricted to the set.
 
-    0 for a model that is linear in those weights along the vector; J τ comes from one forward-mode differentiation, without any Jacobian.
+    0 for a model that is linear in those weights along the vector. J τ comes from forward-mode differentiation, without computing the Jacobian.
 
     Args:
-        model: Holds θ0 unless ``start`` is given; in evaluation mode while this runs, and otherwise unchanged.
-        task_vector: τ by parameter name; what it lacks does not move.
-        batches: Gone through once; norms are over the outputs on all of them.
+        model: Has the weights θ0 unless ``start`` is given; in evaluation mode while this runs, and otherwise unchanged.
+        task_vector: τ by parameter name; parameters that it lacks do not change.
+        batches: Read once; norms are over the outputs on all batches.
         start: θ0 by parameter name.
         scale: s, dimensionless.
-        module_sets: Parameter names by set; by default ``all`` and every part of the blocks (see ``LayerMap``), with all that stands outside them as
-            ``outside``.
-        outputs: From model and batch to a tensor. Leave padding out.
+        module_sets: Parameter names by set; by default ``all``, every part of the blocks (see ``LayerMap``), and ``outside`` for parameters in no
+            block.
+        outputs: Takes model and batch, and returns a tensor. Leave padding out.
 
     Returns:
-        Dimensionless, 0 or more, in the order of the sets; absent for sets along which the outputs do not change at all.
+        Dimensionless, 0 or more, in the order of the sets; sets along which the outputs do not change at all are absent.
 
     Raises:
-        LataError: The scale is not finite, there is no batch, or a set names what the model does not have.
+        LataError: The scale is not finite, there is no batch, or a set names a parameter that the model does not have.
         LayoutMismatchError: The vector does not belong to the model.
     """
     (scale,) = check_scales([scale])
@@ -56,7 +56,7 @@ def linearisation_error(
         raise LataError(f"module sets must name parameters of the model; it has none named {first_three(unknown)}")
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in sets}
     seen = 0
-    # Of torch's attention kernels only this one can be differentiated forwards.
+    # Only this attention kernel of torch supports forward-mode differentiation.
     with function.evaluating(), sdpa_kernel(SDPBackend.MATH):
         for batch in batches:
             seen += 1
@@ -72,7 +72,7 @@ def linearisation_error(
 
 
 def _squares(function: WeightFunction, part: Mapping[str, Tensor], batch: Any) -> Tensor:
-    """Squared norms of what first order leaves over and of the whole change, float64."""
+    """Return the squared norms of the remainder after first order and of the whole change, float64."""
     moving = {name: function.start[name] for name in part}
 
     def outputs_at(weights: Mapping[str, Tensor]) -> Tensor:
@@ -86,6 +86,6 @@ def _squares(function: WeightFunction, part: Mapping[str, Tensor], batch: Any) -
 
 def _parts(model: nn.Module, vector: Mapping[str, Tensor]) -> dict[str, list[str]]:
     sets: dict[str, list[str]] = {"all": list(vector)}
-    for name, place in layer_map(vector, structure=model).positions.items():
-        sets.setdefault(place.part if place.block is not None else "outside", []).append(name)
+    for name, position in layer_map(vector, structure=model).positions.items():
+        sets.setdefault(position.part if position.block is not None else "outside", []).append(name)
     return sets

@@ -1,4 +1,4 @@
-"""Logits of chosen positions, a few at a time: no tensor of all positions by the whole vocabulary is ever made where transformers allows it."""
+"""Logits of selected positions, a few at a time, so that the logits of all positions are never in memory at once where the model allows it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 BYTES_AT_ONCE = 2**25
-"""Bytes of float32 logits that are in memory at once; at least one position is."""
+"""Bytes of float32 logits that are in memory at once; always enough for one position."""
 
 
-class Head(NamedTuple):
-    """What is behind the body of a causal language model.
+class BodyOutput(NamedTuple):
+    """Output of the body of a causal language model, and the head that turns it into logits.
 
     Attributes:
         hidden: Output of the body, of shape (rows, tokens, width).
-        logits: From hidden states of shape (positions, width) to logits of shape (positions, vocabulary), by the model's own code: soft caps,
-            scales and biases are in them.
-        vocabulary: Logits of one position.
+        logits: Turns hidden states of shape (positions, width) into logits of shape (positions, vocabulary) by the model's own code, including soft
+            caps, scales and biases.
+        vocabulary: Number of logits of one position.
     """
 
     hidden: Tensor
@@ -31,12 +31,12 @@ class Head(NamedTuple):
 
 
 class TokenScores(NamedTuple):
-    """How likely a model finds the labelled tokens of a batch, row by row.
+    """Likelihoods of the labelled tokens of a batch, row by row.
 
     Attributes:
         rows: Number of the row of each token, int64 of shape (tokens,).
         losses: Negative log-likelihood in nats, float64 of shape (tokens,).
-        hits: Whether it was the most likely token, bool of shape (tokens,).
+        hits: Whether the token was the most likely one, bool of shape (tokens,).
     """
 
     rows: Tensor
@@ -45,15 +45,15 @@ class TokenScores(NamedTuple):
 
 
 def token_scores(model: Any, input_ids: Tensor, labels: Tensor) -> TokenScores:
-    """Scores of the labelled tokens of a batch, each predicted from the tokens before it.
+    """Score the labelled tokens of a batch, each predicted from the tokens before it.
 
     Args:
         model: Hugging Face causal language model in evaluation mode, or a module with an output ``logits``.
         input_ids: Shape (rows, tokens), padded on the right.
-        labels: The same shape; -100 where nothing is predicted. The first token of a row never is.
+        labels: The same shape; -100 where nothing is predicted. The first token of a row is never predicted.
 
     Returns:
-        Losses are computed in float32 whatever the precision of the model.
+        The scores; losses are computed in float32, whatever the precision of the model.
     """
     wanted = labels[:, 1:]
     rows, positions = (wanted != -100).nonzero(as_tuple=True)
@@ -68,44 +68,44 @@ def token_scores(model: Any, input_ids: Tensor, labels: Tensor) -> TokenScores:
 
 
 def selected_logits(model: Any, input_ids: Tensor, rows: Tensor, positions: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Logits at some positions of a batch, piece by piece.
+    """Yield the logits at some positions of a batch, chunk by chunk.
 
     Args:
         model: Hugging Face causal language model, or a module with an output ``logits``.
         input_ids: Shape (rows, tokens).
-        rows: Number of the row of each, int64 of shape (count,).
-        positions: Where in the row, of the same shape.
+        rows: Number of the row of each position, int64 of shape (count,).
+        positions: Index within the row, of the same shape.
 
     Yields:
-        Number of the first position of the piece, and its logits of shape (positions of the piece, vocabulary).
+        Number of the first position of the chunk, and logits of shape (positions of the chunk, vocabulary).
     """
     head = body_and_head(model, input_ids=input_ids)
     if head is None:
         logits = model(input_ids=input_ids, use_cache=False).logits
-        size = piece_size(logits.shape[-1])
+        size = positions_at_once(logits.shape[-1])
         for begin in range(0, len(rows), size):
             yield begin, logits[rows[begin : begin + size], positions[begin : begin + size]]
         return
     hidden = head.hidden[rows, positions]
-    size = piece_size(head.vocabulary)
+    size = positions_at_once(head.vocabulary)
     for begin in range(0, len(hidden), size):
         yield begin, head.logits(hidden[begin : begin + size])
 
 
-def piece_size(vocabulary: int) -> int:
-    """Positions whose float32 logits fit into the bytes that are allowed at once; at least 1."""
+def positions_at_once(vocabulary: int) -> int:
+    """Return how many positions have float32 logits that fit into ``BYTES_AT_ONCE``; at least 1."""
     return max(1, BYTES_AT_ONCE // (4 * vocabulary))
 
 
-def body_and_head(model: Any, **inputs: Any) -> Head | None:
-    """Run the body of a causal language model, and hand out its head for pieces of the hidden states.
+def body_and_head(model: Any, **inputs: Any) -> BodyOutput | None:
+    """Run the body of a causal language model, and return its output with the head that follows.
 
     Args:
         model: Any module.
-        inputs: Of the model, without labels.
+        inputs: Inputs of the model, without labels.
 
     Returns:
-        None for whatever is no transformers model whose forward pass is its ``base_model``, then a head: those have to run as a whole.
+        None unless this is a transformers model whose forward pass is its ``base_model`` and then a head; other models must run as a whole.
     """
     whole = inner_model(model)
     if whole is None:
@@ -114,7 +114,7 @@ def body_and_head(model: Any, **inputs: Any) -> Head | None:
     outputs: list[Any] = []
     handle = body.register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
-        # One position has to go through the head, as the model gives out logits; the others follow piece by piece.
+        # The model always returns logits, so one position goes through the head here; the others follow chunk by chunk.
         whole(**inputs, use_cache=False, logits_to_keep=1)
     finally:
         handle.remove()
@@ -128,19 +128,19 @@ def body_and_head(model: Any, **inputs: Any) -> Head | None:
 
     def logits(states: Tensor) -> Tensor:
         with _answering(body, answer(last_hidden_state=states[None])):
-            found: Tensor = whole(input_ids=dummy, use_cache=False).logits[0]
-        return found
+            logits_of_states: Tensor = whole(input_ids=dummy, use_cache=False).logits[0]
+        return logits_of_states
 
-    return Head(hidden, logits, int(whole.config.get_text_config().vocab_size))
+    return BodyOutput(hidden, logits, int(whole.config.get_text_config().vocab_size))
 
 
 def inner_model(model: Any) -> Any:
-    """The transformers causal language model of a module that can give logits of some positions only; None if it is none.
+    """Return the transformers causal language model inside a module if it can compute the logits of some positions only, else None.
 
-    A model that peft wraps with LoRA or the like is the one inside, whose layers carry the adapters.
+    For a model wrapped by peft with LoRA or similar adapters, this is the wrapped model, whose layers have the adapters.
     """
     transformers, peft = sys.modules.get("transformers"), sys.modules.get("peft")
-    # What was never imported cannot have been used to build the module.
+    # A module cannot come from a library that was never imported.
     if peft is not None and isinstance(model, peft.PeftModel) and not model.active_peft_config.is_prompt_learning:
         model = model.get_base_model()
     if transformers is None or not isinstance(model, transformers.PreTrainedModel) or model.base_model is model:
@@ -150,7 +150,7 @@ def inner_model(model: Any) -> Any:
 
 @contextmanager
 def _answering(body: nn.Module, answer: Any) -> Iterator[None]:
-    """Let a module give a ready answer in place of running."""
+    """Make a module return a given output instead of running."""
     own = vars(body).get("forward")
     body.forward = lambda *args, **kwargs: answer
     try:

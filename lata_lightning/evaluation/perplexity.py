@@ -1,4 +1,4 @@
-"""How well a model predicts raw text."""
+"""Perplexity of a model on raw text."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from lata_lightning.errors import LataError
 from lata_lightning.evaluation.answers import batches_by_length, perplexity_of
 from lata_lightning.evaluation.logits import token_scores
 from lata_lightning.evaluation.modes import evaluating
-from lata_lightning.rows.tokens import IGNORED, Row, special_tokens, text_windows
+from lata_lightning.rows.tokens import IGNORED, TokenRow, special_tokens, text_windows
 
 
 class Perplexity:
-    """Perplexity of texts: the exponential of the mean negative log-likelihood of their tokens, every one of which weighs the same.
+    """Perplexity of texts: the exponential of the mean negative log-likelihood over all their tokens.
 
-    Each text is by itself, and a long one is cut into windows that do not overlap; each window is predicted without the ones before it. A window begins
-    with what the tokenizer puts before a text, such as BOS; of these tokens none counts, and without any of them the first token of a window does not.
-    Sums are in float64. For a byte-level tokenizer this is perplexity per byte: its base-2 logarithm is bits per byte. The texts are turned into tokens
-    once; the object can then be called with many models.
+    Texts are predicted independently. A long one is cut into windows that do not overlap, each predicted without the previous ones. A window begins
+    with the special tokens that the tokenizer puts before a text, such as BOS, which do not count; if there are none, the first token of a window does
+    not count. Sums are in float64. With a byte-level tokenizer this is perplexity per byte: its base-2 logarithm is bits per byte. The texts are turned
+    into tokens once; the object can then be called with many models.
     """
 
     def __init__(
@@ -36,13 +36,13 @@ class Perplexity:
 
         Args:
             tokenizer: Hugging Face tokenizer.
-            text: What to predict: one text, or several.
-            context_length: Most tokens of a window, at least 2.
-            tokens_per_batch: Most tokens of a batch, padding included; a longer window is a batch of its own.
-            max_tokens: Use only so many tokens from the start of each text.
+            text: One text or several.
+            context_length: Largest number of tokens of a window, at least 2.
+            tokens_per_batch: Largest number of tokens of a batch, padding included; a longer window is a batch of its own.
+            max_tokens: Use only the first so many tokens of each text.
 
         Raises:
-            LataError: A number is too small, or no token of the texts is predicted from another.
+            LataError: A number is too small, or the texts are too short to predict any token.
         """
         if context_length < 2 or tokens_per_batch < 1:
             raise LataError(
@@ -59,7 +59,7 @@ class Perplexity:
         self._batches = batches_by_length(rows, tokens_per_batch)
 
     def __call__(self, model: Any) -> float:
-        """Perplexity of a model, at least 1; infinite where it overflows. The model stays as it is."""
+        """Return the perplexity of a model, at least 1; infinite where it overflows. The model is not changed."""
         with evaluating(model):
             return perplexity_of(self._losses(model))
 
@@ -70,10 +70,10 @@ class Perplexity:
 
 
 def perplexity(model: Any, tokenizer: Any, text: str | Sequence[str], context_length: int = 128) -> float:
-    """Perplexity of one model on a text or several, at least 1; see ``Perplexity``, which is faster for many models."""
+    """Return the perplexity of one model on one text or several, at least 1; see ``Perplexity``, which is faster for many models."""
     return Perplexity(tokenizer, text, context_length)(model)
 
 
-def _row(window: list[int], before: int) -> Row:
+def _row(window: list[int], before: int) -> TokenRow:
     ids = torch.tensor(window)
-    return Row(ids, torch.cat([torch.full((before,), IGNORED), ids[before:]]))
+    return TokenRow(ids, torch.cat([torch.full((before,), IGNORED), ids[before:]]))

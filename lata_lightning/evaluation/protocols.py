@@ -1,4 +1,4 @@
-"""How task arithmetic is judged: addition by normalised accuracy, negation by what is left of the target at a control that holds."""
+"""The evaluation protocols of task arithmetic: addition by normalised accuracy, negation by target accuracy under a control constraint."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from lata_lightning.evaluation.weight_functions import check_scales
 UNIT_SCALES = tuple(step / 20 for step in range(21))
 """21 points in [0, 1]."""
 CONTROL_SHARE = 0.95
+"""Share of the control performance that must remain when a skill is forgotten."""
 
 
 class Addition(NamedTuple):
-    """Outcome of ``addition``.
+    """Result of ``addition``.
 
     Attributes:
-        scale: The one scale of all vectors, picked on validation.
-        accuracy: Test accuracy by task at that scale.
-        normalised: Their mean normalised accuracy.
-        curve: Mean normalised accuracy on validation by scale.
+        scale: The scale of all vectors, chosen on validation data.
+        accuracy: Test accuracy on each task at that scale.
+        normalised: Mean normalised test accuracy.
+        curve: Mean normalised validation accuracy at each scale.
     """
 
     scale: float
@@ -31,13 +32,13 @@ class Addition(NamedTuple):
 
 
 class Negation(NamedTuple):
-    """Outcome of ``negation``.
+    """Result of ``negation``.
 
     Attributes:
-        scale: How much of the vector is taken off, picked on validation.
-        target: Test accuracy on what is to be forgotten.
-        control: Test accuracy on what is to stay.
-        curve: Target and control accuracy on validation by scale.
+        scale: The scale of the subtracted vector, chosen on validation data.
+        target: Test accuracy on the task to forget.
+        control: Test accuracy on the control task.
+        curve: Target and control accuracy on validation data at each scale.
     """
 
     scale: float
@@ -47,14 +48,14 @@ class Negation(NamedTuple):
 
 
 def normalised_accuracy(merged: Mapping[str, float], single: Mapping[str, float]) -> float:
-    """Mean over the tasks of merged accuracy / accuracy of the task's own single-task model; dimensionless, may exceed 1.
+    """Return the mean over tasks of the merged model's accuracy / the single-task model's accuracy; dimensionless, may exceed 1.
 
     Args:
-        merged: Accuracy of the merged model by task.
-        single: Accuracy of each task's own model, for the same tasks.
+        merged: Accuracy of the merged model on each task.
+        single: Accuracy of each task's single-task model.
 
     Raises:
-        LataError: There is no task, the tasks differ, or an own model has no accuracy to divide by.
+        LataError: There is no task, the tasks differ, or a single-task accuracy is not positive.
 
     Source: Ortiz-Jimenez et al., arXiv:2305.12827.
     """
@@ -78,17 +79,17 @@ def addition(
     single_test: Mapping[str, float],
     scales: Sequence[float] = UNIT_SCALES,
 ) -> Addition:
-    """Accuracy of θ0 + scale · Σ τ at the scale that is best on validation, tested once.
+    """Choose the scale of θ0 + scale · Σ τ on validation data, and test it once.
 
     Args:
-        validation: Validation accuracy by task of the model merged at a scale.
-        test: Test accuracy by task of the model merged at a scale; called once.
-        single_validation: Validation accuracy of each task's own model.
-        single_test: Test accuracy of each task's own model.
-        scales: To choose from; of equally good ones the smallest.
+        validation: Returns the validation accuracy on each task of the model merged at a scale.
+        test: Returns the test accuracy on each task of the model merged at a scale; called once.
+        single_validation: Validation accuracy of each task's single-task model.
+        single_test: Test accuracy of each task's single-task model.
+        scales: The candidates; the smallest of equally good ones is chosen.
 
     Raises:
-        LataError: No scales, or see ``normalised_accuracy``.
+        LataError: There are no scales, or as for ``normalised_accuracy``.
 
     Source: arXiv:2212.04089; the grid, arXiv:2305.12827.
     """
@@ -105,16 +106,16 @@ def negation(
     scales: Sequence[float] = UNIT_SCALES,
     control_share: float = CONTROL_SHARE,
 ) -> Negation:
-    """The smallest target accuracy of θ0 − scale · τ at which the control task keeps its share of the start's accuracy, tested once.
+    """Choose the scale of θ0 − scale · τ with the lowest target accuracy at which the control accuracy stays high enough, and test it once.
 
     Args:
-        validation: Target and control accuracy on validation of the model with so much of the vector taken off.
-        test: The same on test; called once.
-        scales: To choose from, 0 (the start) among them; of equally good ones the smallest.
-        control_share: Share of the start's control accuracy that has to be kept.
+        validation: Returns target and control accuracy on validation data of the model at a scale.
+        test: The same on test data; called once.
+        scales: The candidates, including 0 (the start); the smallest of equally good ones is chosen.
+        control_share: Share of the start's control accuracy that must remain.
 
     Raises:
-        LataError: No scales, none that is 0, or a share outside [0, 1].
+        LataError: There are no scales, 0 is not among them, or the share is outside [0, 1].
 
     Source: arXiv:2212.04089, with the control of arXiv:2305.12827.
     """

@@ -1,4 +1,4 @@
-"""Rows to score a model by, and the score that suits them."""
+"""Reading evaluation data, and choosing the metric that suits it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Question(NamedTuple):
     """One row of a file of questions.
 
     Attributes:
-        prompt: What is asked.
+        prompt: The question.
         answer: The right answer.
-        paraphrased: The right answer in other words; None where there is none.
+        paraphrased: A paraphrase of the right answer; None where there is none.
         perturbed: Wrong answers of the same form.
     """
 
@@ -37,20 +37,20 @@ class Question(NamedTuple):
 
 
 def read_data(path: str | Path) -> list[Sample]:
-    """The rows of a file or data set, all of one form.
+    """Read the rows of a file or data set, all of one form.
 
     Raises:
-        SourceError, CorruptFileError: It cannot be read.
+        SourceError, CorruptFileError: The file or data set cannot be read.
         LataError: A row has no accepted form or several, or the rows are of several forms.
     """
     return read_samples(read_rows(path), str(path))
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """Questions of a file, in its order.
+    """Read the questions of a file, in its order.
 
-    A row is a pair or has two ``messages``, of user and assistant. It may have a ``paraphrased_answer``, and a ``perturbed_answer``: one text or a list
-    of them, as the rows of TOFU do.
+    A row is a pair, or has two ``messages``, of user and assistant. It may have a ``paraphrased_answer``, and a ``perturbed_answer`` that is one text or a
+    list of texts, as in TOFU.
 
     Raises:
         SourceError, CorruptFileError: The file cannot be read.
@@ -58,10 +58,10 @@ def read_questions(path: str | Path) -> list[Question]:
     """
     rows = read_rows(path)
     samples = read_samples(rows, str(path))
-    found = [_question(sample, row) for sample, row in zip(samples, rows, strict=True)]
+    questions = [_question(sample, row) for sample, row in zip(samples, rows, strict=True)]
     odd = [
         f"row {number}: {', '.join(row)}"
-        for number, (row, question) in enumerate(zip(rows, found, strict=True), start=1)
+        for number, (row, question) in enumerate(zip(rows, questions, strict=True), start=1)
         if question is None
     ]
     if odd:
@@ -69,11 +69,11 @@ def read_questions(path: str | Path) -> list[Question]:
             f"the rows of {path} must have one question and one answer, and texts in 'paraphrased_answer' and 'perturbed_answer' where they have "
             f"these; others are {first_three(odd)}"
         )
-    return [question for question in found if question is not None]
+    return [question for question in questions if question is not None]
 
 
 def metric_of(samples: Sequence[Sample]) -> MetricName:
-    """The score that suits some rows: exact match of answers, accuracy of labels, perplexity of texts."""
+    """Return the metric that suits some rows: exact match for answers, accuracy for labels, perplexity for texts."""
     first = samples[0]
     if first.form != "text":
         return "exact_match"
@@ -89,20 +89,21 @@ def prepare(
     template: Template = "chat",
     name: str = "the data",
 ) -> Callable[[Any], float]:
-    """A score of models on some rows, which are turned into tokens once.
+    """Return a function that scores models on some rows, which are turned into tokens once.
 
     Args:
         metric: ``exact_match``: share of the questions answered exactly, in [0, 1]. ``perplexity``: of the texts, or of the answers given the
-            questions; at least 1, lower is better. ``accuracy``: share of the labels that a classifier gives, in [0, 1]. None takes the one that suits.
+            questions; at least 1, lower is better. ``accuracy``: share of the labels that a classifier predicts, in [0, 1]. None takes the one that
+            suits the rows.
         tokenizer: Hugging Face tokenizer of the models.
-        data: A file, a data set, or rows that are read already.
-        context_length: Tokens of a window of text, for perplexity.
-        template: ``plain`` puts the answer of a pair straight after its prompt.
-        name: What the rows are called in messages.
+        data: A file, a data set, or rows that have been read already.
+        context_length: Largest number of tokens of a window of text, for perplexity.
+        template: ``plain`` puts the answer of a pair directly after its prompt.
+        name: Name of the rows in messages.
 
     Raises:
         SourceError, CorruptFileError: The file cannot be read.
-        LataError: The metric is unknown, or cannot be taken on these rows.
+        LataError: The metric is unknown, or does not apply to these rows.
     """
     if metric is not None and metric not in METRICS:
         raise LataError(f"unknown metric {metric!r}; choose one of {', '.join(METRICS)}")
@@ -123,15 +124,15 @@ def prepare(
 
 
 def distinct(samples: Sequence[Sample]) -> int:
-    """How many different rows there are."""
+    """Return the number of distinct rows."""
     return len({json.dumps(sample, sort_keys=True, default=str) for sample in samples})
 
 
 def names_of(paths: Sequence[str | Path]) -> dict[str, str]:
-    """The path of each file by a name for it: the file's without its ending.
+    """Return the path of each file by its name without the ending.
 
     Raises:
-        LataError: Two files have one name.
+        LataError: Two files have the same name.
     """
     names = [Path(path).name.removesuffix(".jsonl") for path in paths]
     twice = {name for name in names if names.count(name) > 1}

@@ -1,4 +1,4 @@
-"""Trying many scales on one model in memory, and choosing among them."""
+"""Setting the weights of one model in memory to many scales of task vectors, and choosing a scale."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from lata_lightning.vectors.task_vector import TaskVector
 
 
 class ResidualSearch(NamedTuple):
-    """Outcome of ``scale_for_residual``: the scale found, and the residual at every scale tried."""
+    """Result of ``scale_for_residual``: the scale, and the residual at every scale that was tried."""
 
     scale: float | None
     tried: dict[float, float]
 
 
 class Reweighting:
-    """A model whose weights are set, point by point, to its own plus Σ scale · coefficient · vector.
+    """A model whose weights can be set, again and again, to its own plus Σ scale · coefficient · vector.
 
-    The weights are bit for bit those that ``merge`` writes for the same terms, and vectors are matched with the model by the same names: those under which
-    transformers saves it. In memory are a copy of the model, on the CPU, and those vectors that are not in files; others are read again for every point.
+    The weights are bit for bit those that ``merge`` writes for the same terms. As there, tensors are matched by the names under which transformers
+    saves the model. A copy of the model and the vectors that are not in files are kept in memory, on the CPU; vectors in files are read again each
+    time.
 
     Args:
-        model: Changed in place by ``apply``; ``restore`` gives it its own weights back.
-        dtypes: Precision in which a tensor is stored, by its name in files, where the model holds it in a wider one: sums are rounded to it, as a
-            merge of the files rounds them.
+        model: Changed in place by ``apply``; ``restore`` sets its own weights again.
+        dtypes: Precision of the stored tensors, by their names in files, where the model has them in a wider one: sums are rounded to it, as a merge
+            of the files rounds them.
     """
 
     def __init__(self, model: nn.Module, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
@@ -53,7 +54,7 @@ class Reweighting:
         """Set the weights to onto + Σ scale · coefficient · vector.
 
         Raises:
-            LayoutMismatchError: A vector does not hold the tensors of the model.
+            LayoutMismatchError: The tensors of a vector are not those of the model.
         """
         if not terms:
             self._set({name: name for name in self._onto.names}, self._onto.read)
@@ -65,42 +66,42 @@ class Reweighting:
         self._set(own, lambda name: total.merged(name, None), total)
 
     def restore(self) -> None:
-        """Give the model its own weights back."""
+        """Set the model's own weights again."""
         self.apply([])
 
     def _set(self, names: Mapping[str, str], read: Callable[[str], Tensor], total: Sum | None = None) -> None:
-        """Set every tensor of the model to what is read; with a sum, piece by piece where it is stored as one tensor.
+        """Set every tensor of the model; from a sum, chunk by chunk where the tensor is stored under one name.
 
         Args:
-            names: What to read, by the name under which transformers saves it.
-            read: Reads it.
-            total: The sum, if it is one.
+            names: The name to read, by the name under which transformers saves the tensor.
+            read: Reads a tensor.
+            total: The sum, if tensors are read from one.
         """
         for name, tensor in self._tensors.values():
             whole = next((other for other in self._shell.tied(name) if other in names), None)
             if total is not None and whole is not None and total.weights.shape(names[whole]) == tensor.shape and tensor.is_contiguous():
                 flat, begin = tensor.view(-1), 0
-                for piece in total.pieces(names[whole]):
-                    flat[begin : begin + len(piece)].copy_(piece)
-                    begin += len(piece)
+                for chunk in total.pieces(names[whole]):
+                    flat[begin : begin + len(chunk)].copy_(chunk)
+                    begin += len(chunk)
                 continue
             values = self._shell.fill([name], lambda key: read(names[key]) if key in names else None, "the model", tensor.dtype)
             for value in values.values():
                 tensor.copy_(value)
 
     def _fixed(self, term: Term) -> Term:
-        """The term with a vector that stays as it is when the model changes, from which a difference in memory may be taken."""
+        """Return the term with a vector that does not change with the model, of which a difference in memory may be a view."""
         source = term.vector.tensors
         if all(_in_files(source, name) for name in source.names):
             return term
-        # Vectors that differ in coefficients only share one source.
+        # Vectors that differ only in their coefficients share one source.
         if id(source) not in self._copied:
             self._copied[id(source)] = StateDictSource({name: source.read(name).clone() for name in source.names}, term.vector.label)
         return replace(term, vector=TaskVector(self._copied[id(source)], term.vector.manifest))
 
 
 def best_scale(scores: Mapping[float, float]) -> float:
-    """The scale of the highest score; of equal ones the smallest, which changes the model least.
+    """Return the scale with the highest score; of equal ones the smallest, which changes the model least.
 
     Raises:
         LataError: There is no score.
@@ -111,18 +112,18 @@ def best_scale(scores: Mapping[float, float]) -> float:
 
 
 def scale_for_residual(residual_at: Callable[[float], float], scales: Sequence[float], wanted: float, halvings: int = 6) -> ResidualSearch:
-    """The smallest scale at which a residual has fallen to a wanted value.
+    """Search for the smallest scale at which a residual has fallen to a wanted value.
 
-    The scales are tried in order until one reaches the value; the interval before it is then halved.
+    The scales are tried in order until one reaches the value; then the interval below it is bisected.
 
     Args:
-        residual_at: What is left of the unwanted skill at a scale.
-        scales: Rising, at least two; the first is where forgetting starts from.
+        residual_at: Returns how much of the unwanted skill remains at a scale.
+        scales: At least two, in ascending order.
         wanted: The residual to reach, in the same unit.
-        halvings: Of the interval between the last scale that does not reach the value and the first that does.
+        halvings: Number of bisections of the interval between the last scale that does not reach the value and the first that does.
 
     Returns:
-        The scale (None if no scale tried reaches the value) and everything that was tried on the way.
+        The scale (None if no scale reaches the value) and the residual at every scale that was tried.
 
     Raises:
         LataError: Fewer than two scales, or scales that do not rise.
@@ -147,16 +148,16 @@ def scale_for_residual(residual_at: Callable[[float], float], scales: Sequence[f
 
 
 def _in_files(source: TensorSource, name: str) -> bool:
-    """Whether a tensor is read from files, or is factors, which no model in training holds."""
+    """Return whether a tensor is read from files, or is stored as factors, so that it cannot change with a model in memory."""
     sides = source.sides(name)
     if sides is not None:
-        tuned, start, held = sides
-        return _in_files(tuned, held) and _in_files(start, held)
+        tuned, start, side_name = sides
+        return _in_files(tuned, side_name) and _in_files(start, side_name)
     return source.byte_range(name) is not None or source.low_rank(name) is not None
 
 
 def _narrowed(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The tensor in the precision it is stored in, if that holds all its values."""
+    """Return the tensor in its stored precision, if that represents all its values exactly."""
     if dtype is None or dtype == tensor.dtype:
         return tensor
     narrow = tensor.to(dtype)

@@ -1,4 +1,4 @@
-"""Which scales to try: a few over the whole range first, then finer ones around the best."""
+"""Searching for the best scale: first coarsely over the whole range, then finely around the best."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from collections.abc import Callable
 from lata_lightning.evaluation.scales import best_scale
 
 COARSE = (0.1, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0)
-"""From where a little of a vector already helps up to where a merge has usually broken down; each gap is about a third of what is below it."""
+"""From a small effect of a vector up to where merges usually break down."""
 ROUNDS = 2
-"""How often the gaps on both sides of the best scale are halved."""
+"""Number of times the gaps on both sides of the best scale are halved."""
 PATIENCE = 2
-"""So many scales in a row that are worse than the best end the coarse part: the curve has turned."""
+"""The coarse search ends after so many scales in a row that are worse than the best."""
 MOST_POINTS = len(COARSE) + 2 * ROUNDS
-"""Scales above 0 that are scored at most."""
+"""Largest number of scales above 0 that are scored."""
 
 
 def coarse_to_fine(height_at: Callable[[float], float], start: float) -> dict[float, float]:
     """Score scales until the best one is known to a fraction of itself.
 
-    The scales of ``COARSE`` are scored from below until ``PATIENCE`` in a row are worse than the best so far, the start included. Then the gaps on both
-    sides of the best scale are halved, ``ROUNDS`` times. Where all scores are equal nothing is refined. The same scores give the same scales.
+    The scales of ``COARSE`` are scored in ascending order until ``PATIENCE`` in a row are worse than the best so far, the start included. Then the gaps on
+    both sides of the best scale are halved, ``ROUNDS`` times. If all scores are equal, nothing is refined. The search is deterministic.
 
     Args:
-        height_at: Score at a scale: the higher the better; minus infinity where a scale is not allowed.
+        height_at: Returns the score at a scale, higher is better; minus infinity where a scale is not allowed.
         start: Score at scale 0.
 
     Returns:
-        Every scale scored, 0 among them, with its score.
+        The score of every scale that was scored, including 0.
     """
     heights = {0.0: start}
     worse = 0

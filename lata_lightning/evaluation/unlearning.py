@@ -1,6 +1,6 @@
-"""How well a model has forgotten: the measures of TOFU, MUSE and OpenUnlearning.
+"""Measuring how well a model has forgotten, by the measures of TOFU, MUSE and OpenUnlearning.
 
-Names, definitions and the layout of the results are those of OpenUnlearning (arXiv:2506.12618), so that results can be laid beside its tables.
+Names, definitions and the layout of the results are those of OpenUnlearning (arXiv:2506.12618), so that results can be compared with its tables.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from lata_lightning.evaluation.unlearning_measures import (
 )
 
 UTILITY_SETS = {"retain": "retain", "real_authors": "ra", "world_facts": "wf"}
-"""The sets over which TOFU takes model utility, with their prefixes in the results."""
+"""The sets on which TOFU measures model utility, with their prefixes in the results."""
 _TRUTH_RATIO = "forget_truth_ratio"
 
 
 class Unlearning(NamedTuple):
-    """What an evaluation found.
+    """Results of an unlearning evaluation.
 
     Attributes:
-        evaluation: By measure, ``agg_value`` and ``value_by_index`` with the figures of each row.
-        summary: By measure, ``agg_value`` alone; None where a measure has no value.
-        notes: Why measures have no value, or not the usual meaning; one sentence each.
+        evaluation: For each measure, ``agg_value``, and ``value_by_index`` with the figures of each row.
+        summary: For each measure, ``agg_value`` alone; None where a measure has no value.
+        notes: Reasons why measures have no value or not the usual meaning, one sentence each.
     """
 
     evaluation: dict[str, dict[str, Any]]
@@ -45,21 +45,21 @@ class Unlearning(NamedTuple):
 
 
 def reference_ratios(path: str | Path) -> list[float]:
-    """Truth ratios on the rows to be forgotten, from the ``…_EVAL.json`` of a retrained model.
+    """Read the truth ratios on the rows to be forgotten from the ``…_EVAL.json`` of a retrained model.
 
     Raises:
-        CorruptFileError: The file holds none.
+        CorruptFileError: The file holds no truth ratios.
     """
     try:
         rows = json.loads(Path(path).read_text("utf-8"))[_TRUTH_RATIO]["value_by_index"]
-        found = [float(rows[index]["score"]) for index in sorted(rows, key=int)]
-        if not found or not all(map(math.isfinite, found)):
+        ratios = [float(rows[index]["score"]) for index in sorted(rows, key=int)]
+        if not ratios or not all(map(math.isfinite, ratios)):
             raise ValueError("no ratio, or one that is not finite")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptFileError(
             f"{path} holds no truth ratios ({error!r}): give the _EVAL.json of a retrained model, or its directory"
         ) from error
-    return found
+    return ratios
 
 
 class UnlearningEvaluation:
@@ -68,8 +68,8 @@ class UnlearningEvaluation:
     Args:
         tokenizer: Hugging Face tokenizer of the models, with a chat template and an end token.
         forget: JSONL file of the rows to be forgotten (see ``read_questions``).
-        utility: Files by set of ``UTILITY_SETS``: what the model should still know.
-        max_new_tokens: Most tokens of a generated answer.
+        utility: Files by set of ``UTILITY_SETS``, with what the model should still know.
+        max_new_tokens: Largest number of tokens of a generated answer.
 
     Raises:
         SourceError, CorruptFileError: A file cannot be read.
@@ -80,29 +80,29 @@ class UnlearningEvaluation:
         unknown = set(utility) - set(UTILITY_SETS)
         if unknown:
             raise LataError(f"utility is taken on the sets {', '.join(UTILITY_SETS)}, not on {', '.join(sorted(unknown))}")
-        # Generation takes long: what is missing should be known before.
+        # Generation takes long, so a missing library is reported first.
         need("nltk")
         self._forget = _Set(tokenizer, read_questions(forget), max_new_tokens)
         self._utility = {name: _Set(tokenizer, read_questions(utility[name]), max_new_tokens) for name in UTILITY_SETS if name in utility}
 
     def truth_ratios(self, model: Any) -> list[float] | None:
-        """Truth ratios of a model on the rows to be forgotten; None where not all of them have wrong answers."""
+        """Return the truth ratios of a model on the rows to be forgotten; None unless all of them have wrong answers."""
         return self._forget.scored(model).truth_ratios
 
     def __call__(self, model: Any, reference: Sequence[float] | None = None) -> Unlearning:
-        """Every measure of a model, which stays as it is.
+        """Compute every measure of a model, which is not changed.
 
         Args:
             model: Hugging Face causal language model.
-            reference: Truth ratios of a model retrained without the rows to be forgotten; without them there is no forget quality.
+            reference: Truth ratios of a model retrained without the rows to be forgotten; forget quality needs them.
 
         Raises:
-            LataError: The model gives no finite likelihood to an answer.
+            LataError: The likelihood of an answer is not finite.
         """
         forgetting, notes = self._measure_forgetting(model, reference)
         utility, more = self._measure_utility(model)
-        found = forgetting | utility
-        return Unlearning(found, {name: entry["agg_value"] for name, entry in found.items()}, notes + more)
+        evaluation = forgetting | utility
+        return Unlearning(evaluation, {name: entry["agg_value"] for name, entry in evaluation.items()}, notes + more)
 
     def _measure_forgetting(self, model: Any, reference: Sequence[float] | None) -> tuple[dict[str, dict[str, Any]], list[str]]:
         scored = self._forget.scored(model)
@@ -113,7 +113,7 @@ class UnlearningEvaluation:
             notes.append("no forget quality: it compares with a model retrained without these rows; give one as the reference")
         else:
             quality = forget_quality(ratios, reference)
-        # The token that ends the turn is no part of what was memorised.
+        # The token that ends the turn is not part of the memorised answer.
         hits = [score.hits[:-1] for score in scored.answers]
         return {
             "forget_quality": _single(None if quality is None else quality.value),
@@ -126,20 +126,20 @@ class UnlearningEvaluation:
         }, notes
 
     def _measure_utility(self, model: Any) -> tuple[dict[str, dict[str, Any]], list[str]]:
-        found: dict[str, dict[str, Any]] = {}
+        evaluation: dict[str, dict[str, Any]] = {}
         incomplete = []
         for name, questions in self._utility.items():
             prefix, scored = UTILITY_SETS[name], questions.scored(model)
             ratios = scored.truth_ratios
-            # On general knowledge TOFU takes the probability of the answer among the wrong ones, on its own authors the plain one.
+            # TOFU normalises the probability of the answer by those of the wrong ones, except on the retain set.
             key, probability = ("Prob", scored.probabilities()) if name == "retain" else ("Prob_normalised", scored.shares())
-            found |= {
+            evaluation |= {
                 f"{prefix}_Q_A_{key}": probability,
                 f"{prefix}_Q_A_ROUGE": questions.rouge(model),
                 f"{prefix}_Truth_Ratio": _entry(ratios, [max(0.0, 1 - ratio) for ratio in ratios or ()]),
             }
             incomplete += [name] if ratios is None else []
-        values = [entry["agg_value"] for entry in found.values()]
+        values = [entry["agg_value"] for entry in evaluation.values()]
         notes = []
         if not self._utility:
             notes.append("no model utility: it needs questions that the model should still answer")
@@ -147,12 +147,12 @@ class UnlearningEvaluation:
             notes.append(f"no model utility: not every row of {', '.join(incomplete)} has a 'perturbed_answer'")
         elif len(self._utility) < len(UTILITY_SETS):
             notes.append(f"model utility is over {', '.join(self._utility)} only; TOFU's is over {', '.join(UTILITY_SETS)}")
-        found["model_utility"] = _single(model_utility(values) if values and not incomplete else None)
-        return found, notes
+        evaluation["model_utility"] = _single(model_utility(values) if values and not incomplete else None)
+        return evaluation, notes
 
 
 class _Scored(NamedTuple):
-    """Scores of the answers of one set: as they are, in other words, and wrong ones; the last two None where rows lack them."""
+    """Scores of one set: of the answers, their paraphrases and the wrong answers; the last two are None where rows lack wrong answers."""
 
     answers: list[AnswerScore]
     right: list[AnswerScore] | None
@@ -169,7 +169,7 @@ class _Scored(NamedTuple):
         return {"agg_value": fmean(row["prob"] for row in rows), "value_by_index": _by_index(rows)}
 
     def shares(self) -> dict[str, Any]:
-        """Probability of each answer among itself and the wrong ones."""
+        """Return the probability of each answer divided by the sum of its own and those of the wrong answers."""
         if self.wrong is None:
             return _single(None)
         sums = [score.probability + sum(one.probability for one in wrong) for score, wrong in zip(self.answers, self.wrong, strict=True)]
@@ -178,7 +178,7 @@ class _Scored(NamedTuple):
 
 
 class _Set:
-    """The questions of one file, with the tokens of every answer that is scored."""
+    """The questions of one file, and the tokens of every answer to score."""
 
     def __init__(self, tokenizer: Any, questions: Sequence[Question], max_new_tokens: int) -> None:
         self._tokenizer, self._questions, self._max_new_tokens = tokenizer, questions, max_new_tokens
@@ -188,7 +188,7 @@ class _Set:
         self._answers = Answers(tokenizer, [(question.prompt, question.answer) for question in questions])
         self._right = self._wrong = None
         if all(question.perturbed for question in questions):
-            # TOFU's sets of real authors and world facts have no paraphrases; there the answer itself stands for them.
+            # TOFU's sets of real authors and world facts have no paraphrases; there the answer itself is used.
             self._right = Answers(tokenizer, [(question.prompt, question.paraphrased or question.answer) for question in questions])
             self._wrong = Answers(tokenizer, [(question.prompt, wrong) for question in questions for wrong in question.perturbed])
 
@@ -221,7 +221,7 @@ def _single(value: float | None) -> dict[str, Any]:
 
 
 def _entry(values: Sequence[float] | None, judged: Sequence[float] | None = None) -> dict[str, Any]:
-    """Each row's value, and the mean of the values or of what they are judged by."""
+    """Return the value of each row, and the mean of the values or, if given, of the ``judged`` numbers."""
     if values is None:
         return _single(None)
     rows = [{"score": value if math.isfinite(value) else None} for value in values]

@@ -1,4 +1,4 @@
-"""The formulas by which unlearning is judged: forget quality, truth ratio, memorisation, ROUGE-L recall and model utility."""
+"""The formulas of the unlearning measures: forget quality, truth ratio, memorisation, ROUGE-L recall and model utility."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from lata_lightning.errors import LataError
 
 
 class ForgetQuality(NamedTuple):
-    """Outcome of a Kolmogorov-Smirnov test; ``log10`` is None where the value is too small for a float."""
+    """P-value of a Kolmogorov-Smirnov test and its decimal logarithm, which is None where the value underflows to 0."""
 
     value: float
     log10: float | None
 
 
 def truth_ratio(correct_loss: float, perturbed_losses: Sequence[float]) -> float:
-    """How likely wrong answers are, compared with the right one in other words.
+    """Return the probability of the wrong answers relative to that of the paraphrased right answer.
 
     Args:
         correct_loss: Mean negative log-likelihood of the paraphrased right answer's tokens, in nats.
-        perturbed_losses: The same of the wrong answers, at least one.
+        perturbed_losses: The same for each wrong answer, at least one.
 
     Returns:
-        Geometric mean of the wrong answers' probabilities over the probability of the right one, each normalised by its length; not negative, below 1
-        where the model prefers the right answer, infinite where it overflows. The text of the source writes an arithmetic mean; the geometric one
-        is what its code, and so its tables, have.
+        Geometric mean of the wrong answers' probabilities divided by the probability of the right one, each normalised by its length. At least 0, below 1
+        where the model prefers the right answer, infinite where it overflows. The text of the source has an arithmetic mean; its code, and so its
+        tables, use the geometric mean.
 
     Raises:
         LataError: There is no wrong answer.
@@ -44,14 +44,14 @@ def truth_ratio(correct_loss: float, perturbed_losses: Sequence[float]) -> float
 
 
 def forget_quality(ratios: Sequence[float], reference: Sequence[float]) -> ForgetQuality:
-    """How likely it is that two models' truth ratios come from one distribution.
+    """Test whether two models' truth ratios come from one distribution.
 
     Args:
-        ratios: Truth ratios on the rows to be forgotten, of the model that was made to forget them.
-        reference: Those of a model trained without these rows.
+        ratios: Truth ratios, on the rows to be forgotten, of the model that should have forgotten them.
+        reference: Truth ratios of a model trained without these rows.
 
     Returns:
-        The p-value of the two-sided Kolmogorov-Smirnov test, in [0, 1], and its decimal logarithm. High: the models cannot be told apart.
+        The p-value of the two-sided Kolmogorov-Smirnov test, in [0, 1], and its decimal logarithm. With a high value the models cannot be told apart.
 
     Raises:
         LataError: One side is empty, or SciPy is not installed.
@@ -68,10 +68,10 @@ def forget_quality(ratios: Sequence[float], reference: Sequence[float]) -> Forge
 
 
 def exact_memorization(hits: Sequence[bool]) -> float:
-    """Share of an answer's tokens that are the most likely ones when the tokens before them are fed in.
+    """Return the share of an answer's tokens that are the most likely ones given the right tokens before them.
 
     Args:
-        hits: For each token of the answer, without the one that ends the turn, whether it is; at least one.
+        hits: For each token of the answer, without the one that ends the turn, whether it is the most likely one; at least one.
 
     Returns:
         In [0, 1].
@@ -83,17 +83,16 @@ def exact_memorization(hits: Sequence[bool]) -> float:
 
 
 def extraction_strength(hits: Sequence[bool]) -> float:
-    """Share of an answer that the model completes by itself from the shortest beginning after which it makes no mistake.
+    """Return the share of an answer that the model completes by itself after the shortest prefix from which it makes no mistake.
 
     Args:
-        hits: For each token of the answer, without the one that ends the turn, whether it is the most likely one when the tokens before it are fed in;
-            at least one.
+        hits: As for ``exact_memorization``.
 
     Returns:
-        1 − k/n for the smallest k of n tokens after which all are hits: 1 where all are, 0 where the last one is none. (OpenUnlearning's code gives
-        1/n in that last case, as it never tries the empty rest.)
+        1 − k/n for the smallest k of n tokens after which all are hits: 1 where all are hits, 0 where the last one is not. (OpenUnlearning's code
+        returns 1/n in that last case, as it never tries the empty suffix.)
 
-    Source: Carlini et al., arXiv:2012.07805; OpenUnlearning, arXiv:2506.12618, definition for tokens fed in.
+    Source: Carlini et al., arXiv:2012.07805; OpenUnlearning, arXiv:2506.12618, the definition with teacher forcing.
     """
     _check_hits(hits)
     completed = 0
@@ -103,17 +102,17 @@ def extraction_strength(hits: Sequence[bool]) -> float:
 
 
 def rouge_l_recall(answers: Sequence[str], references: Sequence[str]) -> list[float]:
-    """ROUGE-L recall of each answer: the longest common subsequence of words, as a share of the reference's words.
+    """Return the ROUGE-L recall of each answer: the longest common subsequence of words, as a share of the reference's words.
 
     Args:
-        answers: What a model answered.
-        references: What is right, one for each.
+        answers: Answers of a model.
+        references: The right answers, one for each.
 
     Returns:
-        In [0, 1], in their order; words are stemmed by Porter's rules, as in TOFU; 0 where either side has no words.
+        In [0, 1], in the given order; 0 where either side has no words. Words are stemmed by Porter's rules, as in TOFU.
 
     Raises:
-        LataError: The numbers differ, or NLTK, which stems, is not installed.
+        LataError: The numbers of answers and references differ, or NLTK, which stems words, is not installed.
 
     Source: TOFU, arXiv:2401.06121; MUSE, arXiv:2407.06460, knowledge memorisation.
     """
@@ -129,7 +128,7 @@ def rouge_l_recall(answers: Sequence[str], references: Sequence[str]) -> list[fl
 
 
 def model_utility(values: Sequence[float]) -> float:
-    """Harmonic mean of what a model can still do: low as soon as one value is, 0 where one is 0.
+    """Return the harmonic mean of the utility scores: low if any score is low, 0 if one is 0.
 
     Args:
         values: In [0, 1], at least one. TOFU takes nine: probability, ROUGE-L recall and truth ratio on the sets retain, real authors, world facts.
@@ -150,6 +149,6 @@ def _check_hits(hits: Sequence[bool]) -> None:
 
 
 def need(module: str) -> None:
-    """Refuse to go on without a library of the extra ``eval``."""
+    """Raise a LataError if a library of the extra ``eval`` is not installed."""
     if find_spec(module) is None:
         raise LataError(f"this measure needs {module}, which is not installed: pip install 'lata_lightning[eval]'")

@@ -11,7 +11,7 @@ from torch import Tensor
 from lata_lightning.errors import BaseMismatchError, LataError
 from lata_lightning.layers import LayerMap, LayerPosition
 from lata_lightning.merging.term import Term
-from lata_lightning.numerics.combine import Part
+from lata_lightning.numerics.combine import Summand
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.store.hashing import content_hash
 from lata_lightning.store.names import NOTHING, LeaveOut
@@ -187,12 +187,12 @@ def _shares(
     return shares
 
 
-def summand(onto: TensorSource, reader: TensorSource, name: str, factor: float) -> Part:
+def summand(onto: TensorSource, reader: TensorSource, name: str, factor: float) -> Summand:
     """One summand of a tensor, computed from two models without reading anything twice."""
     sides = reader.sides(name)
     if sides is None:
-        return Part(factor, reader.chunks(name))
+        return Summand(factor, reader.chunks(name))
     tuned, start, held = sides
     if start.byte_range(held) is not None and start.byte_range(held) == onto.byte_range(name):
-        return Part(factor, tuned.chunks(held), from_onto=True)
-    return Part(factor, tuned.chunks(held), start.chunks(held))
+        return Summand(factor, tuned.chunks(held), from_onto=True)
+    return Summand(factor, tuned.chunks(held), start.chunks(held))

@@ -1,1 +1,1 @@
-"""The arithmetic on tensors: chunks, low-rank factors, compiled kernels, the measuring and the merging pass."""
+"""Arithmetic on tensors: chunks, low-rank factors, compiled kernels, the measuring and the merging pass."""

@@ -1,4 +1,4 @@
-"""Flattened tensors, given piece by piece, so that nothing of the size of a tensor has to be in memory."""
+"""Flattened tensors read chunk by chunk, so that no whole tensor has to be in memory."""
 
 from __future__ import annotations
 
@@ -18,44 +18,43 @@ from lata_lightning.errors import LataError
 from lata_lightning.numerics.low_rank import LowRank
 
 CHUNK = 1 << 18
-"""Entries per piece: few enough for memory not to count, and enough for Python's part of a piece not to count either."""
+"""Entries per chunk: few enough to need little memory, many enough to make Python's overhead per chunk negligible."""
 ChunkReader = Callable[[int, int], Tensor]
-"""Gives the entries from one number to another of a flattened tensor, to be asked for in order; what it gives may be overwritten by the next
-call."""
+"""Returns the entries [begin, end) of a flattened tensor. Ranges are asked for in order; the next call may overwrite what the last one returned."""
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
 def chunk_bounds(count: int) -> Iterator[tuple[int, int]]:
-    """First and last entry (exclusive) of every piece of a tensor with so many entries."""
+    """Yield the first and the last entry (exclusive) of every chunk of a tensor with ``count`` entries."""
     for begin in range(0, count, CHUNK):
         yield begin, min(begin + CHUNK, count)
 
 
 def tensor_chunks(tensor: Tensor) -> ChunkReader:
-    """The pieces of a tensor in memory."""
+    """Return a reader of a tensor in memory."""
     flat = tensor.detach().reshape(-1)
     return lambda begin, end: flat[begin:end]
 
 
 def zeros(dtype: torch.dtype) -> ChunkReader:
-    """The pieces of a tensor that is zero."""
+    """Return a reader of a tensor of zeros."""
     return lambda begin, end: torch.zeros(end - begin, dtype=dtype)
 
 
 def factor_chunks(factors: LowRank) -> ChunkReader:
-    """The pieces of a tensor held as factors, float64."""
+    """Return a reader, in float64, of a tensor given as low-rank factors."""
     left, right = factors.joined()
-    # Whole blocks of rows are computed, on their own grid, so that no value depends on the pieces that are asked for.
+    # Whole blocks of rows are computed, on a fixed grid, so that no value depends on which chunks are asked for.
     return streamed((left[first:last] @ right for first, last in factors.blocks()), math.prod(factors.shape))
 
 
 def streamed(blocks: Iterable[Tensor], size: int) -> ChunkReader:
-    """The pieces of a tensor that comes as blocks of any size, in order.
+    """Return a reader of a tensor that arrives as blocks of any size, in order.
 
     Args:
-        blocks: Each is asked for when it is needed. When the last entry has been given out, they are run to their end.
-        size: Number of entries in all.
+        blocks: Each is computed when it is needed. After the last entry has been read, the iterable is run to its end.
+        size: Number of entries of the tensor.
     """
     coming = iter(blocks)
     waiting: list[Tensor] = []
@@ -74,11 +73,11 @@ def streamed(blocks: Iterable[Tensor], size: int) -> ChunkReader:
 
 
 def in_parallel(work: Callable[[_Item], _Result], items: Sequence[_Item], workers: int) -> list[_Result]:
-    """The result of some work on every item, in their order, by several threads; the first error ends it.
+    """Run a function on every item in several threads and return the results in order; the first error stops the rest.
 
     Args:
-        work: Independent for each item. Torch runs it on one thread, as small operations lose more by being shared out than they gain.
-        items: What to work on.
+        work: Independent for each item. Torch uses one thread within it, as splitting small operations costs more than it saves.
+        items: Arguments of ``work``.
         workers: Number of threads.
     """
     with _one_torch_thread():
@@ -94,13 +93,13 @@ def in_parallel(work: Callable[[_Item], _Result], items: Sequence[_Item], worker
 
 
 def worker_count(workers: int | None) -> int:
-    """The number of threads to use; by default one for each processor this process may run on, up to four.
+    """Return the number of threads to use; by default one for each processor available to this process, up to four.
 
     Raises:
         LataError: The number is less than 1.
     """
     if workers is None:
-        # More wait for the disk and for the interpreter's lock.
+        # More threads only wait for the disk and the interpreter's lock.
         return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if workers < 1:
         raise LataError(f"the number of workers must be at least 1, got {workers}")
@@ -108,10 +107,10 @@ def worker_count(workers: int | None) -> int:
 
 
 class MemoryLimit:
-    """Lets threads work at the same time as long as what they need fits together into some memory.
+    """A limit on the memory that threads use together; a thread that would exceed it waits.
 
     Args:
-        limit: Bytes. Whoever needs more waits until nobody else works.
+        limit: Bytes. A thread that needs more than this runs alone.
     """
 
     def __init__(self, limit: int) -> None:
@@ -119,7 +118,7 @@ class MemoryLimit:
 
     @contextmanager
     def taken(self, count: int) -> Iterator[None]:
-        """Wait until so many bytes are free, and take them."""
+        """Wait until ``count`` bytes are free, and reserve them for the ``with`` block."""
         count = min(count, self._limit)
         with self._free:
             self._free.wait_for(lambda: self._used + count <= self._limit)

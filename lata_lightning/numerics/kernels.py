@@ -1,7 +1,7 @@
-"""The innermost loops, compiled by numba: each entry is taken through all steps while it is in the cache.
+"""The innermost loops, compiled by numba: each entry goes through all steps while it is in the processor's cache.
 
-The compiled code is kept on disk, beside this file or, where that cannot be written, in the user's cache, so that only the first use on a machine
-waits for the compiler. Where neither can be written, every process compiles anew. The interpreter's lock is released meanwhile.
+The compiled code is cached on disk, beside this file or, where that directory is read-only, in the user's cache, so that only the first use on a
+machine waits for the compiler. Where neither can be written, every process compiles anew. The loops release the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from numba import njit
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-# Entries taken through all steps at once: a few times as many bytes stay in the first cache.
+# Entries that go through all steps together: their buffers fit into the first-level cache.
 _BLOCK = 512
 _SUMMED = 4096
-# Bits of a float64 that a float32 has no room for, and those of its absolute value.
+# The bits of a float64 that a float32 drops, and the bits of its absolute value.
 _CUT = np.uint64((1 << 29) - 1)
 _MAGNITUDE = np.uint64((1 << 63) - 1)
 _ONE = np.uint64(1)
@@ -26,7 +26,7 @@ _SMALLEST = np.uint64(np.float64(2.0**-126).view(np.uint64) - _ONE)
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Decorator that compiles a function when it is first called, and caches the result on disk where a directory can be written.
+    """Return a decorator that compiles a function when it is first called, and caches the result on disk where a directory can be written.
 
     Args:
         options: More options of ``numba.njit``.
@@ -36,30 +36,30 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         try:
             return njit(nogil=True, cache=True, error_model="numpy", **options)(function)
         except RuntimeError:
-            # numba raises this when it can write to none of the directories it keeps compiled code in.
+            # numba raises this when it can write to none of its cache directories.
             return njit(nogil=True, error_model="numpy", **options)(function)
 
     return decorate
 
 
 @compiled()
-def combine(weights: Array, vectors: Array, less: Array, factors: Array, found: Array, odd: bool) -> np.uint64:
-    """Weights + Σ factor · vector, or where asked Σ factor · (vector − weights), summed in float64.
+def combine(weights: Array, vectors: Array, less: Array, factors: Array, result: Array, odd: bool) -> np.uint64:
+    """Write weights + Σ factor · vector, or where ``less`` says so Σ factor · (vector − weights), summed in float64.
 
-    Opposite terms cancel exactly: the vectors are summed before the weights come in, and each product is rounded before it is added. Weights to
-    which nothing is added stay as they are, also -0.0.
+    Opposite terms cancel exactly: the vectors are summed before the weights are added, and each product is rounded before it is added. Weights to
+    which nothing is added stay as they are, even -0.0.
 
     Args:
         weights: Float32 or float64, of shape (count,).
         vectors: Float32 or float64, of shape (number, count), contiguous.
         less: Boolean, of shape (number,): whether the weights are to be subtracted from the vector, in the dtype of both.
         factors: Float64, of shape (number,).
-        found: Float32 or float64, of shape (count,); takes the result.
-        odd: Round to odd, which ``found`` must be float32 for: cut the sum to the bits a float32 holds, and set the last of them if anything was cut
-            off. Rounding that to a narrower dtype rounds as the sum itself would.
+        result: Float32 or float64, of shape (count,); overwritten.
+        odd: Round to odd, for which ``result`` must be float32: cut the sum to the bits of a float32, and set the last of them if anything was cut
+            off. Rounding that to a narrower dtype gives what rounding the sum itself would.
 
     Returns:
-        The bits of the largest magnitude of a sum, as float64; infinite and NaN are larger than all others.
+        The largest magnitude of a sum, as the bits of a float64; those of infinity and NaN are larger than all others.
     """
     total = np.empty(_BLOCK)
     total_bits = total.view(np.uint64)
@@ -70,7 +70,7 @@ def combine(weights: Array, vectors: Array, less: Array, factors: Array, found: 
     largest = np.uint64(0)
     for begin in range(0, weights.size, _BLOCK):
         end = min(begin + _BLOCK, weights.size)
-        values, bits, onto, out = total[: end - begin], total_bits[: end - begin], weights[begin:end], found[begin:end]
+        values, bits, onto, out = total[: end - begin], total_bits[: end - begin], weights[begin:end], result[begin:end]
         values[:] = 0.0
         for number in range(factors.size):
             factor, vector = factors[number], vectors[number, begin:end]
@@ -110,16 +110,16 @@ def combine(weights: Array, vectors: Array, less: Array, factors: Array, found: 
 
 @compiled(fastmath={"reassoc", "contract"})
 def sums(tuned: Array, start: Array | None, direction: Array | None, from_base: bool) -> tuple[float, float, float]:
-    """The three sums of a piece of a tensor, in float64: ⟨task, direction⟩, ‖task‖², ‖direction‖².
+    """Return the three sums of a chunk of a tensor, in float64: ⟨task, direction⟩, ‖task‖², ‖direction‖².
 
     Args:
         tuned: The vector, float32 or float64, flat; or the tuned weights, when ``start`` is given.
         start: Subtracted from ``tuned`` in the dtype of both.
         direction: The instruction vector; without it the first and last sums are 0.
-        from_base: Whether the direction is taken off the vector, in float64, to have the task vector.
+        from_base: Whether to subtract the direction from the vector, in float64, to get the task vector.
     """
     inner = square = length = 0.0
-    # Sums of blocks, and then the sum of those: fewer roundings follow each other.
+    # Sums of blocks, and then the sum of those, so that fewer roundings accumulate.
     for begin in range(0, tuned.size, _SUMMED):
         end = min(begin + _SUMMED, tuned.size)
         vectors = tuned[begin:end]
@@ -148,7 +148,12 @@ def sums(tuned: Array, start: Array | None, direction: Array | None, from_base: 
 
 @compiled(fastmath={"reassoc", "contract"})
 def loss(full: Array, lower: Array) -> tuple[float, float, float, int, int]:
-    """What storing flat values lower costs, both float32 or float64: ⟨full, lower⟩, ‖full‖², ‖lower‖², entries that are not zero, and those lost."""
+    """Return ⟨full, lower⟩, ‖full‖², ‖lower‖², the number of nonzero entries of ``full``, and how many of them are zero in ``lower``.
+
+    Args:
+        full: Flat values, float32 or float64.
+        lower: The same values after storing them at a lower precision, float32 or float64.
+    """
     inner = square = lower_square = 0.0
     nonzero = lost = 0
     for index in range(full.size):

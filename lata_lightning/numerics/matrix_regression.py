@@ -1,12 +1,12 @@
-"""One matrix out of those of several task vectors, in closed form from the matrices alone.
+"""Merging the matrices of several task vectors into one, in closed form and without samples.
 
-With τ_t the matrices (rows are outputs, columns inputs), C_t = τ_tᵀτ_t in place of the inputs they were learned from, and P the prior, it is
+With τ_t the matrices (rows are outputs, columns inputs), C_t = τ_tᵀτ_t as the estimate of the Gram matrix of their inputs, and P the prior, it is
 
     W = argmin Σ_t ‖(W − τ_t) τ_tᵀ‖² + λ ‖W − P‖² = (Σ_t τ_t C_t + λ P) (Σ_t C_t + λ I)⁻¹.
 
-Suffixes of names say the axes: ``o`` outputs, ``i`` inputs, ``k`` the rows of all vectors together. Where the vectors have fewer rows in all than there
-are inputs, the same matrix is solved in the width of the rows: with S the rows of all vectors one under the other, S (Sᵀ S + λ I)⁻¹ is
-(S Sᵀ + λ I)⁻¹ S. Vectors held as factors count by their rank.
+Suffixes of names give the axes: ``o`` outputs, ``i`` inputs, ``k`` the rows of all vectors together. Where all vectors together have fewer rows than
+there are inputs, the same matrix comes from a smaller system with one unknown per row: with S the rows of all vectors stacked, S (Sᵀ S + λ I)⁻¹ equals
+(S Sᵀ + λ I)⁻¹ S. A vector stored as factors counts by its rank.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lata_lightning.numerics.combine import NOT_FINITE
 from lata_lightning.numerics.low_rank import Factors, LowRank
 
 Prior = Literal["sum", "mean"]
-# Entries of a block of rows, or of columns, that is widened to float64 at once.
+# Entries of the largest block of rows or columns that is converted to float64 at once.
 _BLOCK = 1 << 22
 _STEPS = 30
 
@@ -36,9 +36,9 @@ class Operand:
     """The matrix of one vector.
 
     Attributes:
-        first: Gives its entries row by row, in order.
-        again: The same for a second reading.
-        factors: The same matrix as factors, if it is held so; otherwise None.
+        first: Reader of its entries, row by row, for the first pass.
+        again: Reader of the same entries for the second pass.
+        factors: The same matrix as low-rank factors, if it is stored so; otherwise None.
     """
 
     first: ChunkReader
@@ -48,12 +48,12 @@ class Operand:
 
 @dataclass
 class Figures:
-    """What was found out while a matrix was solved; those of several matrices add up.
+    """Measurements taken while a matrix is solved; those of several matrices add up.
 
     Attributes:
-        lost: For each vector ‖(W − τ_t) τ_tᵀ‖², what the merge changes of what the vector does on its own inputs.
-        own: For each vector ‖τ_t τ_tᵀ‖², what it does there.
-        condition: Condition number of what was solved, at most; the largest of several matrices. 0 if nothing was to be solved.
+        lost: For each vector ‖(W − τ_t) τ_tᵀ‖², how much the merge changes its effect on its own inputs.
+        own: For each vector ‖τ_t τ_tᵀ‖², its whole effect there.
+        condition: Upper bound on the condition number of the system; the largest over several matrices. 0 if there was no system to solve.
     """
 
     lost: list[float]
@@ -62,7 +62,7 @@ class Figures:
 
     @classmethod
     def empty(cls, vectors: int) -> Figures:
-        """No matrix as yet."""
+        """Return the figures before the first matrix."""
         return cls([0.0] * vectors, [0.0] * vectors)
 
 
@@ -73,8 +73,8 @@ class Settings:
     Attributes:
         ridge: λ in units of the mean of the diagonal of Σ C_t; positive.
         prior: Whether P is the sum of the vectors or their mean.
-        device: Where it is computed.
-        precision: Of products and solves.
+        device: Device to compute on.
+        precision: Dtype of products and solves.
     """
 
     ridge: float = 1.0
@@ -89,21 +89,21 @@ class Settings:
             raise LataError(f"unknown prior {self.prior!r}; choose one of sum, mean")
 
     def penalty(self, trace: float, inputs: int) -> float:
-        """λ, from the trace of Σ C_t."""
+        """Return λ, from the trace of Σ C_t."""
         return self.ridge * trace / inputs
 
     def share(self, vectors: int) -> float:
-        """Factor of every vector in the prior, from the number of those that are not zero."""
+        """Return the factor of every vector in the prior, from the number of vectors that are not zero."""
         return 1.0 if self.prior == "sum" else 1.0 / vectors
 
 
 def solved_in_rows(operands: Sequence[Operand], shape: tuple[int, int]) -> bool:
-    """Whether a matrix is solved in the width of the rows of all vectors, and not in that of its inputs."""
+    """Return whether the system has one unknown per row of the vectors, and not one per input."""
     return _all_factors(operands) or sum(_height(operand, shape[0]) for operand in operands) < shape[1]
 
 
 def working_bytes(operands: Sequence[Operand], shape: tuple[int, int]) -> int:
-    """Memory that solving a matrix takes, at most, in bytes."""
+    """Return an upper bound, in bytes, on the memory that solving a matrix takes."""
     outputs, inputs = shape
     height = sum(_height(operand, outputs) for operand in operands)
     if solved_in_rows(operands, shape):
@@ -112,13 +112,13 @@ def working_bytes(operands: Sequence[Operand], shape: tuple[int, int]) -> int:
 
 
 def regressed(operands: Sequence[Operand], shape: tuple[int, int], settings: Settings, figures: Figures) -> Iterator[Tensor]:
-    """Blocks of rows of the one matrix, from the top, float32 on the CPU.
+    """Yield the merged matrix in blocks of rows, from the top, float32 on the CPU.
 
     Args:
         operands: The matrices of the vectors; at least one.
         shape: Outputs and inputs.
         settings: How to solve.
-        figures: Gets what is found out added when the last block has been given out.
+        figures: The measurements are added to it after the last block.
 
     Raises:
         CorruptFileError: An entry is not finite.
@@ -129,16 +129,16 @@ def regressed(operands: Sequence[Operand], shape: tuple[int, int], settings: Set
     return _by_inputs(operands, shape, settings, figures)
 
 
-def regressed_factors(held: Sequence[LowRank], shape: tuple[int, int], settings: Settings, figures: Figures) -> LowRank:
-    """The one matrix of vectors that are all held as factors, as factors of the sum of their ranks; as ``regressed``.
+def regressed_factors(matrices: Sequence[LowRank], shape: tuple[int, int], settings: Settings, figures: Figures) -> LowRank:
+    """Return the merged matrix of vectors that are all stored as factors, as factors of the sum of their ranks; as ``regressed``.
 
     Args:
-        held: The matrices, each of this shape.
+        matrices: One for each vector, each of this shape.
         shape: Outputs and inputs.
         settings: How to solve.
-        figures: Gets what is found out added.
+        figures: The measurements are added to it.
     """
-    lefts, rights = zip(*(factors.joined() for factors in held), strict=True)
+    lefts, rights = zip(*(factors.joined() for factors in matrices), strict=True)
     triangles, sides = [], []
     for left, right in zip(lefts, rights, strict=True):
         orthonormal, triangle = torch.linalg.qr(left.to(settings.device, settings.precision))
@@ -147,8 +147,8 @@ def regressed_factors(held: Sequence[LowRank], shape: tuple[int, int], settings:
     solution = _solve_rows(sides, shape, settings, figures)
     if solution is None:
         return LowRank(shape, ())
-    pieces = torch.split(solution, [len(side.rows_ki) for side in sides], dim=1)
-    left = torch.cat([piece @ triangle for piece, triangle in zip(pieces, triangles, strict=True)], dim=1)
+    blocks = torch.split(solution, [len(side.rows_ki) for side in sides], dim=1)
+    left = torch.cat([block @ triangle for block, triangle in zip(blocks, triangles, strict=True)], dim=1)
     return LowRank(shape, (Factors(left.double().cpu(), torch.cat(list(rights)).cpu()),))
 
 
@@ -189,7 +189,7 @@ def _by_inputs(operands: Sequence[Operand], shape: tuple[int, int], settings: Se
 
 @dataclass(frozen=True)
 class _Side:
-    """A vector as orthonormal_ok @ rows_ki; None for the identity."""
+    """A vector as orthonormal_ok @ rows_ki, where None stands for the identity."""
 
     orthonormal_ok: Tensor | None
     rows_ki: Tensor
@@ -204,21 +204,21 @@ def _by_rows(operands: Sequence[Operand], shape: tuple[int, int], settings: Sett
             orthonormal, triangle = torch.linalg.qr(left)
             sides.append(_Side(orthonormal, triangle @ right))
         else:
-            # In the precision it is held in, of which there are copies for each thread.
+            # In its stored precision, because every thread has copies of it.
             rows = operand.first(0, outputs * inputs).reshape(outputs, inputs)
             sides.append(_Side(None, rows.to(settings.device, copy=True)))
     solution = _solve_rows(sides, shape, settings, figures)
     merged = torch.zeros(shape)
     if solution is not None:
-        pieces = torch.split(solution, [len(side.rows_ki) for side in sides], dim=1)
+        blocks = torch.split(solution, [len(side.rows_ki) for side in sides], dim=1)
         for begin, end in _columns(sides, inputs):
-            panel = (piece @ side.rows_ki[:, begin:end].to(settings.precision) for piece, side in zip(pieces, sides, strict=True))
+            panel = (block @ side.rows_ki[:, begin:end].to(settings.precision) for block, side in zip(blocks, sides, strict=True))
             merged[:, begin:end] = reduce(torch.add, panel)
     yield merged
 
 
 def _solve_rows(sides: Sequence[_Side], shape: tuple[int, int], settings: Settings, figures: Figures) -> Tensor | None:
-    """The matrix B_ok for which W = B_ok S_ki, with S the rows of all sides; None if all are zero."""
+    """Return the matrix B_ok for which W = B_ok S_ki, with S the rows of all sides; None if all are zero."""
     outputs, inputs = shape
     edges = [0, *accumulate(len(side.rows_ki) for side in sides)]
     spans = [slice(begin, end) for begin, end in pairwise(edges)]
@@ -244,11 +244,11 @@ def _solve_rows(sides: Sequence[_Side], shape: tuple[int, int], settings: Settin
     for side, span in zip(sides, spans, strict=True):
         aims[:, span] = _lifted(side, _plus_diagonal(gram[span, span], penalty * share))
     figures.condition = max(figures.condition, _condition(gram, penalty))
-    found = torch.cholesky_solve(aims.T, _cholesky(gram, penalty, settings.ridge)).T
+    solution = torch.cholesky_solve(aims.T, _cholesky(gram, penalty, settings.ridge)).T
     del aims
-    lost = [(found @ gram[:, span] - _lifted(side, gram[span, span])).square().sum() for side, span in zip(sides, spans, strict=True)]
+    lost = [(solution @ gram[:, span] - _lifted(side, gram[span, span])).square().sum() for side, span in zip(sides, spans, strict=True)]
     _add(figures, lost, [gram[span, span].square().sum() for span in spans])
-    return found
+    return solution
 
 
 def _lifted(side: _Side, matrix_kk: Tensor) -> Tensor:
@@ -270,23 +270,21 @@ def _height(operand: Operand, outputs: int) -> int:
 
 
 def _plus_diagonal(matrix: Tensor, number: float) -> Tensor:
-    found = matrix.clone()
-    found.diagonal().add_(number)
-    return found
+    shifted = matrix.clone()
+    shifted.diagonal().add_(number)
+    return shifted
 
 
 def _cholesky(matrix: Tensor, penalty: float, ridge: float) -> Tensor:
     factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(_plus_diagonal(matrix, penalty))
     if failed:
-        raise LataError(
-            f"the ridge {ridge:g} is lost in rounding beside the vectors, which do not go in all directions. Give a larger one."
-        )
+        raise LataError(f"the ridge {ridge:g} is lost in rounding beside the vectors, which do not span all directions. Give a larger one.")
     return factor
 
 
 def _condition(matrix: Tensor, penalty: float) -> float:
-    """Condition number of a positive semidefinite matrix plus penalty · I, at most: its largest eigenvalue, by power iteration, over the penalty."""
+    """Return 1 + largest eigenvalue / penalty, by power iteration: a bound on the condition number of a semidefinite matrix plus penalty · I."""
     direction = torch.linspace(1.0, 2.0, len(matrix), dtype=matrix.dtype, device=matrix.device)
     largest = 0.0
     for _ in range(_STEPS):
@@ -306,6 +304,6 @@ def _finite(trace: Tensor) -> float:
 
 def _add(figures: Figures, lost: Sequence[Tensor] | Tensor, own: Sequence[Tensor]) -> None:
     for number, (one, other) in enumerate(zip(lost, own, strict=True)):
-        # Where nothing is lost, rounding may leave less than nothing.
+        # Where nothing is lost, rounding may leave a negative number.
         figures.lost[number] += max(0.0, float(one))
         figures.own[number] += float(other)

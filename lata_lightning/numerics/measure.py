@@ -1,7 +1,7 @@
-"""The pass over the weights: the three sums of each tensor.
+"""The measuring pass over the weights: the three sums of each tensor.
 
-Subtraction happens at the precision the weights are held in (never below float32). Products and sums are float64, chunk by chunk, so that no
-temporary of the size of a tensor is made. Of a difference held as factors (LoRA) the sums come from the factors.
+Subtraction happens at the precision of the weights, but at least float32. Products and sums are float64, chunk by chunk, so that no temporary copy of a
+whole tensor is made. The sums of a difference that is stored as low-rank factors (LoRA) come from the factors.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from lata_lightning.numerics.chunks import ChunkReader, tensor_chunks
 from lata_lightning.numerics.kernels import sums as entry_sums
 from lata_lightning.numerics.low_rank import LowRank
 
-# Entries per chunk: on a CPU what is read of a file stays in the cache, on an accelerator launches must not dominate.
+# Entries per chunk: on a CPU a chunk that was just read stays in the cache, on an accelerator kernel launches must not dominate.
 _CPU_CHUNK = 1 << 17
 _DEVICE_CHUNK = 1 << 22
-# Integers as wide as a dtype, and the bits of infinity among them.
+# The integer dtype of the same width, and the bits of infinity as such an integer.
 _INFINITE = {
     torch.float16: (torch.int16, 0x7C00),
     torch.bfloat16: (torch.int16, 0x7F80),
@@ -33,7 +33,7 @@ _INFINITE = {
 
 
 def difference(tuned: Tensor, start: Tensor) -> Tensor:
-    """Tuned minus start, at the wider of their precisions and never below float32. Neither input changes."""
+    """Return tuned minus start, at the wider of their precisions and at least float32. Neither input changes."""
     wide = torch.promote_types(torch.promote_types(tuned.dtype, start.dtype), torch.float32)
     return tuned.to(wide) - start.to(wide)
 
@@ -46,19 +46,19 @@ def tensor_sums(
     start: Start = "instruct",
     instruction_squared: float | None = None,
 ) -> Tensor:
-    """The three sums of one tensor.
+    """Return the three sums of one tensor.
 
     Args:
-        vector: Tuned minus start, of any shape and floating dtype, or its factors; or the tuned weights, when ``subtract`` is given.
+        vector: Tuned minus start, of any shape and floating dtype, or its factors; the tuned weights when ``subtract`` is given.
         instruction: Instruct minus base, of the same shape, or its factors.
-        subtract: The start weights, for a vector that does not exist yet.
-        start: ``"base"`` if the vector started from the base model. Then it is the complex vector, and the task vector is what remains after
-            the instruction vector is taken off.
-        instruction_squared: The last of the sums, where it is known: it does not change while a model trains.
+        subtract: The start weights, to be subtracted from ``vector``.
+        start: ``"base"`` if the fine-tune started from the base model. Then ``vector`` is the complex vector, and the instruction vector is
+            subtracted from it to get the task vector.
+        instruction_squared: The last of the sums, if it is known already: it does not change while a model trains.
 
     Returns:
-        Float64 tensor of shape (3,) on the device of ``vector``: inner, task, instruction. No input changes. Where one side is given as
-        factors, no dense matrix of it is made.
+        Float64 tensor of shape (3,) on the device of ``vector``: inner, task, instruction. No input changes. A side given as factors is never made
+        dense.
 
     Raises:
         LayoutMismatchError: The shapes differ.
@@ -75,10 +75,10 @@ def tensor_sums(
     if vector.device.type != "cpu":
         return _device_sums(vector, instruction, subtract, start)
     direction, origin = (None if tensor is None else tensor_chunks(tensor.cpu()) for tensor in (instruction, subtract))
-    found = streamed_sums(vector.numel(), tensor_chunks(vector), direction, subtract=origin, start=start)
+    sums = streamed_sums(vector.numel(), tensor_chunks(vector), direction, subtract=origin, start=start)
     if instruction is not None and instruction_squared is not None:
-        found[2] = instruction_squared
-    return found
+        sums[2] = instruction_squared
+    return sums
 
 
 def streamed_sums(
@@ -89,13 +89,13 @@ def streamed_sums(
     subtract: ChunkReader | None = None,
     start: Start = "instruct",
 ) -> Tensor:
-    """The three sums of a tensor on the CPU that is given piece by piece; as ``tensor_sums``.
+    """Return the three sums of a tensor on the CPU that is read chunk by chunk; as ``tensor_sums``.
 
     Args:
         count: Number of its entries.
-        vector: Gives the pieces of the vector, in order.
-        instruction: Gives those of the instruction vector.
-        subtract: Gives those of the start weights, where ``vector`` gives tuned ones.
+        vector: Reader of the vector.
+        instruction: Reader of the instruction vector.
+        subtract: Reader of the start weights, where ``vector`` reads tuned ones.
         start: As for ``tensor_sums``.
     """
     chunks = []
@@ -109,14 +109,14 @@ def streamed_sums(
         if instruction is not None:
             direction = _array(instruction(begin, end))
         chunks.append(entry_sums(_array(task), None if origin is None else _array(origin), direction, start == "base"))
-    found = [math.fsum(column) for column in zip(*chunks, strict=True)] if chunks else [0.0, 0.0, 0.0]
-    return torch.tensor(found, dtype=torch.float64)
+    sums = [math.fsum(column) for column in zip(*chunks, strict=True)] if chunks else [0.0, 0.0, 0.0]
+    return torch.tensor(sums, dtype=torch.float64)
 
 
 def factored_sums(vector: LowRank | ChunkReader, instruction: LowRank | ChunkReader, *, start: Start = "instruct") -> Tensor:
-    """The three sums of a tensor of which at least one side is given as factors; as ``tensor_sums``, on the CPU.
+    """Return the three sums of a tensor of which at least one side is given as factors; as ``tensor_sums``, on the CPU.
 
-    A dense side is given piece by piece, and each of its entries is asked for once.
+    A dense side is read chunk by chunk, each entry once.
     """
     if isinstance(vector, LowRank) and isinstance(instruction, LowRank):
         return tensor_sums(vector, instruction, start=start)
@@ -132,24 +132,24 @@ def factored_sums(vector: LowRank | ChunkReader, instruction: LowRank | ChunkRea
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether a tensor on the CPU, of a floating dtype and contiguous, holds neither NaN nor infinite values."""
+    """Return whether a contiguous floating tensor on the CPU holds neither NaN nor infinite values."""
     integers, infinite = _INFINITE[values.dtype]
     bits = values.reshape(-1).view(integers).numpy()
-    # Of magnitudes, those of NaN and of infinity have the largest bits.
+    # As integers, the magnitudes of NaN and of infinity are the largest.
     return bits.size == 0 or int(np.bitwise_and(bits, np.iinfo(bits.dtype).max).max()) < infinite
 
 
 def same_values(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one dtype and shape hold the same numbers, infinite and NaN ones included."""
+    """Return whether two tensors of one dtype and shape hold the same numbers, infinite and NaN ones included."""
     one, other = one.detach().cpu(), other.detach().cpu()
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    # NaN equals nothing, but the same bits of it are no change.
+    # NaN equals nothing, but a NaN with the same bits has not changed.
     return torch.equal(one, other) or torch.equal(*(side.reshape(-1).view(torch.uint8) for side in (one, other)))
 
 
 def same_entries(one: Tensor, other: Tensor) -> Tensor:
-    """Where two tensors of one shape hold the same number; NaN is the same as NaN."""
+    """Return a mask of the entries at which two tensors of one shape hold the same number; NaN counts as the same as NaN."""
     return (one == other) | (one.isnan() & other.isnan())
 
 
@@ -158,16 +158,16 @@ def _array(values: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
 
 
 def _device_sums(vector: Tensor, instruction: Tensor | None, subtract: Tensor | None, start: Start) -> Tensor:
-    """The three sums where the vector lies on an accelerator; other sides are brought there chunk by chunk."""
+    """Return the three sums of a vector on an accelerator; the other sides are copied there chunk by chunk."""
     flat, device = vector.detach().reshape(-1), vector.device
     flat_instruction, flat_start = (None if tensor is None else tensor.detach().reshape(-1) for tensor in (instruction, subtract))
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for begin in range(0, flat.numel(), _DEVICE_CHUNK):
-        piece = slice(begin, begin + _DEVICE_CHUNK)
-        task = flat[piece] if flat_start is None else difference(flat[piece], flat_start[piece].to(device, non_blocking=True))
+        chunk = slice(begin, begin + _DEVICE_CHUNK)
+        task = flat[chunk] if flat_start is None else difference(flat[chunk], flat_start[chunk].to(device, non_blocking=True))
         task = task.double()
         if flat_instruction is not None:
-            direction = flat_instruction[piece].to(device, non_blocking=True).double()
+            direction = flat_instruction[chunk].to(device, non_blocking=True).double()
             if start == "base":
                 task = task - direction
             sums[0] += torch.dot(task, direction)
@@ -179,7 +179,7 @@ def _device_sums(vector: Tensor, instruction: Tensor | None, subtract: Tensor | 
 def _factored_sums(
     vector: Tensor | LowRank, instruction: Tensor | LowRank | None, subtract: Tensor | None, start: Start, known: float | None
 ) -> Tensor:
-    """The three sums where at least one side is given as factors."""
+    """Return the three sums where at least one side is given as factors."""
     if isinstance(vector, LowRank):
         task = vector.square()
     else:
@@ -200,7 +200,7 @@ def _factored_sums(
 
 
 def _from_start(inner: Tensor, task: Tensor, square: Tensor, start: Start) -> Tensor:
-    """The three sums of the task vector, from those of the vector as it is given."""
+    """Return the three sums of the task vector, from those of the vector as given."""
     if start == "base":
         # Of the complex vector v and the instruction vector i: ‖v − i‖² and ⟨v − i, i⟩.
         inner, task = inner - square, (task - 2 * inner + square).clamp_min(0.0)
@@ -208,16 +208,16 @@ def _from_start(inner: Tensor, task: Tensor, square: Tensor, start: Start) -> Te
 
 
 def moments_table(sums: Mapping[str, Tensor]) -> dict[str, Moments]:
-    """Measured sums as numbers, by tensor name.
+    """Return measured sums as numbers, by tensor name.
 
     Raises:
-        CorruptFileError: Sums that are not finite: the weights hold NaN or infinite values.
+        CorruptFileError: A sum is not finite, because the weights hold NaN or infinite values.
     """
     if not sums:
         return {}
     rows = torch.stack(list(sums.values())).tolist()
     table = {name: Moments(*row) for name, row in zip(sums, rows, strict=True)}
-    broken = [name for name, found in table.items() if not math.isfinite(found.inner + found.task + found.instruction)]
+    broken = [name for name, moments in table.items() if not math.isfinite(moments.inner + moments.task + moments.instruction)]
     if broken:
         raise CorruptFileError(
             f"weights must be finite; NaN or infinite values in {first_three(broken)}. Look for the step at which training diverged."

@@ -1,7 +1,7 @@
-"""Merges of matrices by their singular vectors, in float64.
+"""Merging matrices by their singular vectors, in float64.
 
-Directions whose singular value is rounding error have no direction of their own, so they are left out: what is returned then never depends on the
-library that decomposes.
+Singular vectors whose singular value is rounding error are arbitrary, so they are left out: the result then does not depend on the library that
+computes the decomposition.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 def iso_c(matrices: Sequence[Tensor]) -> Tensor:
-    """The sum of matrices of one shape, with every singular value replaced by the mean of all of them.
+    """Return the sum of matrices of one shape, with every singular value replaced by the mean of all of them.
 
     Args:
         matrices: Float64; at least one.
 
-    Source: Iso-C, arXiv:2502.04959. The mean is over as many values as the shorter side has, as published; directions without a value stay zero.
+    Source: Iso-C, arXiv:2502.04959. As published, the mean is over as many values as the shorter side has; singular values of zero stay zero.
     """
     total = torch.stack(list(matrices)).sum(0)
     left, values, right = _directions(total, min(total.shape))
@@ -27,7 +27,7 @@ def iso_c(matrices: Sequence[Tensor]) -> Tensor:
 
 
 def tsv_m(matrices: Sequence[Tensor]) -> Tensor:
-    """The leading singular directions of every matrix, an equal share of them each, made orthogonal to one another.
+    """Return the sum of the leading singular directions of every matrix, an equal number of each, made orthogonal to one another.
 
     Args:
         matrices: Float64, of one shape; at least one.
@@ -41,15 +41,15 @@ def tsv_m(matrices: Sequence[Tensor]) -> Tensor:
 
 
 def _directions(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading singular vectors and values of a matrix, at most so many, without those whose value is rounding error."""
+    """Return the ``count`` leading singular vectors and values of a matrix, without those whose value is rounding error."""
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     least = values.max() * max(matrix.shape) * torch.finfo(matrix.dtype).eps if values.numel() else 0.0
-    kept = min(count, int((values > least).sum()))
-    return left[:, :kept], values[:kept], right[:kept]
+    count = min(count, int((values > least).sum()))
+    return left[:, :count], values[:count], right[:count]
 
 
 def _nearest_orthogonal(matrix: Tensor) -> Tensor:
-    """The matrix with all singular values 1 (its polar factor)."""
+    """Return the matrix with all singular values set to 1 (its polar factor)."""
     left, _, right = _directions(matrix, min(matrix.shape))
     polar: Tensor = left @ right
     return polar

@@ -1,1 +1,1 @@
-"""Rows of data: which forms a row may have, how it becomes tokens, and where rows are read from."""
+"""Rows of data: the accepted forms, reading them from files and data sets, and turning them into tokens."""

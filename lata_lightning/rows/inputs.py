@@ -1,4 +1,4 @@
-"""Samples of a task as inputs of a model."""
+"""Turning samples into the inputs of a model."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lata_lightning.rows.tokens import Template, conversation_row, special_token
 def tokenised(
     samples: Sequence[Sample], tokenizer: Any, *, max_tokens: int = 512, name: str = "the data", template: Template = "chat"
 ) -> tuple[list[Tensor], int]:
-    """Samples as tokens.
+    """Turn samples into tokens.
 
     Args:
         samples: Conversations and pairs are put into the tokenizer's chat format; a text is what ``tokenizer(text)`` gives.
         tokenizer: Hugging Face tokenizer.
-        max_tokens: A row is cut after so many; what the tokenizer puts after a text stays.
+        max_tokens: Longer rows are cut; special tokens at the end of a text are kept.
         name: Where the samples come from, for messages; rows are counted from 1.
-        template: ``plain`` puts the answer of a pair straight after its prompt.
+        template: ``plain`` puts the answer of a pair directly after its prompt.
 
     Returns:
         Token ids of every row, int64 of shape (tokens,), and how many rows were cut.
@@ -34,7 +34,7 @@ def tokenised(
     """
     if max_tokens < 1:
         raise LataError(f"a row must have space for at least one token, not {max_tokens}")
-    found: list[Tensor] = []
+    rows: list[Tensor] = []
     cut = 0
     for number, sample in enumerate(samples, start=1):
         where, after = f"row {number} of {name}", 0
@@ -48,16 +48,16 @@ def tokenised(
         if len(ids) > max_tokens:
             cut += 1
             ids = torch.cat([ids[: max(0, max_tokens - after)], ids[len(ids) - after :]])[:max_tokens]
-        found.append(ids)
-    return found, cut
+        rows.append(ids)
+    return rows, cut
 
 
 def model_inputs(rows: Iterable[Tensor], batch_size: int) -> list[dict[str, Tensor]]:
-    """Rows of tokens as batches, padded on the right: ``input_ids`` and ``attention_mask``, both of shape (rows, longest row)."""
+    """Return rows of tokens as batches, padded on the right: ``input_ids`` and ``attention_mask``, both of shape (rows, longest row)."""
     pending = iter(rows)
     batches = []
     while batch := list(islice(pending, batch_size)):
-        # The mask keeps padding out of everything, so any token can stand there.
+        # The mask hides the padding, so any token will do.
         ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in batch], batch_first=True)
         batches.append({"input_ids": ids, "attention_mask": mask})

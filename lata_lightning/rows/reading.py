@@ -1,4 +1,4 @@
-"""Rows from JSONL files and from data sets."""
+"""Reading rows from files and data sets."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lata_lightning.store.directories import json_rows
 
 
 def read_rows(data: str | Path, count: int | None = None) -> list[dict[str, Any]]:
-    """The rows of a file, or of the ``train`` split of a data set.
+    """Read the rows of a file, or of the ``train`` split of a data set.
 
     Args:
         data: A file with one JSON object per line, a CSV, Parquet or JSON file, or what ``datasets.load_dataset`` takes: a hub id or a directory.
-        count: How many from the top, at most; by default all.
+        count: Read at most so many rows, from the top; by default all.
 
     Raises:
         SourceError: There is no such file or data set, or it cannot be read.
-        CorruptFileError: A line is no JSON object, or the file is no UTF-8 text.
+        CorruptFileError: A line is not a JSON object, or the file is not UTF-8 text.
         LataError: ``count`` is not positive, or there is no row.
     """
     if count is not None and count < 1:
@@ -33,15 +33,15 @@ def read_rows(data: str | Path, count: int | None = None) -> list[dict[str, Any]
         raise SourceError(f"there is no file {str(data)!r}, seen from {Path.cwd()}")
     else:
         rows = _data_set(str(data))
-    found = list(islice(rows, count))
-    if not found:
+    selected = list(islice(rows, count))
+    if not selected:
         raise LataError(f"{data} holds no rows")
-    return found
+    return selected
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        # Not splitlines(), which also splits at marks that JSON strings may hold. Files of some editors begin with a byte order mark.
+        # Not splitlines(), which also splits at characters that JSON strings may contain. Some editors write a byte order mark first.
         with path.open(encoding="utf-8-sig", newline="\n") as lines:
             yield from json_rows(lines, path)
     except OSError as error:
@@ -54,7 +54,7 @@ def _data_set(name: str) -> Iterator[dict[str, Any]]:
     import datasets
 
     try:
-        # Streamed, as a few rows of a data set may be wanted and not all of it.
+        # Streamed, because only a few rows of a data set may be needed.
         yield from datasets.load_dataset(name, split="train", streaming=True)
     except (OSError, ValueError) as error:
         raise SourceError(f"{name} is neither a file nor a data set with a split 'train' ({first_line(error)})") from error

@@ -1,4 +1,4 @@
-"""The forms a row of data may have, for every command alike."""
+"""The forms that a row of data may have, the same for every command."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ FORMS: Mapping[tuple[str, ...], Form] = {
     ("question", "completion"): "pair",
     ("text",): "text",
 }
-"""The columns that make a row; ``text`` may have a ``label`` beside it. Other columns are ignored."""
+"""The form that a set of columns makes; ``text`` may have a ``label`` beside it. Other columns are ignored."""
 LABEL = "label"
 ACCEPTED = "'messages', 'prompt' and 'completion', 'prompt' and 'answer', 'question' and 'answer', 'text', or 'text' and 'label'"
-_Found = tuple[tuple[str, ...], Form]
 
 
 class Sample(NamedTuple):
@@ -29,7 +28,7 @@ class Sample(NamedTuple):
 
     Attributes:
         form: ``conversation``, ``pair`` or ``text``.
-        messages: Turns with ``role`` and ``content``; of a pair the prompt of the user and the answer of the assistant; of a text none.
+        messages: Turns with ``role`` and ``content``. A pair has the prompt of the user and the answer of the assistant; a text has none.
         text: The document; empty for the other forms.
         label: Class of a text, as a whole number or a word; None where the row has none.
     """
@@ -51,49 +50,54 @@ class Sample(NamedTuple):
 
 
 def pair(prompt: str, answer: str) -> Sample:
-    """A question of the user and the answer of the assistant."""
+    """Return the sample for a question of the user and the answer of the assistant."""
     return Sample("pair", ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer}))
 
 
-def check_columns(held: Sequence[str], columns: Sequence[str], *, where: str = "the data") -> None:
-    """Refuse data that has these columns and lacks one of those.
-
-    Raises:
-        LataError: A column is missing; the message lists those there are.
-    """
-    missing = [column for column in columns if column not in held]
-    if missing:
-        raise LataError(f"{where} has no column {', '.join(map(repr, missing))}; its columns are {', '.join(map(repr, held))}")
-
-
-def columns_of(held: Iterable[str], columns: Sequence[str] | None = None, *, where: str = "the data") -> tuple[str, ...]:
-    """The columns that make a row.
+def check_columns(present: Sequence[str], columns: Sequence[str], *, where: str = "the data") -> None:
+    """Refuse data that lacks one of the columns it needs.
 
     Args:
-        held: The columns that have a value.
-        columns: Columns named by the user; by default one of the accepted forms.
-        where: What holds these columns, for messages.
+        present: The columns of the data.
+        columns: The columns that it needs.
+        where: What has these columns, for messages.
 
     Raises:
-        LataError: No accepted form is there, more than one is, or a named column is missing.
+        LataError: A column is missing; the message lists the columns of the data.
     """
-    names = list(held)
+    missing = [column for column in columns if column not in present]
+    if missing:
+        raise LataError(f"{where} has no column {', '.join(map(repr, missing))}; its columns are {', '.join(map(repr, present))}")
+
+
+def columns_of(present: Iterable[str], columns: Sequence[str] | None = None, *, where: str = "the data") -> tuple[str, ...]:
+    """Return the columns that make a row.
+
+    Args:
+        present: The columns that have a value.
+        columns: Columns named by the user; by default one of the accepted forms.
+        where: What has these columns, for messages.
+
+    Raises:
+        LataError: The columns make no accepted form or several, or a named column is missing.
+    """
+    names = list(present)
     if columns is not None:
         check_columns(names, columns, where=where)
         return tuple(columns)
-    found = [form for form in FORMS if set(form) <= set(names)]
-    if len(found) > 1:
+    forms = [form for form in FORMS if set(form) <= set(names)]
+    if len(forms) > 1:
         raise LataError(
-            f"{where} must hold one of the accepted forms, it holds {len(found)}: {'; '.join(map(_words, found))}. "
+            f"{where} must hold one of the accepted forms, it holds {len(forms)}: {'; '.join(map(_words, forms))}. "
             "Remove the columns that are not meant (lata fit also takes their names: --data.columns)."
         )
-    if not found:
+    if not forms:
         raise LataError(f"{where} must hold {ACCEPTED}; it holds {_listed(names)}. {_nearest(names)}")
-    return found[0]
+    return forms[0]
 
 
 def read_sample(row: Mapping[str, Any], columns: Sequence[str] | None = None, *, where: str) -> Sample:
-    """A row as a sample.
+    """Read a row as a sample.
 
     Args:
         row: Values by column; None counts as absent.
@@ -125,7 +129,7 @@ def read_sample(row: Mapping[str, Any], columns: Sequence[str] | None = None, *,
 
 
 def read_samples(rows: Iterable[Mapping[str, Any]], name: str, columns: Sequence[str] | None = None) -> list[Sample]:
-    """Rows as samples, all of one form.
+    """Read rows as samples, all of one form.
 
     Args:
         rows: Values by column.
@@ -135,13 +139,13 @@ def read_samples(rows: Iterable[Mapping[str, Any]], name: str, columns: Sequence
     Raises:
         LataError: As for ``read_sample``, or the rows are of several forms, or some texts have a label and some have none.
     """
-    found = [read_sample(row, columns, where=f"row {number} of {name}") for number, row in enumerate(rows, start=1)]
-    check_one_form(found, name)
-    return found
+    samples = [read_sample(row, columns, where=f"row {number} of {name}") for number, row in enumerate(rows, start=1)]
+    check_one_form(samples, name)
+    return samples
 
 
 def check_one_form(samples: Sequence[Sample], name: str) -> None:
-    """Refuse samples of several forms; a conversation and a pair are one.
+    """Refuse samples of several forms; conversations and pairs count as one form.
 
     Raises:
         LataError: The samples are of several forms.
@@ -183,7 +187,7 @@ def _check_filled(columns: Sequence[str], values: Sequence[Any], where: str) -> 
 
 
 def _nearest(names: Sequence[str]) -> str:
-    """The accepted form whose columns are most like those that are there, and what it lacks."""
+    """Return a sentence that names the accepted form with the most similar columns, and the columns it lacks."""
 
     def likeness(columns: tuple[str, ...]) -> float:
         best = [max((SequenceMatcher(None, column, name.lower()).ratio() for name in names), default=0.0) for column in columns]

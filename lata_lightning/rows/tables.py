@@ -1,4 +1,4 @@
-"""Data sets by name or file, read through `datasets`, and a division of their rows that only their contents decide."""
+"""Opening files and data sets through `datasets`, and splitting their rows into training and validation by content."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parqu
 
 
 def open_table(source: str | Sequence[str], split: str = "train", subset: str | None = None, *, streaming: bool = False) -> Any:
-    """A `datasets` data set, or an iterable one when streaming.
+    """Open files or a data set with `datasets`; an iterable data set when streaming.
 
     Args:
         source: JSON lines, CSV or Parquet files (paths or patterns, several of one kind), a directory, or the name of a data set on the hub. Only
-            the latter needs a network, and none under ``HF_HUB_OFFLINE=1`` if it is in the cache.
-        split: Which split to take of a data set on the hub or of a directory; single files are one split, ``"train"``.
+            the hub needs a network, unless the data set is in the cache and ``HF_HUB_OFFLINE=1``.
+        split: Split of a data set on the hub or of a directory; files are one split, ``"train"``.
         subset: Configuration of a data set on the hub.
         streaming: Read rows as they are needed instead of all at once.
 
@@ -47,50 +47,50 @@ def open_table(source: str | Sequence[str], split: str = "train", subset: str | 
 
 
 def held_out(content: Any, share: float, seed: int) -> bool:
-    """Whether a row belongs to the validation split, which its content alone decides.
+    """Return whether a row belongs to the validation split, which only its content decides.
 
-    The same row is on the same side on every machine, in every epoch, after a resume and when rows are added, and so are two equal rows.
+    A row stays on its side on every machine, in every epoch, after a resume and when rows are added. Equal rows are on the same side.
 
     Args:
-        content: The values of a row: what JSON can hold, or bytes.
+        content: The values of a row, as JSON types or bytes.
         share: Expected share of rows held out, in [0, 1].
-        seed: Another seed holds out other rows.
+        seed: Selects which rows are held out.
     """
-    held = content if isinstance(content, bytes) else json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
-    digest = hashlib.sha256(f"{seed}/".encode() + held).digest()
+    encoded = content if isinstance(content, bytes) else json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
+    digest = hashlib.sha256(f"{seed}/".encode() + encoded).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def divided(rows: Sequence[Any], contents: Iterable[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
-    """Rows to train on and rows held out, both in their old order (see ``held_out``).
+    """Split rows into those to train on and those held out (see ``held_out``); both keep their order.
 
     Raises:
         LataError: One side would be empty.
     """
-    kept: list[Any] = []
-    held: list[Any] = []
+    training: list[Any] = []
+    validation: list[Any] = []
     for row, content in zip(rows, contents, strict=True):
-        (held if held_out(content, share, seed) else kept).append(row)
-    if share > 0 and not (kept and held):
-        side = "training" if not kept else "validation"
+        (validation if held_out(content, share, seed) else training).append(row)
+    if share > 0 and not (training and validation):
+        side = "training" if not training else "validation"
         raise LataError(
             f"validation_share {share} of {len(rows)} rows leaves the {side} split empty; give another share, another seed, or validation data of its own"
         )
-    return kept, held
+    return training, validation
 
 
 def _files(name: str) -> list[str]:
     """Return the local files that a name or pattern matches; none for a directory or a name on the hub."""
     if Path(name).is_dir():
         return []
-    found = sorted(glob(name, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute patterns
-    unknown = [file for file in found if Path(file).suffix not in BUILDERS]
+    matches = sorted(glob(name, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute patterns
+    unknown = [file for file in matches if Path(file).suffix not in BUILDERS]
     if unknown:
         raise LataError(f"data files end in {', '.join(BUILDERS)}; other endings have {first_three(unknown)}")
     local = Path(name).suffix in BUILDERS or name.startswith((".", "/", "~")) or "*" in name or name.count("/") > 1
-    if not found and local:
+    if not matches and local:
         raise LataError(f"there is no file {name!r}, seen from {Path.cwd()}")
-    return found
+    return matches
 
 
 def _offline() -> bool:

@@ -1,7 +1,7 @@
-"""Rows as tokens: the one place where a tokenizer is asked for a conversation or a text.
+"""Turning conversations and texts into tokens; no other module calls a tokenizer for that.
 
-A conversation gets what the chat template renders, its BOS included if the template has one. A text gets what the tokenizer puts around a text by
-default: BOS where the tokenizer adds it. Neither gets it twice.
+A conversation becomes what the chat template renders, with BOS if the template has one. A text gets the special tokens that the tokenizer adds to a
+text by default, such as BOS. Neither gets BOS twice.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ IGNORED = -100
 Template = Literal["chat", "plain"]
 
 
-class Row(NamedTuple):
-    """One sequence: token ids, and labels that are -100 where nothing is predicted; both int64 of shape (tokens,).
+class TokenRow(NamedTuple):
+    """One sequence: token ids, and labels that are -100 where no loss is computed; both int64 of shape (tokens,).
 
-    Several sequences packed into one row have ``position_ids`` of the same shape, which begin at 0 with each of them.
+    Several sequences packed into one row have ``position_ids`` of the same shape, which restart at 0 with each sequence.
     """
 
     input_ids: Tensor
@@ -32,10 +32,10 @@ class Row(NamedTuple):
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Token ids that a tokenizer puts before and after a text by default, such as BOS; empty where it adds none.
+    """Return the token ids that a tokenizer adds before and after a text by default, such as BOS; empty lists where it adds none.
 
     Raises:
-        LataError: The tokens of the text itself cannot be found among all.
+        LataError: The tokens of the text change when special tokens are added.
     """
     whole, content = (tokenizer("a", **more)["input_ids"] for more in ({}, {"add_special_tokens": False}))
     for begin in range(len(whole) - len(content) + 1):
@@ -47,25 +47,25 @@ def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def text_windows(tokenizer: Any, text: str, context_length: int, *, end: bool = False, max_tokens: int | None = None) -> list[list[int]]:
-    """A text as one or several lists of token ids, each with what the tokenizer puts before a text.
+    """Cut a text into windows of token ids, each beginning with the special tokens that the tokenizer puts before a text.
 
     Args:
         tokenizer: Hugging Face tokenizer.
         text: One document.
         context_length: Most tokens of a window, at least 2.
-        end: Put the end token after the text, unless the tokenizer itself does. Where it would be alone in the last window, that window is left
-            out, as it predicts nothing of the text.
-        max_tokens: Use only so many tokens of the text.
+        end: Append the end token to the text, unless the tokenizer itself does. A last window with nothing else is left out, as it predicts nothing
+            of the text.
+        max_tokens: Use only the first so many tokens of the text.
 
     Returns:
-        The tokens of the text in order, in windows that do not overlap; only the last one may be shorter. A text that fits is what
-        ``tokenizer(text)`` gives. Without tokens there is no window.
+        The tokens of the text in order, in windows that do not overlap; only the last one may be shorter. The window of a text that fits equals
+        ``tokenizer(text)``. A text without tokens has no window.
 
     Raises:
-        LataError: A window has no room for a token of the text beside the special ones.
+        LataError: The special tokens fill the whole window.
     """
     before, after = special_tokens(tokenizer)
-    # Not verbose: the text may be longer than the model's context, its windows are not.
+    # Not verbose: the tokenizer would warn of a text longer than the model's context, although its windows are not.
     content = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
     if end and tokenizer.eos_token_id not in after:
         after = [*after, tokenizer.eos_token_id]
@@ -77,21 +77,21 @@ def text_windows(tokenizer: Any, text: str, context_length: int, *, end: bool = 
     return [[*before, *tokens[begin : begin + size]] for begin in begins]
 
 
-def conversation_pieces(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]] | None:
-    """A conversation as the chat template renders it, cut where what is learned begins and ends.
+def conversation_segments(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]] | None:
+    """Render a conversation with the chat template, and cut it where the learned text begins and ends.
 
     Args:
         tokenizer: Hugging Face tokenizer with a chat template.
-        messages: Turns with ``role`` and ``content``; what follows the last turn of the assistant is left out.
+        messages: Turns with ``role`` and ``content``; turns after the assistant's last one are left out.
 
     Returns:
-        Pieces of text and whether they are learned: every turn of the assistant, with what the template puts after it. None where the template
-        renders the beginning of a conversation differently once it goes on.
+        Segments of text and whether they are learned: every turn of the assistant, with what the template puts after it. None where the template
+        renders the beginning of a conversation differently when more turns follow.
 
     Raises:
         LataError: The template refuses the conversation, or no turn is the assistant's.
     """
-    pieces: list[tuple[str, bool]] = []
+    segments: list[tuple[str, bool]] = []
     done = ""
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -103,50 +103,46 @@ def conversation_pieces(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -
             raise LataError(f"the chat template refuses a conversation: {error}; it begins {str(messages[0]['content'])[:40]!r}") from error
         if not question.startswith(done) or not answered.startswith(question):
             return None
-        pieces += [(question[len(done) :], False), (answered[len(question) :], True)]
+        segments += [(question[len(done) :], False), (answered[len(question) :], True)]
         done = answered
-    if not pieces:
+    if not segments:
         begins = str(messages[0]["content"])[:40] if messages else ""
         raise LataError(f"every conversation needs a turn of the assistant to learn; there is none in the one that begins {begins!r}")
-    return pieces
+    return segments
 
 
-def conversation_row(tokenizer: Any, sample: Sample, where: str, template: Template = "chat") -> Row:
-    """A conversation or a pair as tokens, labelled from each answer's first token to the end of the turn.
+def conversation_row(tokenizer: Any, sample: Sample, where: str, template: Template = "chat") -> TokenRow:
+    """Turn a conversation or a pair into tokens, labelled from each answer's first token to the end of the turn.
 
     Args:
         tokenizer: Hugging Face tokenizer, with a chat template unless ``template`` is ``plain``.
         sample: A conversation or a pair.
         where: Which row it is, for messages.
-        template: ``plain`` puts the answer of a pair straight after its prompt and the end token after both; what the tokenizer puts before a text
-            comes first.
+        template: ``plain`` puts the answer of a pair directly after its prompt, the end token after both, and the tokenizer's special tokens before
+            them.
 
     Raises:
-        LataError: The tokenizer has no chat template, the template refuses the conversation or renders it differently once it goes on, no turn
-            is the assistant's, or a plain row is no pair.
+        LataError: The tokenizer has no chat template, the template refuses the conversation or renders its beginning differently when more turns
+            follow, no turn is the assistant's, or a plain row is not a pair.
     """
     if template == "plain":
         if sample.form != "pair":
             raise LataError(f"the template 'plain' joins a prompt and its answer; {where} holds a conversation. Use the template 'chat'.")
         row = row_of(tokenizer, [(sample.prompt, False), (sample.answer + tokenizer.eos_token, True)])
         before = torch.tensor(special_tokens(tokenizer)[0], dtype=torch.long)
-        return Row(torch.cat([before, row.input_ids]), torch.cat([torch.full_like(before, IGNORED), row.labels]))
+        return TokenRow(torch.cat([before, row.input_ids]), torch.cat([torch.full_like(before, IGNORED), row.labels]))
     check_chat_template(tokenizer)
-    pieces = conversation_pieces(tokenizer, sample.messages)
-    if pieces is None:
+    segments = conversation_segments(tokenizer, sample.messages)
+    if segments is None:
         raise LataError(
             f"the chat template renders the conversation in {where} differently once it goes on, so that what to learn is not known; "
             "give one question and answer a row"
         )
-    return row_of(tokenizer, pieces)
+    return row_of(tokenizer, segments)
 
 
 def check_chat_template(tokenizer: Any) -> None:
-    """Refuse a tokenizer without a chat template.
-
-    Raises:
-        LataError: It has none.
-    """
+    """Raise a LataError for a tokenizer without a chat template."""
     if not tokenizer.chat_template:
         raise LataError(
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template, which conversations and pairs are put into. Copy chat_template.jinja of the "
@@ -154,8 +150,8 @@ def check_chat_template(tokenizer: Any) -> None:
         )
 
 
-def chat_rows(tokenizer: Any, pairs: Sequence[tuple[str, str]], longest: int) -> list[Row]:
-    """Pairs as tokens in the tokenizer's chat format, labelled from the answer's first token to the end of the turn.
+def chat_rows(tokenizer: Any, pairs: Sequence[tuple[str, str]], longest: int) -> list[TokenRow]:
+    """Turn pairs into tokens in the tokenizer's chat format, labelled from the answer's first token to the end of the turn.
 
     Args:
         tokenizer: Hugging Face tokenizer with a chat template.
@@ -163,7 +159,7 @@ def chat_rows(tokenizer: Any, pairs: Sequence[tuple[str, str]], longest: int) ->
         longest: Most tokens a row may have.
 
     Raises:
-        LataError: A row is longer than that, or the template renders a question differently once it is answered.
+        LataError: A row is longer than that, or the template renders a question differently when an answer follows.
     """
     rows = [conversation_row(tokenizer, pair(*one), f"pair {number}") for number, one in enumerate(pairs, start=1)]
     too_long = [prompt for (prompt, _), row in zip(pairs, rows, strict=True) if len(row.input_ids) > longest]
@@ -172,42 +168,42 @@ def chat_rows(tokenizer: Any, pairs: Sequence[tuple[str, str]], longest: int) ->
     return rows
 
 
-def row_of(tokenizer: Any, pieces: Iterable[tuple[str, bool]]) -> Row:
-    """Pieces of text as one row, labelled where they say so; special tokens only where the text has them.
+def row_of(tokenizer: Any, segments: Iterable[tuple[str, bool]]) -> TokenRow:
+    """Turn segments of text into one row, labelled where they are learned; special tokens are only those in the text.
 
-    No token straddles two pieces, as in generation.
+    No token spans two segments, as in generation.
     """
     ids: list[int] = []
     labels: list[int] = []
-    for text, learned in pieces:
+    for text, learned in segments:
         tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         ids += tokens
         labels += tokens if learned else [IGNORED] * len(tokens)
-    return Row(torch.tensor(ids, dtype=torch.long), torch.tensor(labels, dtype=torch.long))
+    return TokenRow(torch.tensor(ids, dtype=torch.long), torch.tensor(labels, dtype=torch.long))
 
 
-def packed(rows: Iterable[Row], context_length: int) -> Iterator[Row]:
-    """Rows one after another in as few longer ones as their order allows; no row is cut.
+def packed(rows: Iterable[TokenRow], context_length: int) -> Iterator[TokenRow]:
+    """Pack rows, in their order, into as few longer rows as possible; no row is cut.
 
-    ``position_ids`` begin at 0 with every row, by which transformers keeps its models from looking across the border; the first token of a row is
-    not learned, as nothing before it says what it is.
+    ``position_ids`` restart at 0 with every row, which tells the models of transformers not to attend across the border. The first token of a row is not
+    learned, as no token before it predicts it.
 
     Args:
         rows: At most ``context_length`` tokens each.
         context_length: Most tokens of a packed row.
     """
-    waiting: list[Row] = []
+    open_rows: list[TokenRow] = []
     for row in rows:
-        if waiting and sum(len(other.input_ids) for other in waiting) + len(row.input_ids) > context_length:
-            yield _joined(waiting)
-            waiting = []
-        waiting.append(row)
-    if waiting:
-        yield _joined(waiting)
+        if open_rows and sum(len(other.input_ids) for other in open_rows) + len(row.input_ids) > context_length:
+            yield _joined(open_rows)
+            open_rows = []
+        open_rows.append(row)
+    if open_rows:
+        yield _joined(open_rows)
 
 
 def raw_tokens(tokenizer: Any, texts: Iterable[str], context_length: int) -> Tensor:
-    """All texts as one line of tokens, each with what the tokenizer puts before a text and the end token after it.
+    """Return all texts as one sequence of tokens, each between the tokenizer's special tokens and the end token.
 
     Returns:
         int32 of shape (tokens,), empty without texts.
@@ -217,22 +213,22 @@ def raw_tokens(tokenizer: Any, texts: Iterable[str], context_length: int) -> Ten
     """
     before, after = special_tokens(tokenizer)
     after = after if tokenizer.eos_token_id in after else [*after, tokenizer.eos_token_id]
-    pieces = [
-        # Not verbose: a document may be longer than the model's context, its windows are not.
+    segments = [
+        # Not verbose, as in text_windows.
         torch.tensor([*before, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], *after], dtype=torch.int32)
         for text in texts
     ]
-    tokens = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32)
-    if pieces and len(tokens) < context_length:
+    tokens = torch.cat(segments) if segments else torch.empty(0, dtype=torch.int32)
+    if segments and len(tokens) < context_length:
         raise LataError(f"raw text must fill at least one window of {context_length} tokens, it has {len(tokens)}")
     return tokens
 
 
-def collate(rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
-    """Rows of different lengths as one batch, padded on the right; padding has the label -100.
+def collate(rows: Sequence[TokenRow], pad_token_id: int) -> dict[str, Tensor]:
+    """Return rows of different lengths as one batch, padded on the right; padding has the label -100.
 
     Returns:
-        ``input_ids`` and ``labels`` of shape (rows, longest row); for packed rows ``position_ids``, too.
+        ``input_ids`` and ``labels`` of shape (rows, longest row); ``position_ids`` too for packed rows.
     """
     batch = {
         "input_ids": torch.nn.utils.rnn.pad_sequence([row.input_ids for row in rows], True, pad_token_id),
@@ -244,8 +240,8 @@ def collate(rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
     return batch
 
 
-def _joined(rows: Sequence[Row]) -> Row:
+def _joined(rows: Sequence[TokenRow]) -> TokenRow:
     labels = torch.cat([row.labels for row in rows])
     positions = torch.cat([torch.arange(len(row.labels)) for row in rows])
     labels[positions == 0] = IGNORED
-    return Row(torch.cat([row.input_ids for row in rows]), labels, positions)
+    return TokenRow(torch.cat([row.input_ids for row in rows]), labels, positions)

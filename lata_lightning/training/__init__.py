@@ -1,1 +1,1 @@
-"""Lightning modules and data modules for causal language models."""
+"""Lightning modules and data modules, the body of `lata fit`, and learning tasks in sequence."""

@@ -1,4 +1,4 @@
-"""The order in which batches are made of rows of tokens."""
+"""Which rows of tokens make which batch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
-from lata_lightning.rows.tokens import Row, collate
+from lata_lightning.rows.tokens import TokenRow, collate
 
 
 class MixtureBatchSampler(DistributedSampler[list[int]]):
     """Batches of row numbers: chat rows drawn by group shares, and raw-text windows spread evenly between them.
 
-    Every group is gone through in a shuffled order before a row of it comes again in the same epoch. Of several processes each takes every n-th
-    batch of one common order, and all of them the same number; so ``batches`` is the number of steps, whatever the number of processes.
+    Every row of a group comes once, in shuffled order, before any of them comes again in the same epoch. Each of n processes takes every n-th batch of one
+    common order, and all take the same number of batches; so ``batches`` is the number of steps, whatever the number of processes.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class MixtureBatchSampler(DistributedSampler[list[int]]):
         num_replicas: int = 1,
         rank: int = 0,
     ) -> None:
-        # A DistributedSampler is what Lightning leaves in its place under DDP, instead of trying to wrap it.
+        # Under DDP Lightning keeps a DistributedSampler, where it would wrap any other sampler.
         super().__init__(cast("Dataset[Any]", range(len(windows))), num_replicas, rank, seed=seed)
         self.groups = groups
         self.shares = torch.tensor(shares, dtype=torch.float64)
@@ -49,9 +49,9 @@ class MixtureBatchSampler(DistributedSampler[list[int]]):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         orders = [_endless_shuffle(group, generator) for group in self.groups]
         for number in range(self.batches * self.num_replicas):
-            # Every process draws the batches of all, so that all go through one order.
+            # Every process draws the batches of all processes, so that they share one order.
             mine = number % self.num_replicas == self.rank
-            # Raw batches are those at which the running total of raw text passes a whole number.
+            # A batch is raw text when the running total of raw text passes a whole number.
             if int((number + 1) * self.raw_share) > int(number * self.raw_share):
                 starts = torch.randint(len(self.windows), (self.windows_per_batch,), generator=generator)
                 batch = [self.windows[start] for start in starts.tolist()]
@@ -62,10 +62,10 @@ class MixtureBatchSampler(DistributedSampler[list[int]]):
                 yield batch
 
 
-class Rows(Dataset[Row]):
-    """Chat rows first, then one row for every place at which a window of raw text can start."""
+class TokenRows(Dataset[TokenRow]):
+    """Chat rows first, then one row for every position at which a window of raw text can start."""
 
-    def __init__(self, rows: list[Row], raw: Tensor, context_length: int) -> None:
+    def __init__(self, rows: list[TokenRow], raw: Tensor, context_length: int) -> None:
         self.rows = rows
         self.raw = raw
         self.context_length = context_length
@@ -74,18 +74,18 @@ class Rows(Dataset[Row]):
     def __len__(self) -> int:
         return len(self.rows) + len(self.windows)
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> TokenRow:
         if index < len(self.rows):
             return self.rows[index]
         start = index - len(self.rows)
         window = self.raw[start : start + self.context_length].long()
-        return Row(window, window)
+        return TokenRow(window, window)
 
 
 class Batches(Dataset[dict[str, Tensor]]):
-    """Whole batches, by the numbers of their rows: what a sampler of batches draws from."""
+    """Whole batches, indexed by lists of row numbers from a batch sampler."""
 
-    def __init__(self, rows: Dataset[Row], pad_token_id: int) -> None:
+    def __init__(self, rows: Dataset[TokenRow], pad_token_id: int) -> None:
         self.rows = rows
         self.pad_token_id = pad_token_id
 

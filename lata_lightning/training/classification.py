@@ -1,4 +1,4 @@
-"""Lightning modules that fine-tune encoders, vision models and others of transformers as classifiers."""
+"""Lightning modules that fine-tune encoders, vision models and other models of transformers as classifiers."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lata_lightning.training.optimizing import Schedule, adamw, check_optimizing
 
 
 class ClassificationModule(LightningModule):
-    """Training of a classifier of transformers; what it reads says the child.
+    """Base of the modules that train a classifier of transformers; a child class says what the batches hold.
 
-    Optimizer and schedule are those of ``CausalLMModule``. Batches are dictionaries with ``labels`` of shape (rows,), int64, and what the model takes.
+    Optimizer and schedule are those of ``CausalLMModule``. Batches are dictionaries with ``labels`` of shape (rows,), int64, and the inputs of the model.
 
-    ================ ================================================================= ===============================================================
+    ================ ================================================================= =================================================================
     logged key       when                                                              what
-    ================ ================================================================= ===============================================================
+    ================ ================================================================= =================================================================
     ``train_loss``   every training step, and the epoch's mean as ``train_loss_epoch`` mean cross-entropy of the batch, in nats
     ``val_loss``     every validation epoch                                            mean over the rows
-    ``val_accuracy`` every validation epoch                                            share of rows classified rightly, in [0, 1], over all processes
-    ================ ================================================================= ===============================================================
+    ``val_accuracy`` every validation epoch                                            share of rows classified correctly, in [0, 1], over all processes
+    ================ ================================================================= =================================================================
 
     Attributes:
         model: The Hugging Face model, in training mode.
@@ -50,7 +50,8 @@ class ClassificationModule(LightningModule):
 
         Args:
             model: Hugging Face directory, hub id, or a model already in memory, which is trained in place.
-            num_labels: Classes; a head that is not stored, or for another number of them, starts at random values. None takes what is stored.
+            num_labels: Number of classes; None takes the stored number. A head that is not stored, or has another number of classes, starts at random
+                values.
             learning_rate: Peak learning rate.
             weight_decay: Decay of parameters of two or more dimensions.
             betas: AdamW's decay rates of the first and second moment.
@@ -75,24 +76,24 @@ class ClassificationModule(LightningModule):
         self.optimizing = (learning_rate, weight_decay, betas, schedule, warmup_steps, final_learning_rate_share)
 
     def forward(self, **batch: Tensor) -> Any:
-        """Output of the Hugging Face model: ``logits`` of shape (rows, classes), and ``loss`` where there are labels."""
+        """Return the output of the Hugging Face model: ``logits`` of shape (rows, classes), and ``loss`` where there are labels."""
         return self.model(**batch)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Loss of one batch."""
+        """Return the loss of one batch."""
         loss: Tensor = self(**batch).loss
         self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(batch["labels"]))
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Logs loss and accuracy."""
+        """Log loss and accuracy."""
         output = self(**batch)
         self.accuracy(output.logits.argmax(-1), batch["labels"])
         self.log("val_loss", output.loss, prog_bar=True, sync_dist=True, batch_size=len(batch["labels"]))
         self.log("val_accuracy", self.accuracy, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        """AdamW over the trainable parameters, and its schedule by optimizer step."""
+        """Return AdamW over the trainable parameters, and its schedule by optimizer step."""
         return adamw(self, *self.optimizing)
 
     @classmethod
@@ -105,14 +106,14 @@ class ClassificationModule(LightningModule):
 
 
 class SequenceClassificationModule(ClassificationModule):
-    """Training of a text classifier; batches hold ``input_ids`` and ``attention_mask``, both of shape (rows, tokens)."""
+    """Train a text classifier; batches hold ``input_ids`` and ``attention_mask``, both of shape (rows, tokens)."""
 
     kind = "texts"
     auto = AutoModelForSequenceClassification
 
 
 class ImageClassificationModule(ClassificationModule):
-    """Training of an image classifier; batches hold ``pixel_values`` of shape (rows, channels, height, width)."""
+    """Train an image classifier; batches hold ``pixel_values`` of shape (rows, channels, height, width)."""
 
     kind = "images"
     auto = AutoModelForImageClassification

@@ -21,13 +21,13 @@ from lata_lightning.training.labelled_data import ImageDataModule, LabelledTextD
 from lata_lightning.training.module import CausalLMModule
 from lata_lightning.training.text_data import TextDataModule
 
-# A recipe may name these without their module, as it is imported here; the first of each kind is what stands for no name.
+# Imported here so that a recipe may name these classes without their module; the first of each kind is the default.
 MODULES = (CausalLMModule, SequenceClassificationModule, ImageClassificationModule)
 DATA_MODULES = (TextDataModule, LabelledTextDataModule, ImageDataModule)
 
 
 class FitCLI(LightningCLI):
-    """``fit`` with sections ``model``, ``data``, ``trainer`` and ``lata``, and one directory for what a run leaves.
+    """The command ``fit``, with sections ``model``, ``data``, ``trainer`` and ``lata``, and one output directory for each run.
 
     =================== ============================================================================
     in the directory    what
@@ -37,11 +37,11 @@ class FitCLI(LightningCLI):
     ``logs/version_n/`` metrics, and the whole configuration; a resumed run has a version of its own
     =================== ============================================================================
 
-    ``model`` and ``data`` are any LightningModule and LightningDataModule by their class path, ``CausalLMModule`` and ``TextDataModule`` unless given.
+    ``model`` and ``data`` are any LightningModule and LightningDataModule, by class path; by default ``CausalLMModule`` and ``TextDataModule``.
 
     Args:
         arguments: The command line without the name of the program: ``["fit", "--config", …]``.
-        parser_class: What parses it.
+        parser_class: Class of the parser.
     """
 
     def __init__(self, arguments: Sequence[str], parser_class: type[LightningArgumentParser] = LightningArgumentParser) -> None:
@@ -56,21 +56,21 @@ class FitCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Only ``fit``."""
+        """Return only ``fit``."""
         return {"fit": LightningCLI.subcommands()["fit"]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The callback's section, the directory of the run, and what model and data are unless given."""
+        """Add the section of the callback, the output directory, and the defaults for model and data."""
         parser.add_lightning_class_args(LATACallback, "lata")
         parser.add_argument("--output", type=str, default="run", help="Directory for what the run leaves; it must not hold another run.")
         parser.set_defaults({"model": {"class_path": _path(MODULES[0])}, "data": {"class_path": _path(DATA_MODULES[0])}})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses what was given, whatever the name and arguments of the program are."""
+        """Parse the given arguments, never those of the running program."""
         self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
-        """Looks at the output directory before anything is loaded: a run that cannot begin there is refused, and 'last' becomes a path."""
+        """Check the output directory before anything is loaded: refuse a run that cannot begin there, and turn 'last' into a path."""
         config = self._get(self.config, "lata")
         output = Path(self._get(self.config, "output"))
         measured = Path(config.output_dir) if config.output_dir else output / config.name
@@ -80,24 +80,24 @@ class FitCLI(LightningCLI):
             self.config[self.subcommand].ckpt_path = checkpoint_to_resume(output, given, results, self._arguments)
 
     def instantiate_classes(self) -> None:
-        """Makes trainer, model and data; what is wrong with an argument is said in the words of the class that found it."""
+        """Create trainer, model and data; an error about an argument is raised with the message of the class that found it."""
         try:
             super().instantiate_classes()
         except ValueError as error:
-            # jsonargparse puts what a constructor raises into a report on every type it tried.
+            # jsonargparse wraps what a constructor raises into a report on every type it tried.
             reason: BaseException | None = error
             while reason is not None and not isinstance(reason, LataError):
                 reason = reason.__cause__ or reason.__context__
             raise reason or error from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer, with everything that was given no place of its own put into the directory of the run."""
+        """Return the trainer, which writes to the directory of the run unless other directories are given."""
         output = Path(self._get(self.config_init, "output"))
         given = self._get(self.config_init, "trainer", default={})
-        placed: dict[str, Any] = {} if given.get("default_root_dir") else {"default_root_dir": str(output)}
+        directories: dict[str, Any] = {} if given.get("default_root_dir") else {"default_root_dir": str(output)}
         if given.get("logger") in (None, True):
-            placed["logger"] = CSVLogger(output, name=LOGS)
-        trainer = super().instantiate_trainer(**placed, **kwargs)
+            directories["logger"] = CSVLogger(output, name=LOGS)
+        trainer = super().instantiate_trainer(**directories, **kwargs)
         if given.get("fast_dev_run"):
             # A trial run is to write nothing, but ModelCheckpoint would still save the last weights.
             trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, ModelCheckpoint)]  # type: ignore[attr-defined]
@@ -109,7 +109,7 @@ class FitCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Says what the checkpoints cost that Lightning writes unless told otherwise."""
+        """Print how large the checkpoints will be that Lightning writes by default."""
         keeping = [callback for callback in self.trainer.callbacks if isinstance(callback, ModelCheckpoint)]  # type: ignore[attr-defined]
         size = _checkpoint_bytes(self.model)
         if keeping and size:
@@ -119,7 +119,7 @@ class FitCLI(LightningCLI):
             )
 
     def fit(self, **keywords: Any) -> None:
-        """Trains; a start that fails before it logs anything leaves no empty folders."""
+        """Train; a start that fails before it logs anything leaves no empty folders."""
         output = Path(self._get(self.config_init, "output"))
         before = log_folders(output)
         try:
@@ -131,12 +131,12 @@ class FitCLI(LightningCLI):
 
 
 def _checkpoint_bytes(module: LightningModule) -> int:
-    """What a checkpoint takes: the weights it holds, and the two moments that AdamW keeps of each trained one."""
+    """Return the size of a checkpoint: its weights, and the two moments that AdamW keeps for each trained one."""
     parameters = list(module.parameters())
-    # A module that loads from a part of its weights is taken to save what it trains.
+    # A module that can load from a part of its weights is assumed to save only those it trains.
     saved = sum(parameter.nbytes for parameter in parameters if module.strict_loading or parameter.requires_grad)
     return saved + 2 * sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
 
 
-def _path(found: type) -> str:
-    return f"{found.__module__}.{found.__qualname__}"
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

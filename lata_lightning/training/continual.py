@@ -1,4 +1,4 @@
-"""Learning one task after the other: a fine-tune and a task vector for each, and the model that holds them all after each."""
+"""Learning tasks in sequence: one fine-tune and one task vector for each task, and one model after each."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class Task:
 
     Attributes:
         name: Letters, digits, ``_``, ``.`` and ``-``; its directory is named after it.
-        prepare: From the directory of a model, what ``Trainer(**options).fit(module, datamodule=data)`` needs to train it on this task: module, data and
-            options. The module must hold the model of that directory.
-        score: Score of a model on held-out data of this task; higher is better.
-        seed: Set before the fine-tune.
+        prepare: Takes the directory of a model and returns module, data and options for ``Trainer(**options).fit(module, datamodule=data)``, which
+            trains that model on this task.
+        score: Returns the score of a model on held-out data of this task; higher is better.
+        seed: Random seed, set before the fine-tune.
     """
 
     name: str
@@ -56,12 +56,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Learned:
-    """What came of a sequence.
+    """Scores and final model of a sequence of tasks.
 
     Attributes:
         tasks: Names in order.
-        reference: Score of each task under the start, before anything was learned.
-        accuracies: A row for each stage, with the score of every task, later ones included.
+        reference: Score of the start on each task.
+        accuracies: One row for each stage, with the score on every task, later tasks included.
         model: Directory of the model after the last stage.
     """
 
@@ -72,7 +72,7 @@ class Learned:
 
     @property
     def summary(self) -> dict[str, float | None]:
-        """Average accuracy, backward and forward transfer and forgetting; None where one has no value."""
+        """Average accuracy, backward and forward transfer, and forgetting; None where one has no value."""
         return summary(self.accuracies, self.reference)
 
 
@@ -91,40 +91,40 @@ def learn_in_sequence(
     outside: float = 0.0,
     keep_checkpoints: bool = False,
 ) -> Learned:
-    """Learn tasks one after the other, and keep the accuracy matrix.
+    """Learn tasks one after the other, and record the accuracy matrix.
 
-    With the rule ``merge`` each task is learned from the start, and the model after stage k is start + Σ scale · coefficient · vector over the first k
-    tasks: plain task arithmetic with the weighting ``none``, LATA with another one. With ``sequential`` each task is learned from the model before it,
-    which is ordinary fine-tuning; its vectors count from that model.
+    Under the rule ``merge`` each task is learned from the start, and the model after stage k is start + Σ scale · coefficient · vector over the first k
+    tasks: task arithmetic with the weighting ``none``, LATA with another one. Under ``sequential``, which is ordinary fine-tuning, each task is learned
+    from the model after the previous one, and its task vector is relative to that model.
 
-    A stage that is done stands complete in ``output/01-name``, ``02-name``, …, each with ``run`` (task vector and history) and ``model``. A sequence that
-    was broken off goes on when it is called again in the same way: stages that stand there are not trained again, and the one that was under way starts
-    afresh, or goes on from its last checkpoint, if these are kept. ``output/accuracies.json`` is written after each stage.
+    Finished stages are in ``output/01-name``, ``02-name``, …, each with ``run`` (task vector and history) and ``model``. To continue an interrupted
+    sequence, call this again with the same arguments: finished stages are not trained again; the interrupted one starts anew, or from its last checkpoint
+    with ``keep_checkpoints``. ``output/accuracies.json`` is written after each stage.
 
-    Runs in one process.
+    Runs in one process only.
 
     Args:
         start: Model directory or hub id.
-        tasks: In the order in which they are learned, with different names.
-        output: A directory that does not exist yet, or that of the same sequence.
+        tasks: The tasks in the order of learning, with different names.
+        output: A new directory, or that of the same sequence.
         rule: ``merge`` or ``sequential``.
-        weighting: Rule for the coefficients, with ``merge``; others than ``none`` need an instruction vector.
-        scale: Multiplier of every vector, with ``merge``.
-        method: How the vectors become one, with ``merge``: ``sum``, or ``regression``, ``tsv`` or ``iso``, which take them whole (see
+        weighting: Weighting rule under ``merge``; all but ``none`` need an instruction vector.
+        scale: Multiplier of every vector under ``merge``.
+        method: How vectors are combined under ``merge``: ``sum``, or ``regression``, ``tsv`` or ``iso``, which take them unweighted (see
             ``lata_lightning.merging.merge.merge``).
-        instruction_vector: A saved one, of which ``start`` is the instruct model, to measure alignment with under ``merge``.
-        level: Unit of the coefficients.
-        threshold: For the weighting ``threshold``.
-        outside: Coefficient of the tensors in no layer.
-        keep_checkpoints: Write a checkpoint at the end of each epoch of the task under way; it goes when the stage is done.
+        instruction_vector: A saved instruction vector whose instruct model is ``start``, to measure alignment with under ``merge``.
+        level: Unit of weighting.
+        threshold: Used by the weighting ``threshold``.
+        outside: Coefficient of the tensors outside all layers.
+        keep_checkpoints: Write a checkpoint at the end of each epoch; it is removed when the stage is finished.
 
     Returns:
-        The matrix and the last model.
+        The accuracy matrix and the last model.
 
     Raises:
-        LataError: A name or setting has no meaning, a score is no finite number, or a trainer has several processes.
-        OutputError: The directory holds something else, another sequence, or a later stage without an earlier one.
-        CorruptFileError: The accuracy matrix in it cannot be read.
+        LataError: A name or setting is invalid, a score is not finite, or a trainer has several processes.
+        OutputError: The directory belongs to another sequence or to something else, or an earlier stage is missing.
+        CorruptFileError: The accuracy matrix cannot be read.
 
     Source: Sequence and matrix as in Lopez-Paz and Ranzato, arXiv:1706.08840; merged task vectors, arXiv:2212.04089 and 2502.20186.
     """
@@ -143,7 +143,7 @@ def learn_in_sequence(
     _check_prefix(stages)
 
     def learned(stage: Path) -> TaskVector:
-        # The run has weighted its vector by the rule that was asked for.
+        # The callback has stored the coefficients of the weighting rule.
         vector = TaskVector.open(stage / RUN_NAME / VECTOR_NAME)
         return weigh(vector, "none" if weighting == "none" else "stored")
 
@@ -173,20 +173,20 @@ def learn_in_sequence(
 
 
 class _Record:
-    """The file with settings and accuracy matrix."""
+    """The file with the settings and the accuracy matrix of a sequence."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any], reference: list[float], accuracies: list[list[float]]) -> None:
         self._path, self._settings, self.reference, self.accuracies = path, settings, reference, accuracies
 
     @classmethod
     def open(cls, directory: Path, settings: Mapping[str, Any]) -> _Record:
-        """That of an earlier call with the same settings, or a new one."""
+        """Open the record of an earlier call with the same settings, or create a new one."""
         path = directory / ACCURACIES_NAME
         if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
             directory.mkdir(parents=True, exist_ok=True)
-            found = cls(path, settings, [], [])
-            found.save()
-            return found
+            record = cls(path, settings, [], [])
+            record.save()
+            return record
         if not path.is_file():
             raise OutputError(f"{directory} exists already and is not the output of a sequence. Choose another output, or remove it first.")
         try:
@@ -200,7 +200,7 @@ class _Record:
         return cls(path, settings, reference, accuracies)
 
     def save(self) -> None:
-        """Put the whole file in its place at once."""
+        """Replace the file atomically."""
         data = {
             "settings": dict(self._settings),
             "reference": self.reference,
@@ -241,20 +241,20 @@ def _check_prefix(stages: Sequence[Path]) -> None:
 
 
 def _train(task: Task, origin: Path, partial: Path, callback: LATACallback, keep_checkpoints: bool) -> None:
-    """One fine-tune into a directory that is not finished yet."""
-    run, kept = partial / RUN_NAME, partial / _CHECKPOINT
+    """Run one fine-tune, in the directory of an unfinished stage."""
+    run, checkpoints = partial / RUN_NAME, partial / _CHECKPOINT
     if (run / VECTOR_NAME).exists():
-        # It is written whole, at the end of training.
+        # The vector is written atomically at the end of training.
         return
-    checkpoint = next(kept.glob("*.ckpt"), None) if keep_checkpoints else None
+    checkpoint = next(checkpoints.glob("*.ckpt"), None) if keep_checkpoints else None
     if checkpoint is None:
-        # What a broken-off fine-tune left without a checkpoint is worth nothing.
+        # Without a checkpoint, the rest of an interrupted fine-tune cannot be used.
         shutil.rmtree(partial, ignore_errors=True)
     pl.seed_everything(task.seed, workers=True, verbose=False)
     module, data, options = task.prepare(origin)
     callbacks = [*options.get("callbacks", ()), callback]
     if keep_checkpoints:
-        callbacks.append(ModelCheckpoint(kept, filename=_CHECKPOINT, enable_version_counter=False))
+        callbacks.append(ModelCheckpoint(checkpoints, filename=_CHECKPOINT, enable_version_counter=False))
     trainer = pl.Trainer(**{"default_root_dir": partial, **options, "callbacks": callbacks, "enable_checkpointing": keep_checkpoints})
     if trainer.world_size > 1:
         raise LataError(f"a sequence runs in one process, and the trainer of {task.name} has {trainer.world_size}; set devices=1")

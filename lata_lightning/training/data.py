@@ -1,8 +1,7 @@
-"""Data modules for causal language models: chat examples mixed with raw text, and raw text alone.
+"""Data modules for causal language models: chat pairs mixed with raw text, or raw text alone.
 
-Rows are padded on the right. Under causal attention no real token sees the padding and no label counts it, so batches
-carry no attention mask. The order of batches depends on the seed and the epoch only, never on the machine or on how
-often a loader was started; several processes share one order out.
+Rows are padded on the right. Under causal attention no token attends to the padding and no label counts it, so batches have no attention mask. The
+order of batches depends on the seed and the epoch only, never on the machine or on how often a loader was started; several processes divide one order.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lata_lightning.errors import LataError, first_three
-from lata_lightning.rows.tokens import Row, chat_rows, collate, raw_tokens
-from lata_lightning.training.batches import Batches, MixtureBatchSampler, Rows
+from lata_lightning.rows.tokens import TokenRow, chat_rows, collate, raw_tokens
+from lata_lightning.training.batches import Batches, MixtureBatchSampler, TokenRows
 
 
 class ChatDataModule(LightningDataModule):
     """Question-answer pairs in the tokenizer's chat format, mixed with raw text.
 
-    A batch is either chat rows or raw text, about ``tokens_per_batch`` tokens of it, so that every step costs the same.
-    Only the answer and what the chat template puts after it are learned; raw text is learned whole.
+    A batch holds either chat rows or raw text, about ``tokens_per_batch`` tokens, so that every step costs the same. The loss counts the answer and what
+    the chat template puts after it; of raw text it counts every token.
     """
 
     def __init__(
@@ -40,21 +39,19 @@ class ChatDataModule(LightningDataModule):
         context_length: int = 128,
         seed: int = 0,
     ) -> None:
-        """Keep the data; it is turned into tokens in ``setup``.
+        """Store the data; ``setup`` turns it into tokens.
 
         Args:
             tokenizer: Hugging Face tokenizer with a chat template, a padding and an end token.
             examples: Named groups of (prompt, answer) pairs.
-            shares: Share of chat rows of each group, any positive scale; equal shares unless given.
-            raw_texts: Documents of raw text; they are joined with the end token and read in windows that start
-                anywhere.
+            shares: Relative share of chat rows of each group, positive; by default equal.
+            raw_texts: Documents of raw text, which are joined with the end token and read in windows that start at random positions.
             raw_share: Share of batches, and so of tokens, that are raw text, in [0, 1).
-            validation: Pairs for the validation loop; none, no validation.
-            batches_per_epoch: Training batches an epoch, of each process.
-            tokens_per_batch: Rows a batch are this divided by the longest chat row, or by ``context_length`` for raw
-                text.
-            context_length: Tokens of a raw row, and the most a chat row may have.
-            seed: Order of rows and batches.
+            validation: Pairs for the validation loop; without them there is no validation.
+            batches_per_epoch: Training batches of each process per epoch.
+            tokens_per_batch: The number of rows per batch is this divided by the longest chat row, or by ``context_length`` for raw text.
+            context_length: Tokens of a raw row, and the largest number of tokens of a chat row.
+            seed: Seed of the order of rows and batches.
 
         Raises:
             LataError: A group is empty, ``shares`` names other groups or is not positive, or a number is out of range.
@@ -84,24 +81,24 @@ class ChatDataModule(LightningDataModule):
         self.tokens_per_batch = tokens_per_batch
         self.context_length = context_length
         self.seed = seed
-        self._train: Rows | None = None
+        self._train: TokenRows | None = None
         self._groups: list[range] = []
-        self._validation: Rows | None = None
+        self._validation: TokenRows | None = None
 
     def setup(self, stage: str) -> None:
-        """Turns the pairs and the raw text into tokens, once."""
+        """Turn the pairs and the raw text into tokens, once."""
         if self._train is not None:
             return
-        rows: list[Row] = []
+        rows: list[TokenRow] = []
         for pairs in self.examples.values():
             self._groups.append(range(len(rows), len(rows) + len(pairs)))
             rows.extend(chat_rows(self.tokenizer, pairs, self.context_length))
-        self._train = Rows(rows, raw_tokens(self.tokenizer, self.raw_texts, self.context_length), self.context_length)
+        self._train = TokenRows(rows, raw_tokens(self.tokenizer, self.raw_texts, self.context_length), self.context_length)
         if self.validation:
-            self._validation = Rows(chat_rows(self.tokenizer, self.validation, self.context_length), torch.empty(0), 0)
+            self._validation = TokenRows(chat_rows(self.tokenizer, self.validation, self.context_length), torch.empty(0), 0)
 
     def train_dataloader(self) -> Any:
-        """``batches_per_epoch`` batches; the sampler learns the epoch from the trainer."""
+        """Return ``batches_per_epoch`` batches; the trainer tells the sampler the epoch."""
         train = _ready(self._train)
         sampler = MixtureBatchSampler(
             self._groups,
@@ -117,18 +114,18 @@ class ChatDataModule(LightningDataModule):
         return DataLoader(Batches(train, self.tokenizer.pad_token_id), sampler=sampler, batch_size=None)
 
     def val_dataloader(self) -> Any:
-        """The validation pairs in the order given, or an empty list."""
+        """Return the validation pairs in the given order, or an empty list."""
         if self._validation is None:
             return []
         rows = max(1, self.tokens_per_batch // max(len(row.input_ids) for row in self._validation.rows))
         return DataLoader(self._validation, batch_size=rows, collate_fn=self._collate)
 
-    def _collate(self, rows: list[Row]) -> dict[str, Tensor]:
+    def _collate(self, rows: list[TokenRow]) -> dict[str, Tensor]:
         return collate(rows, self.tokenizer.pad_token_id)
 
 
 class RawTextDataModule(LightningDataModule):
-    """Raw text in windows of equal length that start anywhere, for pre-training and continued pre-training."""
+    """Raw text in windows of equal length that start at random positions, for pre-training and continued pre-training."""
 
     def __init__(
         self,
@@ -140,17 +137,16 @@ class RawTextDataModule(LightningDataModule):
         context_length: int = 128,
         seed: int = 0,
     ) -> None:
-        """Keep the texts; they are turned into tokens in ``setup``.
+        """Store the texts; ``setup`` turns them into tokens.
 
         Args:
             tokenizer: Hugging Face tokenizer with an end token, which is put after every text.
             texts: Documents to train on.
-            validation_texts: Documents for the validation loop, cut into windows that do not overlap; none, no
-                validation.
-            batches_per_epoch: Training batches an epoch, of each process.
-            tokens_per_batch: Rows a batch are this divided by ``context_length``.
+            validation_texts: Documents for the validation loop, cut into windows that do not overlap; without them there is no validation.
+            batches_per_epoch: Training batches of each process per epoch.
+            tokens_per_batch: The number of rows per batch is this divided by ``context_length``.
             context_length: Tokens of a row.
-            seed: Where the windows start.
+            seed: Seed of the positions at which the windows start.
 
         Raises:
             LataError: There is no text, or a number is not positive.
@@ -166,21 +162,21 @@ class RawTextDataModule(LightningDataModule):
         self.rows_per_batch = max(1, tokens_per_batch // context_length)
         self.context_length = context_length
         self.seed = seed
-        self._train: Rows | None = None
-        self._validation: Rows | None = None
+        self._train: TokenRows | None = None
+        self._validation: TokenRows | None = None
 
     def setup(self, stage: str) -> None:
-        """Turns the texts into tokens, once."""
+        """Turn the texts into tokens, once."""
         if self._train is not None:
             return
-        self._train = Rows([], raw_tokens(self.tokenizer, self.texts, self.context_length), self.context_length)
+        self._train = TokenRows([], raw_tokens(self.tokenizer, self.texts, self.context_length), self.context_length)
         if self.validation_texts:
             tokens = raw_tokens(self.tokenizer, self.validation_texts, self.context_length)
             blocks = tokens[: len(tokens) // self.context_length * self.context_length].view(-1, self.context_length)
-            self._validation = Rows([Row(block, block) for block in blocks], torch.empty(0), 0)
+            self._validation = TokenRows([TokenRow(block, block) for block in blocks], torch.empty(0), 0)
 
     def train_dataloader(self) -> Any:
-        """``batches_per_epoch`` batches; the sampler learns the epoch from the trainer."""
+        """Return ``batches_per_epoch`` batches; the trainer tells the sampler the epoch."""
         train = _ready(self._train)
         sampler = MixtureBatchSampler(
             [], [], train.windows, 1.0, 0, self.rows_per_batch, batches=self.batches_per_epoch, seed=self.seed, **shards_of(self.trainer)
@@ -188,22 +184,22 @@ class RawTextDataModule(LightningDataModule):
         return DataLoader(Batches(train, self.tokenizer.pad_token_id), sampler=sampler, batch_size=None)
 
     def val_dataloader(self) -> Any:
-        """The validation windows in order, or an empty list."""
+        """Return the validation windows in order, or an empty list."""
         if self._validation is None:
             return []
         return DataLoader(self._validation, batch_size=self.rows_per_batch, collate_fn=self._collate)
 
-    def _collate(self, rows: list[Row]) -> dict[str, Tensor]:
+    def _collate(self, rows: list[TokenRow]) -> dict[str, Tensor]:
         return collate(rows, self.tokenizer.pad_token_id)
 
 
 def shards_of(trainer: Any) -> dict[str, Any]:
-    """``num_replicas`` and ``rank`` of the processes that share out the data; one replica without a trainer."""
+    """Return ``num_replicas`` and ``rank`` of the processes that divide the data; one replica without a trainer."""
     shares = getattr(trainer, "distributed_sampler_kwargs", None)
     return dict(shares) if shares else {"num_replicas": 1, "rank": 0}
 
 
-def _ready(rows: Rows | None) -> Rows:
+def _ready(rows: TokenRows | None) -> TokenRows:
     if rows is None:
         raise LataError("call setup() before asking for a loader; the Trainer does")
     return rows

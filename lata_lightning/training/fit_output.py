@@ -1,4 +1,4 @@
-"""The directory of a `lata fit` run: what may be started in it, what to go on from, and what a failed start leaves."""
+"""The output directory of `lata fit`: whether a run may start in it, where to resume, and cleaning up after a failed start."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from lata_lightning.errors import LataError
 
 CHECKPOINTS, LOGS = "checkpoints", "logs"
 _LAST = "last"
-# What Lightning and its loggers write before the first step.
+# Files that Lightning and its loggers write before the first step.
 _WRITTEN_AT_START = {"config.yaml", "hparams.yaml"}
 
 
 def newest_checkpoint(output: Path) -> Path | None:
-    """The checkpoint of a run that was written last; None if there is none."""
-    found = [path for path in (output / CHECKPOINTS).glob("*.ckpt") if path.exists()]
-    return max(found, key=lambda path: (path.stat().st_mtime_ns, path.name), default=None)
+    """Return the checkpoint of a run that was written last; None if there is none."""
+    checkpoints = [path for path in (output / CHECKPOINTS).glob("*.ckpt") if path.exists()]
+    return max(checkpoints, key=lambda path: (path.stat().st_mtime_ns, path.name), default=None)
 
 
 def checkpoint_to_resume(output: Path, given: str | None, results: Sequence[Path], command: Sequence[str]) -> str | None:
-    """What to resume from, before a model is loaded.
+    """Return the checkpoint to resume from, before a model is loaded.
 
     Args:
         output: The directory of the run.
-        given: The option ``--ckpt_path``: a path, ``last``, another word of Lightning's, or None.
-        results: What a finished run leaves.
-        command: The command line, for the message that says how to go on.
+        given: The option ``--ckpt_path``: a path, ``last``, another keyword of Lightning, or None.
+        results: The directories that a finished run has written.
+        command: The command line, for the message that says how to resume.
 
     Returns:
-        ``given``; for ``last`` the newest checkpoint of the run, or None where it has none yet: then the run begins anew.
+        ``given``; for ``last`` the newest checkpoint of the run, or None where it has none yet, so that the run begins anew.
 
     Raises:
-        LataError: The directory holds a finished run, or an unfinished one with a checkpoint to go on from; or there is no such checkpoint.
+        LataError: The directory holds a finished run, or an unfinished one with a checkpoint to resume from; or the given checkpoint does not exist.
     """
     newest = newest_checkpoint(output)
     if given == _LAST:
@@ -59,16 +59,16 @@ def checkpoint_to_resume(output: Path, given: str | None, results: Sequence[Path
 
 
 def log_folders(output: Path) -> set[Path]:
-    """The folders in which loggers have written; one for each start of the run."""
+    """Return the folders of the loggers, one for each start of the run."""
     return set((output / LOGS).glob("version_*"))
 
 
 def remove_failed_start(output: Path, before: set[Path]) -> None:
-    """Remove what a start has left that failed before it logged anything.
+    """Remove the folders of a start that failed before it logged anything.
 
     Args:
         output: The directory of the run.
-        before: The log folders there were before the start.
+        before: The log folders that existed before the start.
     """
     for folder in log_folders(output) - before:
         if {path.name for path in folder.iterdir()} <= _WRITTEN_AT_START:

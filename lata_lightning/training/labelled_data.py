@@ -1,4 +1,4 @@
-"""Data modules for classifiers: a column of texts or of images, and one of labels."""
+"""Data modules for classifiers: a column of texts or images, and a column of labels."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from lata_lightning.training.text_data import model_name
 
 
 class LabelledDataModule(LightningDataModule):
-    """Rows with a label; what else they hold says the child.
+    """Base of the data modules with labelled rows; a child class says what the rows are.
 
-    Labels are whole numbers from 0, or words. The order of rows depends on the seed and the epoch only, and several processes share one order out.
+    Labels are whole numbers from 0, or words. The order of rows depends on the seed and the epoch only, and several processes divide one order.
     """
 
     def __init__(
@@ -39,22 +39,22 @@ class LabelledDataModule(LightningDataModule):
         validation_split: str = "train",
         seed: int = 0,
     ) -> None:
-        """Keep the settings; data is read in ``setup``.
+        """Store the settings; ``setup`` reads the data.
 
         Args:
             data: Files (paths or patterns), a directory, or the name of a data set on the hub.
-            column: Column of what is classified.
+            column: Column of the texts or images.
             label_column: Column of the labels.
-            label_names: Which words the labels 0, 1, … are; by default those of the model where it names its classes so, else the sorted
-                words of ``data``. They become the names of the classes in the model's config.
-            validation: The same as ``data`` for the validation loop.
-            validation_share: Without ``validation``: share of the rows of ``data`` to hold out, which their contents decide.
-            batch_size: Rows a batch, of each process.
+            label_names: The words for the labels 0, 1, …; by default the class names of the model if all labels are among them, else the sorted
+                words of ``data``. They become the class names in the model's config.
+            validation: Like ``data``, for the validation loop.
+            validation_share: Without ``validation``: share of the rows of ``data`` to hold out, chosen by their contents.
+            batch_size: Rows per batch and process.
             preprocessor: Directory or hub id of the tokenizer or image processor; by default that of the model in training.
             subset: Configuration of the data set on the hub.
             split: Split of ``data`` to train on.
             validation_split: Split of ``validation``.
-            seed: Order of the rows, and which are held out.
+            seed: Seed of the order of the rows, and of which are held out.
 
         Raises:
             LataError: A number is out of range, or there are two sources of validation rows.
@@ -78,11 +78,11 @@ class LabelledDataModule(LightningDataModule):
         self._validation: Any = None
 
     def prepare_data(self) -> None:
-        """Fetches what lies on the hub, on one process."""
+        """Download the data set from the hub, on one process."""
         open_table(self.data, self.split, self.subset)
 
     def setup(self, stage: str) -> None:
-        """Reads the data, numbers the labels and divides the rows, once.
+        """Read the data, number the labels and split the rows, once.
 
         Raises:
             LataError: The data cannot be read, lacks a column or a value, has labels the model does not have, or leaves a split empty.
@@ -96,37 +96,37 @@ class LabelledDataModule(LightningDataModule):
             self._train, self._validation = train, self._numbered(open_table(self.validation, self.validation_split, self.subset))
         else:
             contents = (self._content(row) for row in train) if self.validation_share else [None] * len(train)
-            kept, held = divided(range(len(train)), contents, self.validation_share, self.seed)
-            self._train, self._validation = train.select(kept), train.select(held) if held else None
+            train_rows, validation_rows = divided(range(len(train)), contents, self.validation_share, self.seed)
+            self._train, self._validation = train.select(train_rows), train.select(validation_rows) if validation_rows else None
         self.preprocessor = preprocessor
 
     def train_dataloader(self) -> Any:
-        """Shuffled anew every epoch, each process its share; the epoch comes from the trainer."""
+        """Return the training rows, shuffled anew every epoch, and divided between processes."""
         sampler: Any = DistributedSampler(self._ready(), shuffle=True, seed=self.seed, **shards_of(self.trainer))
         return DataLoader(self._train, self.batch_size, sampler=sampler, collate_fn=self._collate)
 
     def val_dataloader(self) -> Any:
-        """The rows held out or given for validation, in order, or an empty list."""
+        """Return the validation rows in order, or an empty list."""
         self._ready()
         return [] if self._validation is None else DataLoader(self._validation, self.batch_size, collate_fn=self._collate)
 
     def _load(self, name: str) -> Any:
-        """Tokenizer or image processor."""
+        """Load the tokenizer or image processor."""
         raise NotImplementedError
 
     def _content(self, row: dict[str, Any]) -> Any:
-        """What decides on which side of a split a row is."""
+        """Return the values that decide on which side of a split a row is."""
         raise NotImplementedError
 
     def _inputs(self, values: Sequence[Any]) -> dict[str, Tensor]:
-        """What the model takes."""
+        """Return the inputs of the model."""
         raise NotImplementedError
 
     def _collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         return {**self._inputs([row[self.column] for row in rows]), "labels": torch.tensor([row[self.label_column] for row in rows])}
 
     def _numbered(self, table: Any) -> Any:
-        """The two columns, with numbers for labels."""
+        """Return the two columns, with the labels as numbers."""
         check_columns(table.column_names, [self.column, self.label_column])
         table = table.select_columns([self.column, self.label_column])
         for column in (self.column, self.label_column):
@@ -156,17 +156,17 @@ class LabelledDataModule(LightningDataModule):
                 f"label_names must be no more than the classes of the model; there are {len(self.label_names or ())} and {classes}"
             )
         if classes is not None and self.label_names is not None:
-            # What is saved of the model, such as its head, tells what its classes mean.
+            # The config that is saved with the model, or with its head, names the classes.
             names = dict(enumerate([*self.label_names, *(f"LABEL_{number}" for number in range(len(self.label_names), classes))]))
             config.id2label, config.label2id = names, {name: number for number, name in names.items()}
         return table
 
     def _model_config(self) -> Any:
-        """Config of the model in training; None if there is none."""
+        """Return the config of the model in training; None if there is none."""
         return getattr(getattr(getattr(self.trainer, "lightning_module", None), "model", None), "config", None)
 
     def _names_for(self, labels: set[str]) -> list[str]:
-        """Names of the classes: those that the model has, if all labels are among them; else the labels in alphabetical order."""
+        """Return the class names of the model if all labels are among them, else the labels in alphabetical order."""
         known = dict(getattr(self._model_config(), "id2label", None) or {})
         names = [str(known[number]) for number in sorted(known)]
         return names if labels <= set(names) else sorted(labels)
@@ -178,7 +178,7 @@ class LabelledDataModule(LightningDataModule):
 
 
 class LabelledTextDataModule(LabelledDataModule):
-    """Texts with labels, cut to the length the tokenizer gives its model (``model_max_length``)."""
+    """Texts with labels, truncated to the tokenizer's ``model_max_length``."""
 
     def __init__(self, data: str | list[str], column: str = "text", **settings: Any) -> None:
         super().__init__(data, column, **settings)

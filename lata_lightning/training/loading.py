@@ -1,4 +1,4 @@
-"""Hugging Face models made ready for training: loaded, packed to four bits, given adapters."""
+"""Preparing Hugging Face models for training: loading, quantising to four bits, adding adapters."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from lata_lightning.store.head_files import Head
 
 
 def load_causal_lm(source: str, dtype: str = "float32", *, quantize: bool = False) -> Any:
-    """Hugging Face causal language model from a directory or hub id, in evaluation mode.
+    """Load a Hugging Face causal language model from a directory or hub id, in evaluation mode.
 
     Args:
         source: Directory or hub id.
-        dtype: Name of the torch floating type to hold the weights in.
-        quantize: Pack the matrices of the blocks to four bits (NF4, double quantisation), as QLoRA does.
+        dtype: Name of the torch dtype of the weights.
+        quantize: Quantise the matrices of the blocks to four bits (NF4, double quantisation), as QLoRA does.
 
     Raises:
         LataError: ``quantize`` without bitsandbytes.
-        SourceError: It cannot be loaded; the message carries the reason.
+        SourceError: The model cannot be loaded; the message gives the reason.
     """
     more: dict[str, Any] = {}
     if quantize:
@@ -38,7 +38,7 @@ def load_causal_lm(source: str, dtype: str = "float32", *, quantize: bool = Fals
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
         )
         if torch.cuda.is_available():
-            # Packed weights stay where they are packed: each process packs on its own device.
+            # Quantised weights stay on the device that quantised them, so each process uses its own.
             more["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     try:
         return AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **more)
@@ -47,16 +47,16 @@ def load_causal_lm(source: str, dtype: str = "float32", *, quantize: bool = Fals
 
 
 def load_classifier(source: str, dtype: str = "float32", head: Head | None = None) -> Any:
-    """Hugging Face model for sequence classification from a directory or hub id, in evaluation mode.
+    """Load a Hugging Face model for sequence classification from a directory or hub id, in evaluation mode.
 
     Args:
         source: Directory or hub id.
-        dtype: Name of the torch floating type to hold the weights in.
-        head: Its head, in place of one that is stored; the model has as many classes as this head, by the same names.
+        dtype: Name of the torch dtype of the weights.
+        head: Replaces the stored head; the model gets the classes of this head and their names.
 
     Raises:
-        LataError: The head is neither stored nor given, or does not fit.
-        SourceError: It cannot be loaded; the message carries the reason.
+        LataError: The head is neither stored nor given, or does not fit the model.
+        SourceError: The model cannot be loaded; the message gives the reason.
     """
     settings: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
     if head is not None:
@@ -83,7 +83,7 @@ def load_classifier(source: str, dtype: str = "float32", head: Head | None = Non
 
 
 def _config_with(source: str, head: Head) -> Any:
-    """The config of a model with the classes of a head."""
+    """Return the config of a model with the classes of a head."""
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -94,15 +94,15 @@ def _config_with(source: str, head: Head) -> Any:
 
 
 def with_adapters(model: Any, lora: Mapping[str, Any], *, quantized: bool = False) -> Any:
-    """The model wrapped by peft, its own weights frozen, with fresh LoRA adapters that start at zero.
+    """Wrap a model with new LoRA adapters of peft, which start at zero; its own weights are frozen.
 
     Args:
-        model: transformers causal language model; it is changed in place.
+        model: Causal language model of transformers; changed in place.
         lora: Arguments of ``peft.LoraConfig``; ``target_modules`` may be left out where peft knows the architecture.
-        quantized: Whether the weights are packed to four bits.
+        quantized: Whether the weights are quantised to four bits.
 
     Raises:
-        LataError: An argument is unknown, or no module has the names given.
+        LataError: An argument is unknown, or no module has the given names.
     """
     known = LoraConfig.__dataclass_fields__
     unknown = [name for name in lora if name not in known]

@@ -1,4 +1,4 @@
-"""The loss of a causal language model with a wide vocabulary, without the logits of all positions in memory."""
+"""The loss of a causal language model with a large vocabulary, without the logits of all positions in memory."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from lata_lightning.evaluation.logits import body_and_head, inner_model, piece_size
+from lata_lightning.evaluation.logits import body_and_head, inner_model, positions_at_once
 from lata_lightning.rows.tokens import IGNORED
 
 WIDE = 2**26
-"""Bytes of float32 logits from which on the loss is computed piece by piece, which costs a second run of the head."""
+"""Above this many bytes of float32 logits the loss is computed in chunks, which costs a second run of the head."""
 
 
 def is_wide(model: Any, batch: Mapping[str, Tensor]) -> bool:
-    """Whether the logits of a batch are too many to hold, and the loss of the model can be computed piece by piece.
+    """Return whether the logits of a batch should not be in memory at once, and the loss of the model can be computed in chunks.
 
     Args:
         model: Hugging Face causal language model, with or without adapters of peft.
-        batch: With ``input_ids`` and ``labels``.
+        batch: Has ``input_ids`` and ``labels``.
     """
     inside = inner_model(model)
     if inside is None or inside.loss_function is not ForCausalLMLoss or inside.config.to_dict().get("output_router_logits", False):
@@ -30,13 +30,13 @@ def is_wide(model: Any, batch: Mapping[str, Tensor]) -> bool:
     return 4 * batch["input_ids"].numel() * int(inside.config.get_text_config().vocab_size) > WIDE
 
 
-def piecewise_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """Mean negative log-likelihood of the labelled tokens in nats, as the model itself computes it, a few positions at a time.
+def chunked_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the mean negative log-likelihood of the labelled tokens in nats, as the model itself computes it, a few positions at a time.
 
-    The logits of a piece are computed again in the backward pass instead of being kept.
+    The logits of each chunk are computed again in the backward pass instead of being stored.
 
     Args:
-        model: For which ``is_wide`` holds.
+        model: A model and batch for which ``is_wide`` is true.
         batch: ``input_ids`` and ``labels`` of shape (rows, tokens), and further inputs of the model.
     """
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -52,7 +52,7 @@ def piecewise_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     def part(states: Tensor, tokens: Tensor) -> Tensor:
         return torch.nn.functional.cross_entropy(logits(states).float(), tokens, reduction="sum")
 
-    size = piece_size(head.vocabulary)
-    pieces = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
-    total = torch.stack([checkpoint(part, states, tokens, use_reentrant=False) for states, tokens in pieces]).sum()
+    size = positions_at_once(head.vocabulary)
+    chunks = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
+    total = torch.stack([checkpoint(part, states, tokens, use_reentrant=False) for states, tokens in chunks]).sum()
     return total / len(targets)

@@ -1,4 +1,4 @@
-"""AdamW and its schedule, as every module here trains with them."""
+"""The optimizer and learning rate schedule of all modules here."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def adamw(
     warmup_steps: int,
     final_share: float,
 ) -> Any:
-    """AdamW over the trainable parameters and its schedule by optimizer step, as ``configure_optimizers`` gives them back.
+    """Return AdamW over the trainable parameters and its schedule by optimizer step, in the form that ``configure_optimizers`` returns.
 
-    Matrices are decayed, norms and biases (everything of one dimension) are not.
+    Weight decay applies to matrices, not to norms and biases (everything of one dimension).
 
     Raises:
         LataError: No parameter is trainable.
@@ -62,14 +62,14 @@ def adamw(
 
 
 def learning_rate_share(step: int, steps: int, warmup_steps: int, final_share: float, schedule: Schedule = "cosine") -> float:
-    """Learning rate as a share of its peak: a linear rise, then half a cosine, a straight line or nothing.
+    """Return the learning rate as a share of its peak: a linear rise, then half a cosine, a straight line or a constant.
 
     Args:
         step: Optimizer steps already taken.
         steps: Optimizer steps of the whole training.
-        warmup_steps: Steps of the rise; step 0 has 1 / (warmup_steps + 1) of the peak, so that no step is wasted.
+        warmup_steps: Steps of the rise; step 0 has 1 / (warmup_steps + 1) of the peak, so that no step has a rate of 0.
         final_share: Value at the end and after it; ``"constant"`` stays at 1.
-        schedule: What follows the rise.
+        schedule: Form of the decay after the rise.
 
     Returns:
         Dimensionless, in [0, 1].

@@ -1,4 +1,4 @@
-"""Batches from data that is read as it is needed, in an order that a resumed run finds again."""
+"""Batches from streamed data, in an order that a resumed run repeats."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from lata_lightning.errors import LataError
-from lata_lightning.rows.tokens import Row
+from lata_lightning.rows.tokens import TokenRow
 
 
 class StreamedBatches(IterableDataset[dict[str, Tensor]]):
-    """``batches_per_epoch`` batches of an endless stream in every epoch, each epoch where the last one ended.
+    """An endless stream of batches, of which each epoch takes the next ``batches_per_epoch``.
 
-    The table is gone through again and again, shuffled within a buffer by seed and pass; batch b of the stream goes to process b mod n. What comes
-    in an epoch depends on its number alone: after a resume the batches before it are read and passed over.
+    The stream repeats the table, each pass shuffled within a buffer by seed and pass number; batch b of the stream goes to process b mod n. The batches
+    of an epoch depend on its number alone: after a resume the earlier batches are read and skipped.
 
     Args:
         table: Iterable data set of `datasets`.
-        rows_of: Rows of tokens that a row of the table and its number in its pass give; none, one or several.
-        arrange: What is done with the stream of rows: packing, or nothing.
-        collate: Makes a batch of rows.
-        batch_size: Rows a batch.
-        batches_per_epoch: Batches an epoch, of each process.
-        buffer: Rows to shuffle among each other.
-        seed: Order.
+        rows_of: From a row of the table and its number within the pass to rows of tokens: none, one or several.
+        arrange: Transforms the stream of rows, for example by packing.
+        collate: Makes a batch from rows.
+        batch_size: Rows per batch.
+        batches_per_epoch: Batches of each process per epoch.
+        buffer: Size of the shuffle buffer in rows.
+        seed: Seed of the order.
     """
 
     def __init__(
         self,
         table: Any,
-        rows_of: Callable[[Mapping[str, Any], int], Iterable[Row]],
-        arrange: Callable[[Iterable[Row]], Iterator[Row]],
-        collate: Callable[[list[Row]], dict[str, Tensor]],
+        rows_of: Callable[[Mapping[str, Any], int], Iterable[TokenRow]],
+        arrange: Callable[[Iterable[TokenRow]], Iterator[TokenRow]],
+        collate: Callable[[list[TokenRow]], dict[str, Tensor]],
         batch_size: int,
         batches_per_epoch: int,
         buffer: int,
@@ -47,9 +47,9 @@ class StreamedBatches(IterableDataset[dict[str, Tensor]]):
         self.share(1, 0, lambda: 0)
 
     def share(self, num_replicas: int, rank: int, epoch: Callable[[], int]) -> None:
-        """Settle which process this is, and whom to ask for the number of the epoch."""
+        """Set the number of processes, the rank of this one, and a function that returns the number of the epoch."""
         self.num_replicas, self.rank, self.epoch = num_replicas, rank, epoch
-        self._stream: Iterator[list[Row]] = iter(())
+        self._stream: Iterator[list[TokenRow]] = iter(())
         self._at: int | None = None
 
     def __len__(self) -> int:
@@ -67,21 +67,21 @@ class StreamedBatches(IterableDataset[dict[str, Tensor]]):
             if number % self.num_replicas == self.rank:
                 yield self.collate(batch)
 
-    def _batches(self) -> Iterator[list[Row]]:
+    def _batches(self) -> Iterator[list[TokenRow]]:
         rows = self.arrange(self._rows())
         while True:
             yield list(islice(rows, self.batch_size))
 
-    def _rows(self) -> Iterator[Row]:
+    def _rows(self) -> Iterator[TokenRow]:
         shuffled = self.table.shuffle(seed=self.seed, buffer_size=self.buffer)
         number = 0
         while True:
             shuffled.set_epoch(number)
-            found = 0
-            for place, row in enumerate(shuffled):
-                for made in self.rows_of(row, place):
-                    found += 1
+            count = 0
+            for position, row in enumerate(shuffled):
+                for made in self.rows_of(row, position):
+                    count += 1
                     yield made
-            if not found:
+            if not count:
                 raise LataError("the data in the stream gives no row to learn from: it is empty, or every row is too long")
             number += 1

@@ -1,7 +1,6 @@
-"""A data module for causal language models over one's own data: conversations, prompts with completions, or plain text.
+"""A data module for causal language models over your own data: conversations, prompts with completions, or plain text.
 
-Rows are padded on the right. Under causal attention no real token sees the padding and no label counts it, so batches
-carry no attention mask.
+Rows are padded on the right. Under causal attention no token attends to the padding and no label counts it, so batches have no attention mask.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from transformers import AutoTokenizer
 from lata_lightning.errors import LataError, SourceError, first_line
 from lata_lightning.rows.schema import columns_of, read_sample
 from lata_lightning.rows.tables import divided, open_table
-from lata_lightning.rows.tokens import Row, Template, collate, conversation_row, packed, text_windows
+from lata_lightning.rows.tokens import Template, TokenRow, collate, conversation_row, packed, text_windows
 from lata_lightning.training.data import shards_of
 from lata_lightning.training.streaming import StreamedBatches
 
 
 class TextDataModule(LightningDataModule):
-    """Rows of a hub data set or of JSONL, CSV or Parquet files, as tokens with labels.
+    """Rows of a data set on the hub or of JSONL, CSV or Parquet files, as tokens with labels.
 
     ================================================ ======================================================= ===========================
     columns                                          what a row is                                           what is learned
@@ -36,9 +35,9 @@ class TextDataModule(LightningDataModule):
     ``text``                                         a document; a long one is several rows                  all of it
     ================================================ ======================================================= ===========================
 
-    Conversations and pairs take the form the tokenizer's chat template gives them, its BOS included. A document, and each row of a long one, begins
-    with what the tokenizer puts before a text, such as BOS; a document ends with the end token. The order of rows depends on the seed and the epoch
-    only, never on the machine, and several processes share one order out; a resumed run goes on with the rows that would have come.
+    Conversations and pairs are rendered by the tokenizer's chat template, BOS included. A document, and each row of a long one, begins with the special
+    tokens that the tokenizer puts before a text, such as BOS; a document ends with the end token. The order of rows depends on the seed and the epoch
+    only, never on the machine, and several processes divide one order; a resumed run continues with the rows that would have come next.
     """
 
     def __init__(
@@ -61,31 +60,31 @@ class TextDataModule(LightningDataModule):
         validation_split: str = "train",
         seed: int = 0,
     ) -> None:
-        """Keep the settings; data is read in ``setup``.
+        """Store the settings; ``setup`` reads the data.
 
         Args:
             data: Files (paths or patterns), a directory, or the name of a data set on the hub.
-            validation: The same for the validation loop.
-            validation_share: Without ``validation``: share of the rows of ``data`` to hold out. Which ones, their contents decide, so that they stay
-                the same in every epoch and after a resume.
-            columns: One column of conversations or of text, or two of prompts and completions; by default the ones of the table above. Data that holds
-                several of these forms needs it.
-            template: ``"plain"`` puts a completion straight after its prompt and the end token after both, for models without a chat template;
-                the tokenizer's BOS comes first, where it adds one.
-            batch_size: Rows a batch, of each process.
-            context_length: Most tokens of a row.
-            too_long: What to do with conversations and pairs of more tokens: refuse the data, or leave these rows out and say how many.
-            packing: Fill rows with several short ones up to ``context_length``. None sees another one; needs a model of transformers that heeds
-                ``position_ids``, as Llama, Gemma and Qwen do.
-            streaming: Read rows as they are needed; for data that does not fit into memory. They are shuffled within ``shuffle_buffer``, and read
-                again from the start when they are used up.
-            batches_per_epoch: With streaming, and only then: training batches an epoch, of each process.
-            shuffle_buffer: With streaming: rows to shuffle among each other.
+            validation: Like ``data``, for the validation loop.
+            validation_share: Without ``validation``: share of the rows of ``data`` to hold out. Their contents decide which, so they stay the same in
+                every epoch and after a resume.
+            columns: One column of conversations or of text, or two of prompts and completions; by default those of the table above. Needed for data
+                with several of these forms.
+            template: ``"plain"`` puts a completion directly after its prompt and the end token after both, for models without a chat template;
+                BOS comes first, where the tokenizer adds one.
+            batch_size: Rows per batch and process.
+            context_length: Largest number of tokens of a row.
+            too_long: Whether to refuse conversations and pairs with more tokens, or to drop them and print how many.
+            packing: Pack several short rows into one of up to ``context_length`` tokens. They do not attend to each other; this needs a model of
+                transformers that uses ``position_ids`` for it, as Llama, Gemma and Qwen do.
+            streaming: Read rows as they are needed, for data that does not fit into memory. They are shuffled within ``shuffle_buffer``, and the data
+                is repeated from the start when it ends.
+            batches_per_epoch: With streaming, and only then: training batches of each process per epoch.
+            shuffle_buffer: With streaming: size of the shuffle buffer in rows.
             tokenizer: Directory or hub id; by default that of the model in training.
             subset: Configuration of the data set on the hub.
             split: Split of ``data`` to train on.
             validation_split: Split of ``validation``.
-            seed: Order of the rows, and which are held out.
+            seed: Seed of the order of the rows, and of which are held out.
 
         Raises:
             LataError: A number is out of range, or settings contradict each other.
@@ -111,19 +110,19 @@ class TextDataModule(LightningDataModule):
         self.subset, self.split, self.validation_split, self.seed = subset, split, validation_split, seed
         self.tokenizer: Any = None
         self._stream: StreamedBatches | None = None
-        self._train: list[Row] = []
-        self._validation: list[Row] = []
+        self._train: list[TokenRow] = []
+        self._validation: list[TokenRow] = []
 
     def prepare_data(self) -> None:
-        """Fetches what lies on the hub, on one process."""
+        """Download the data set from the hub, on one process."""
         if not self.streaming:
             open_table(self.data, self.split, self.subset)
 
     def setup(self, stage: str) -> None:
-        """Reads the data and turns it into tokens, once.
+        """Read the data and turn it into tokens, once.
 
         Raises:
-            LataError: The data cannot be read, lacks a column or a value, or does not fit the tokenizer; a split is empty.
+            LataError: The data cannot be read, lacks a column or a value, or does not fit the tokenizer, or a split is empty.
             SourceError: The tokenizer cannot be loaded.
         """
         if self.tokenizer is not None:
@@ -147,26 +146,26 @@ class TextDataModule(LightningDataModule):
             )
         else:
             samples, columns = self._samples(table)
-            train, held = divided(samples, samples, self.validation_share, self.seed)
-            self._train, self._validation = self._ready(tokenizer, train, columns), self._ready(tokenizer, held, columns)
+            train, validation = divided(samples, samples, self.validation_share, self.seed)
+            self._train, self._validation = self._ready(tokenizer, train, columns), self._ready(tokenizer, validation, columns)
         if self.validation is not None:
             samples, columns = self._samples(open_table(self.validation, self.validation_split, self.subset))
             self._validation = self._ready(tokenizer, samples, columns)
         self.tokenizer = tokenizer
 
     def train_dataloader(self) -> Any:
-        """Shuffled anew every epoch, each process its share; the epoch comes from the trainer."""
+        """Return the training rows, shuffled anew every epoch, and divided between processes."""
         self._check_set_up()
         shards = shards_of(self.trainer)
         if self._stream is not None:
             trainer = self.trainer
             self._stream.share(shards["num_replicas"], shards["rank"], lambda: 0 if trainer is None else trainer.current_epoch)
             return DataLoader(self._stream, batch_size=None)
-        sampler: DistributedSampler[Row] = DistributedSampler(_as_dataset(self._train), shuffle=True, seed=self.seed, **shards)
+        sampler: DistributedSampler[TokenRow] = DistributedSampler(_as_dataset(self._train), shuffle=True, seed=self.seed, **shards)
         return DataLoader(_as_dataset(self._train), self.batch_size, sampler=sampler, collate_fn=self._collate)
 
     def val_dataloader(self) -> Any:
-        """The rows held out or given for validation, in order, or an empty list."""
+        """Return the validation rows in order, or an empty list."""
         self._check_set_up()
         return DataLoader(_as_dataset(self._validation), self.batch_size, collate_fn=self._collate) if self._validation else []
 
@@ -174,21 +173,21 @@ class TextDataModule(LightningDataModule):
         columns = columns_of(table.column_names, self.columns)
         return list(table.select_columns(list(columns))), columns
 
-    def _ready(self, tokenizer: Any, samples: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[Row]:
+    def _ready(self, tokenizer: Any, samples: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[TokenRow]:
         rows = self._rows(tokenizer, samples, columns)
         if samples and not rows:
             raise LataError(f"none of {len(samples)} rows has at most {self.context_length} tokens; raise context_length")
         return list(packed(rows, self.context_length)) if self.packing else rows
 
-    def _rows(self, tokenizer: Any, samples: Sequence[Mapping[str, Any]], columns: Sequence[str], first: int = 0) -> list[Row]:
-        """Samples as rows of tokens; the rules of ``too_long`` are kept."""
-        rows: list[Row] = []
+    def _rows(self, tokenizer: Any, samples: Sequence[Mapping[str, Any]], columns: Sequence[str], first: int = 0) -> list[TokenRow]:
+        """Turn samples into rows of tokens; ``too_long`` decides about longer ones."""
+        rows: list[TokenRow] = []
         long: list[int] = []
         for number, values in enumerate(samples, first + 1):
             sample = read_sample(values, columns, where=f"row {number}")
             if sample.form == "text":
                 windows = text_windows(tokenizer, sample.text, self.context_length, end=True)
-                rows.extend(Row(row, row.clone()) for row in map(torch.tensor, windows))
+                rows.extend(TokenRow(row, row.clone()) for row in map(torch.tensor, windows))
                 continue
             row = conversation_row(tokenizer, sample, f"row {number}", self.template)
             if len(row.input_ids) > self.context_length:
@@ -204,8 +203,8 @@ class TextDataModule(LightningDataModule):
             rank_zero_info(f"TextDataModule: left out {len(long)} of {len(samples)} rows with more than {self.context_length} tokens")
         return rows
 
-    def _collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        # Padding is never learned nor seen, so where the tokenizer names none any token will do.
+    def _collate(self, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
+        # Padding is neither learned nor attended to, so any token will do where the tokenizer has no padding token.
         padding = self.tokenizer.pad_token_id
         return collate(rows, self.tokenizer.eos_token_id if padding is None else padding)
 
@@ -215,11 +214,11 @@ class TextDataModule(LightningDataModule):
 
 
 def load_tokenizer(name: str) -> Any:
-    """Hugging Face tokenizer from a directory or hub id.
+    """Load a Hugging Face tokenizer from a directory or hub id.
 
     Raises:
-        SourceError: There is none.
-        LataError: It has no end token.
+        SourceError: There is no tokenizer, or it cannot be loaded.
+        LataError: The tokenizer has no end token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -231,10 +230,10 @@ def load_tokenizer(name: str) -> Any:
 
 
 def model_name(trainer: Any) -> str:
-    """Directory or hub id the model in training was loaded from.
+    """Return the directory or hub id that the model in training was loaded from.
 
     Raises:
-        LataError: There is no model, or it is not known where it comes from.
+        LataError: There is no model, or its origin is not known.
     """
     module = getattr(trainer, "lightning_module", None)
     name = getattr(getattr(module, "model", None), "name_or_path", None)
@@ -243,5 +242,5 @@ def model_name(trainer: Any) -> str:
     return str(name)
 
 
-def _as_dataset(rows: list[Row]) -> Any:
+def _as_dataset(rows: list[TokenRow]) -> Any:
     return rows

@@ -55,7 +55,7 @@ def test_choices_spelled_out_are_those_of_the_library():
     types = {name: parser_of(name).types for name in ("tune", "evaluate")}
     assert get_args(types["tune"]["weighting"]) == WEIGHTINGS
     assert get_args(types["tune"]["level"]) == LEVELS
-    assert parser_of("tune").get_default("keep") == tuning.DEFAULT_KEPT
+    assert parser_of("tune").get_default("keep") == tuning.CONTROL_SHARE
     assert {get_args(found["metric"]) for found in types.values()} == {METRICS}
 
 

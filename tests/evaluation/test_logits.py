@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from lata_lightning.evaluation import logits
-from lata_lightning.evaluation.logits import body_and_head, piece_size, token_scores
+from lata_lightning.evaluation.logits import body_and_head, positions_at_once, token_scores
 
 
 def without(*names):
@@ -147,5 +147,5 @@ def test_a_wide_vocabulary_takes_no_more_memory_than_a_piece_of_logits(tied):
     assert len(found.losses) == 4 * 255
     # All logits would be 1 GiB; one position is 1 MiB, and those of the last positions of the four rows 4 MiB.
     assert largest.bytes <= 2**25
-    assert piece_size(width) == 32
+    assert positions_at_once(width) == 32
     assert math.exp(found.losses.mean()) > 1000

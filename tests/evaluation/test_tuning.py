@@ -104,14 +104,18 @@ def test_forgetting_takes_the_vector_off_and_keeps_the_control(model, vector):
         {"unwanted": lambda now: 1 - taken(now)},
         control={"other": lambda now: 0.8 - 0.1 * taken(now)},
         grid=(0.25, 0.5, 0.75, 1),
-        kept=0.93,
+        control_share=0.93,
     )
     # 0.8 · 0.93 = 0.744 is kept up to 0.56.
     assert found.best._asdict() == pytest.approx(
         {"scale": 0.5, "weighting": "none", "score": 0.5, "start_score": 1, "control": 0.75, "start_control": 0.8}, abs=1e-4
     )
     strict = tune(
-        model, {"none": [vector]}, {"unwanted": lambda now: 1 - taken(now)}, control={"other": lambda now: 0.8 - 0.1 * taken(now)}, kept=1
+        model,
+        {"none": [vector]},
+        {"unwanted": lambda now: 1 - taken(now)},
+        control={"other": lambda now: 0.8 - 0.1 * taken(now)},
+        control_share=1,
     )
     assert strict.best.scale == 0
 
@@ -119,7 +123,13 @@ def test_forgetting_takes_the_vector_off_and_keeps_the_control(model, vector):
 def test_forgetting_by_perplexity_wants_it_high_and_that_of_the_control_low(model, vector):
     unwanted, other = along(model, lambda distance: 2 + distance), along(model, lambda distance: 4 * (1 + distance))
     found = tune(
-        model, {"none": [vector]}, {"unwanted": unwanted}, metric="perplexity", control={"other": other}, grid=(0.5, 1, 2), kept=0.45
+        model,
+        {"none": [vector]},
+        {"unwanted": unwanted},
+        metric="perplexity",
+        control={"other": other},
+        grid=(0.5, 1, 2),
+        control_share=0.45,
     )
     # The control may rise to 4 / 0.45 = 8.9: it stands at 8 at scale 1, and at 12 at scale 2.
     assert (found.best.scale, found.best.score, found.best.control) == pytest.approx((1, 3, 8), abs=1e-3)
@@ -178,7 +188,7 @@ def test_progress_counts_every_point(model, vector):
         ({"none": []}, {"skill": 1}, {}, "at least one rule, one vector and one file"),
         ({"none": [1]}, {}, {}, "at least one rule, one vector and one file"),
         ({"none": [1]}, {"skill": 1}, {"grid": (-0.5, math.inf, 1)}, r"others are 2: \['-0.5', 'inf'\]"),
-        ({"none": [1]}, {"skill": 1}, {"kept": 0}, r"must lie in \(0, 1\], got 0"),
+        ({"none": [1]}, {"skill": 1}, {"control_share": 0}, r"must lie in \(0, 1\], got 0"),
     ],
 )
 def test_settings_without_meaning_are_refused(model, rules, data, more, message):

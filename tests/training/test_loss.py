@@ -6,7 +6,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 from lata_lightning.evaluation import logits
 from lata_lightning.training import loss as losses
-from lata_lightning.training.loss import is_wide, piecewise_loss
+from lata_lightning.training.loss import chunked_loss, is_wide
 
 
 def batch():
@@ -29,7 +29,7 @@ def test_loss_and_gradients_are_those_of_the_whole_model(kind, monkeypatch):
     model.train()
     given = batch()
     found = []
-    for loss in (model(**given).loss, piecewise_loss(model, given)):
+    for loss in (model(**given).loss, chunked_loss(model, given)):
         model.zero_grad()
         loss.backward()
         found.append((loss.item(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))

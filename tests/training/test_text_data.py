@@ -8,7 +8,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 from lata_lightning.errors import LataError, SourceError
 from lata_lightning.quickstart.experts import INSTRUCT
 from lata_lightning.quickstart.make_checkpoints import make_tokenizer
-from lata_lightning.rows.tokens import Row, chat_rows, collate, conversation_pieces, packed
+from lata_lightning.rows.tokens import TokenRow, chat_rows, collate, conversation_segments, packed
 from lata_lightning.training.text_data import TextDataModule, load_tokenizer
 
 PAIRS = [(f"ask {number}", f"say {number * number}") for number in range(12)]
@@ -96,7 +96,7 @@ def test_a_long_text_is_several_rows_that_are_learned_whole(tmp_path):
 
 
 def test_packed_rows_begin_anew_and_do_not_learn_their_first_token():
-    rows = [Row(torch.arange(length) + 10, torch.arange(length) + 10) for length in (3, 2, 4, 1)]
+    rows = [TokenRow(torch.arange(length) + 10, torch.arange(length) + 10) for length in (3, 2, 4, 1)]
     first, second = packed(rows, context_length=5)
     assert first.input_ids.tolist() == [10, 11, 12, 10, 11]
     assert first.labels.tolist() == [-100, 11, 12, -100, 11]
@@ -286,7 +286,7 @@ def test_a_template_that_changes_what_was_said_is_refused(tmp_path):
     changing.save_pretrained(tmp_path / "changing")
     with pytest.raises(LataError, match="renders the conversation in row 1 differently once it goes on"):
         module(pairs(tmp_path / "rows.jsonl"), tokenizer=str(tmp_path / "changing"))
-    assert conversation_pieces(changing, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]) is None
+    assert conversation_segments(changing, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]) is None
 
 
 def test_pairs_without_a_chat_template_are_refused(tmp_path):
