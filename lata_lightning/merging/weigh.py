@@ -104,13 +104,13 @@ def check_asked_for(vector: TaskVector) -> None:
 
 def applied(vector: TaskVector) -> list[str]:
     """Say which coefficients a vector is applied with and, in a second sentence, where the alignments behind them are too flat to rank by."""
-    manifest, outside = vector.manifest, list(vector.layers.outside())
+    manifest = vector.manifest
     if manifest.coefficients is None:
         return [f"{vector.label}: coefficient 1 for every tensor"]
     numbers = manifest.coefficients.values()
     span = f"{min(numbers):.4g} to {max(numbers):.4g}" if numbers else "none"
     said = f"{vector.label}: coefficients by the rule {manifest.weighting!r}: {span} for {len(numbers)} layers (by {manifest.level})"
-    if outside:
+    if outside := list(vector.layers.outside()):
         said += f", {manifest.outside:g} for the tensors outside of them, {first_three(outside)}"
     alignment = manifest.alignment
     if alignment is None or alignment.level != manifest.level or not follows_alignment(manifest.weighting) or not alignment.flat:

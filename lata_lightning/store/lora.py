@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lata_lightning.errors import LataError, first_three
 from lata_lightning.layers import unwrapped
@@ -173,7 +172,14 @@ def _is_tuner(module: nn.Module) -> bool:
 
 def is_packed(parameter: Tensor) -> bool:
     """Whether a parameter holds quantised values: integers, or a tensor class of its own, as those of torchao."""
-    return not parameter.is_floating_point() or type(parameter.data) not in (Tensor, DTensor)
+    if not parameter.is_floating_point():
+        return True
+    if type(parameter.data) is Tensor:
+        return False
+    # Sharded tensors import a compiler's worth of modules, which a command that reads files does not need.
+    from torch.distributed.tensor import DTensor
+
+    return type(parameter.data) is not DTensor
 
 
 def packed_bytes(parameter: Tensor) -> Tensor:

@@ -2,12 +2,14 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import lata_lightning
 from lata_lightning.alignment import Alignment, LayerStats
 from lata_lightning.cli.main import main
 from lata_lightning.layers import LEVELS
@@ -391,3 +393,14 @@ def test_help_needs_neither_torch_nor_transformers():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_merge_of_plain_models_imports_neither_transformers_nor_sharded_tensors(tmp_path):
+    checkpoints = Path(lata_lightning.__file__).parent / "quickstart" / "checkpoints"
+    command = ["merge", str(checkpoints / "base"), str(checkpoints / "instruct"), "--start", "base", "--output", str(tmp_path / "merged")]
+    code = (
+        f"import sys; from lata_lightning.cli.main import main; main({command})\n"
+        "print([name for name in ('transformers', 'lightning', 'peft', 'torch.distributed.tensor', 'sympy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
