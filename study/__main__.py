@@ -1,6 +1,6 @@
 """Runs the evidence benchmark: one seed, all seeds, or the page of what has been found.
 
-python -m study seed 0 [--part merging] [--settings skills-instruct-compute+reverse+encode ...]
+python -m study seed 0 [--part merging] [--settings skills-instruct-compute+reverse+encode ...] [--rows first]
 python -m study all --seeds 0 1 2 3 4
 python -m study page
 python -m study paper llama3_8b [--tiny] [--plan]
@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +25,11 @@ from study.merging import write_json
 from study.page import FOLDER
 from study.paper import command as paper
 from study.settings import Setting, all_settings, settings
+from study.statistics import FIRST_DEVELOPMENT_SEED
+from study.tasks import data_folder
+
+if TYPE_CHECKING:
+    from study.chain import Chain
 
 PARTS = ("merging", "forgetting", "continual", "heterogeneity")
 
@@ -58,19 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(part: str, seed: int, options: argparse.Namespace) -> None:
     from study.chain import Chain
-    from study.tasks import data_folder
 
     chain = Chain(options.work, seed, data=data_folder())
     if part == "merging":
-        from study import merging
-        from study.rules import methods_for
-
         for setting in _settings(options):
-            path = options.results / f"merging-seed-{seed}-{setting.name}.json"
-            wanted = methods_for(setting.protocol, seed).keys()
-            if path.exists() and json.loads(path.read_text("utf-8"))["methods"].keys() == wanted:
-                continue
-            _tell(path, merging.run(chain, setting))
+            _merge(chain, setting, options)
         return
     path = options.results / f"{part}-seed-{seed}.json"
     if path.exists():
@@ -83,10 +80,30 @@ def _run(part: str, seed: int, options: argparse.Namespace) -> None:
         from study import continual
 
         _tell(path, continual.run(chain))
+    elif part == "variants":
+        from study import variants
+
+        if seed < FIRST_DEVELOPMENT_SEED:
+            raise LataError(f"variants are compared on development seeds, from {FIRST_DEVELOPMENT_SEED} on; got {seed}")
+        _tell(path, variants.run(chain))
     else:
         from study import heterogeneity
 
         _tell(path, heterogeneity.run(options.work, seed, data=data_folder()))
+
+
+def _merge(chain: Chain, setting: Setting, options: argparse.Namespace) -> None:
+    """Run the rows of a setting that its result lacks, and write them together with those that are there."""
+    from study import merging
+    from study.rules import FIRST_SCREEN, methods_for
+
+    path = options.results / f"merging-seed-{chain.seed}-{setting.name}.json"
+    stored: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    wanted = methods_for(setting.protocol, chain.seed, FIRST_SCREEN if options.rows == ["first"] else options.rows)
+    missing = {name: method for name, method in wanted.items() if name not in stored.get("methods", ())}
+    if missing:
+        found = merging.run(chain, setting, methods=missing)
+        _tell(path, merging.together(stored, found) if stored else found)
 
 
 def _settings(options: argparse.Namespace) -> list[Setting]:
@@ -112,10 +129,15 @@ def _parser() -> argparse.ArgumentParser:
     several = commands.add_parser("all", help="all parts, or one, for several seeds")
     several.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     for command in (one, several):
-        command.add_argument("--part", choices=(*PARTS, "all"), default="all")
+        command.add_argument("--part", choices=(*PARTS, "variants", "all"), default="all")
         chosen = command.add_mutually_exclusive_group()
         chosen.add_argument("--settings", nargs="+", help="of merging, by name; a triple and a pair of each kind unless given")
         chosen.add_argument("--all-settings", action="store_true", help="every triple and pair, those where little can be told among them")
+        command.add_argument(
+            "--rows",
+            nargs="+",
+            help="of merging, by name, or 'first' for those that every seed has; all unless given. Rows that are there stay",
+        )
         command.add_argument("--work", type=Path, default=Path("methods-work"), help="folder of the trained models")
         command.add_argument("--data", type=Path, help="folder with the real text; the environment variable LATA_DATA unless given")
     paper.add_arguments(commands.add_parser("paper", help=paper.HELP))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench import machine
-from lata_lightning.errors import LataError
+from lata_lightning.errors import LataError, first_three
 from lata_lightning.evaluation.scales import best_scale
 from lata_lightning.layers import LEVELS
 from lata_lightning.vectors.manifest import library_versions
@@ -128,6 +128,31 @@ def run(chain: Chain, setting: Setting, scales: Sequence[float] = SCALES, method
         },
     }
     return cast("dict[str, Any]", _rounded(found))
+
+
+def together(stored: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]:
+    """The result of a setting with rows that were run later, on models trained again.
+
+    Args:
+        stored: The result as it is.
+        added: Of the same seed and setting, with other rows.
+
+    Raises:
+        LataError: The unmerged models do not score in both what they do in the other, to the digits that are written: they are other models.
+    """
+    same = ("seed", "setting", "shape", "scales", "reference")
+    other = [key for key in same if stored[key] != added[key]]
+    if other:
+        raise LataError(
+            f"rows can only be added for the same models: {first_three(other)} of seed {stored['seed']} differ from what is stored. Remove the stored "
+            "result and run all its rows again."
+        )
+    minutes = {
+        "training": max(stored["cpu_minutes"]["training"], added["cpu_minutes"]["training"]),
+        "evaluation": stored["cpu_minutes"]["evaluation"] + added["cpu_minutes"]["evaluation"],
+    }
+    headroom = stored["headroom"] if added["headroom"] is None else added["headroom"]
+    return {**stored, "methods": {**stored["methods"], **added["methods"]}, "headroom": headroom, "cpu_minutes": minutes}
 
 
 class _Bench:

@@ -8,7 +8,7 @@ vectors), and so does whatever is marked as anchored.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -18,6 +18,7 @@ from peft.utils import merge_utils
 from torch import Tensor
 
 from lata_lightning.alignment import Alignment
+from lata_lightning.errors import LataError, first_three
 from lata_lightning.evaluation.tuning import under_rules
 from lata_lightning.layers import LEVELS, Level
 from lata_lightning.linearity.from_vectors import merge_matrices
@@ -50,10 +51,26 @@ CONFIRMED = (
     "across instruction, block",
     "TSV-M, anchored",
     WITHOUT_SAMPLES,
+    f"{WITHOUT_SAMPLES}, anchored",
     "few-shot from LATA linear",
     "few-shot from uniform",
 )
 """The candidates that the other seeds are to confirm: chosen by validation scores of development seeds."""
+FIRST_SCREEN = (
+    TASK_ARITHMETIC,
+    ANCHORED,
+    "TSV-M",
+    "Iso-C",
+    *(f"LATA {rule}, block" for rule in ("linear", "log", "threshold")),
+    "LATA linear, outside 1",
+    "blocks only",
+    *(f"random linear {number}" for number in range(1, RANDOM_ROWS + 1)),
+    REGRESSION,
+    f"{REGRESSION} --in-order false",
+    WITHOUT_SAMPLES,
+    f"{WITHOUT_SAMPLES}, anchored",
+)
+"""The rows that every seed runs; the others were run on the first five."""
 FEW_SHOT_TRIALS = 40
 _FIRST_SCALES = (0.2, 0.35, 0.5, 0.75, 1.0)
 
@@ -83,13 +100,25 @@ class Method:
         return case.start if self.onto == "start" else case.instruct
 
 
-def methods_for(start: Start, seed: int = FIRST_DEVELOPMENT_SEED) -> dict[str, Method]:
-    """The rows for experts tuned from instruct, or from base, by name; on seeds that confirm, of the candidates only ``CONFIRMED``."""
+def methods_for(start: Start, seed: int = FIRST_DEVELOPMENT_SEED, rows: Collection[str] | None = None) -> dict[str, Method]:
+    """The rows for experts tuned from instruct, or from base, by name; on seeds that confirm, of the candidates only ``CONFIRMED``.
+
+    Args:
+        start: What the experts were tuned from.
+        seed: Of the models; from 100 on all candidates are rows.
+        rows: Only these of them.
+
+    Raises:
+        LataError: There is no row of that name.
+    """
+    unknown = [name for name in rows or () if name not in METHODS]
+    if unknown:
+        raise LataError(f"unknown row {first_three(unknown)}; the rows are {', '.join(METHODS)}")
     development = seed >= FIRST_DEVELOPMENT_SEED
     return {
         name: method
         for name, method in METHODS.items()
-        if start in method.starts and (development or method.kind != "candidate" or name in CONFIRMED)
+        if start in method.starts and (development or method.kind != "candidate" or name in CONFIRMED) and (rows is None or name in rows)
     }
 
 

@@ -366,16 +366,46 @@ def test_an_expert_that_has_learned_nothing_is_refused(bench):
 # Command line.
 
 
-def test_a_finished_setting_is_skipped_and_another_is_written(tmp_path, data, monkeypatch):
+REFERENCE = {"start": {"reverse": 0.5}, "instruct": {"reverse": 0.5}, "experts": {}}
+
+
+def result_of(methods, reference=REFERENCE, **others):
+    found = {"seed": 7, "setting": {}, "shape": {}, "scales": [0, 1], "reference": reference, "headroom": 0.7, "methods": methods}
+    return found | {"cpu_minutes": {"training": 3, "evaluation": 1}} | others
+
+
+def test_rows_that_are_there_stay_and_those_that_a_setting_lacks_are_run(tmp_path, data, monkeypatch):
+    ran = []
+
+    def run(chain, setting, methods):
+        ran.append((setting.name, sorted(methods)))
+        return result_of(dict.fromkeys(methods, 1), headroom=None)
+
     names = [setting.name for setting in settings()[:2]]
-    monkeypatch.setattr(merging, "run", lambda chain, setting: {"methods": {"a": 1}, "setting": setting.name, "seed": chain.seed})
-    monkeypatch.setattr("study.rules.methods_for", lambda protocol, seed: {"a": None})
+    monkeypatch.setattr(merging, "run", run)
+    monkeypatch.setattr("study.rules.methods_for", lambda protocol, seed, rows: dict.fromkeys(rows or ("a", "b", "c")))
     results = tmp_path / "results"
-    merging.write_json(results / f"merging-seed-7-{names[0]}.json", {"methods": {"a": 0}})
+    merging.write_json(results / f"merging-seed-7-{names[0]}.json", result_of({"a": 0, "b": 0}))
     arguments = ["seed", "7", "--part", "merging", "--settings", *names, "--results", str(results), "--work", str(tmp_path / "work")]
+    assert command.main([*arguments, "--data", str(data), "--rows", "a", "b"]) == 0
+    assert ran == [(names[1], ["a", "b"])]
     assert command.main([*arguments, "--data", str(data)]) == 0
-    assert json.loads((results / f"merging-seed-7-{names[0]}.json").read_text()) == {"methods": {"a": 0}}
-    assert json.loads((results / f"merging-seed-7-{names[1]}.json").read_text()) == {"methods": {"a": 1}, "setting": names[1], "seed": 7}
+    assert ran[1:] == [(names[0], ["c"]), (names[1], ["c"])]
+    found = json.loads((results / f"merging-seed-7-{names[0]}.json").read_text())
+    assert found == result_of({"a": 0, "b": 0, "c": 1}, cpu_minutes={"training": 3, "evaluation": 2})
+
+
+def test_rows_of_other_models_are_not_put_together():
+    other = result_of({"b": 1}, {"start": {"reverse": 0.6}, "instruct": {"reverse": 0.5}, "experts": {}})
+    with pytest.raises(
+        LataError, match=r"only be added for the same models: 1: \['reference'\] of seed 7 differ.* Remove the stored result"
+    ):
+        merging.together(result_of({"a": 1}), other)
+
+
+def test_variants_are_not_run_on_seeds_that_confirm(tmp_path, data):
+    with pytest.raises(LataError, match="variants are compared on development seeds, from 100 on; got 3"):
+        command.main(["seed", "3", "--part", "variants", "--work", str(tmp_path), "--results", str(tmp_path), "--data", str(data)])
 
 
 def test_an_unknown_setting_is_refused_with_the_choices(tmp_path, data):

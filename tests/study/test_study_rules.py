@@ -15,7 +15,7 @@ from lata_lightning.vectors.projection import project
 from lata_lightning.vectors.task_vector import TaskVector
 from lata_lightning.weighting import linear_drop_by_rank
 from study import layerwise, matrices, rules
-from study.rules import CONFIRMED, FEW_SHOT_TRIALS, METHODS, Case, methods_for
+from study.rules import CONFIRMED, FEW_SHOT_TRIALS, FIRST_SCREEN, METHODS, Case, methods_for
 
 BLOCKS = ("model.layers.0", "model.layers.1")
 
@@ -515,3 +515,10 @@ def test_seeds_that_confirm_have_every_method_and_control_and_of_the_candidates_
     assert left_out
     assert set(CONFIRMED) <= set(methods_for("base", seed=4))
     assert methods_for("instruct", seed=100) == methods_for("instruct")
+
+
+def test_the_first_screen_is_part_of_every_seed_and_a_row_of_no_such_name_is_refused():
+    every = methods_for("base", seed=5)
+    assert methods_for("base", 5, FIRST_SCREEN).keys() == set(FIRST_SCREEN) <= every.keys()
+    with pytest.raises(LataError, match=r"unknown row 1: \['TSV'\]; the rows are task arithmetic, "):
+        methods_for("base", 5, ["TSV"])
