@@ -35,6 +35,7 @@ class Case:
         seed: Of everything random.
         calibration: For each expert batches of inputs of the model from its TRAINING task, with an ``attention_mask`` where padded.
         model: Scratch for methods that run data; its weights are whatever the last one left.
+        adapters: The experts as models wrapped by peft, where they are adapters; their vectors are then held as factors.
         validation_score: Of a model's weights, higher is better; only few-shot tuning uses it.
     """
 
@@ -46,6 +47,7 @@ class Case:
     calibration: Sequence[Sequence[Batch]]
     model: Any
     validation_score: Callable[[Weights], float]
+    adapters: tuple[Any, ...] = ()
 
     @cached_property
     def start_kind(self) -> Start:
@@ -70,6 +72,8 @@ class Case:
     @cached_property
     def vectors(self) -> list[TaskVector]:
         """Expert − start."""
+        if self.adapters:
+            return [TaskVector.between(self.start, adapter, start_kind=self.start_kind) for adapter in self.adapters]
         return [TaskVector.between(self.start, expert, start_kind=self.start_kind) for expert in self.experts]
 
     @cached_property
@@ -91,3 +95,14 @@ class Case:
 def summed(vectors: Sequence[Weights]) -> dict[str, Tensor]:
     """Σ of vectors, in float64, rounded once to float32."""
     return {name: torch.stack([vector[name].double() for vector in vectors]).sum(0).float() for name in vectors[0]}
+
+
+def with_adapter(start: Weights, adapter: Any) -> dict[str, Tensor]:
+    """Weights of a start with what an adapter adds, in float64, rounded once to float32.
+
+    Args:
+        start: The weights that the adapter was trained on.
+        adapter: The model wrapped by peft.
+    """
+    added = TaskVector.between(start, adapter)
+    return {name: (tensor.double() + added[name].double()).float() if name in added else tensor for name, tensor in start.items()}

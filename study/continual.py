@@ -18,10 +18,11 @@ from torch import Tensor
 from lata_lightning.evaluation.continual import summary
 from lata_lightning.evaluation.scales import best_scale
 from study.cases import CALIBRATION_ROWS, Case
-from study.chain import Chain, Recipe, batches_of, skill_recipe
+from study.chain import Chain, skill_recipe
 from study.layerwise import RULES
 from study.rules import METHODS, RANDOM_ROWS, REGRESSION, TASK_ARITHMETIC
 from study.tasks import INSTRUCT, SEEN_EXERCISES, TASKS, SkillTask, Split
+from study.training import Recipe, batches_of
 
 Weights = Mapping[str, Tensor]
 

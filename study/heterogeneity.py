@@ -17,10 +17,11 @@ from torch import Tensor
 
 from lata_lightning.errors import LataError
 from study import merging
-from study.chain import Chain, Shape, Start
+from study.chain import Chain, Start
 from study.rules import ANCHORED, METHODS, RANDOM_ROWS, TASK_ARITHMETIC
 from study.settings import PAIR_OF, Setting
 from study.tasks import data_folder
+from study.training import Shape
 
 PROTOCOLS: tuple[Start, ...] = ("instruct", "base")
 SCALES = (0.0, 0.2, 0.3, 0.45, 0.65, 1.0, 1.4, 2.0)

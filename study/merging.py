@@ -25,10 +25,11 @@ from lata_lightning.evaluation.scales import best_scale
 from lata_lightning.layers import LEVELS
 from lata_lightning.vectors.manifest import library_versions
 from study import tasks
-from study.cases import CALIBRATION_ROWS, Case
-from study.chain import Chain, Weights, batches_of, order_of
+from study.cases import CALIBRATION_ROWS, Case, with_adapter
+from study.chain import Chain, order_of
 from study.rules import TASK_ARITHMETIC, Method, methods_for
 from study.settings import Setting
+from study.training import Weights, batches_of
 
 SCALES = (0.0, 0.1, 0.2, 0.3, 0.45, 0.65, 1.0, 1.4, 2.0, 2.8, 4.0)
 UNTUNED = 1.0
@@ -83,7 +84,8 @@ def run(chain: Chain, setting: Setting, scales: Sequence[float] = SCALES, method
         LataError: An expert is no better on its own task than what it was tuned from.
     """
     base, instruct, start = chain.base(), chain.instruct(), chain.start(setting.protocol)
-    experts = {task: chain.expert(task, setting.protocol) for task in setting.experts}
+    adapters = {} if setting.rank is None else {task: chain.adapter(task, setting.rank) for task in setting.experts}
+    experts = {task: with_adapter(start, adapters[task]) if adapters else chain.expert(task, setting.protocol) for task in setting.experts}
     began = time.process_time()
     reference = _reference(chain, setting, {"start": start, "instruct": instruct, **experts})
     scoring = Scoring(setting, *({split: reference[of][split] for split in ("validation", "test")} for of in ("start", "own")))
@@ -102,6 +104,7 @@ def run(chain: Chain, setting: Setting, scales: Sequence[float] = SCALES, method
         calibration=[batches_of(tasks.TASKS[task], order_of(task, chain.seed), CALIBRATION_ROWS) for task in setting.experts],
         model=model,
         validation_score=validation_score,
+        adapters=tuple(adapters.values()),
     )
     rows: dict[str, dict[str, Any]] = {}
     for name, method in (methods_for(setting.protocol, chain.seed) if methods is None else methods).items():
@@ -112,7 +115,8 @@ def run(chain: Chain, setting: Setting, scales: Sequence[float] = SCALES, method
     found = {
         "part": "merging",
         "seed": chain.seed,
-        "setting": {"track": setting.track, "protocol": setting.protocol, "experts": list(setting.experts)},
+        "setting": {"track": setting.track, "protocol": setting.protocol, "experts": list(setting.experts)}
+        | ({} if setting.rank is None else {"rank": setting.rank}),
         "shape": {"blocks": chain.shape.blocks, "width": chain.shape.width, "parameters": sum(tensor.numel() for tensor in base.values())},
         "scales": list(scales),
         "reference": {"start": reference["start"]["test"], "instruct": reference["instruct"]["test"]}

@@ -15,6 +15,8 @@ PAIR_OF: dict[Track, tuple[str, str]] = {"skills": ("compute", "sort"), "text": 
 """The pair that is merged unless others are asked for. On development seed 100 task arithmetic keeps 68 % of what these two skills gain, and 83 and 88 %
 of the other pairs; all pairs of text lie between 74 and 77 %."""
 
+ADAPTER_RANK = 8
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -24,16 +26,19 @@ class Setting:
         track: ``"skills"`` or ``"text"``.
         protocol: What the experts were tuned from.
         experts: Names of their tasks.
+        rank: Of the adapters (LoRA) that the experts are; None where they are tuned in full.
     """
 
     track: Track
     protocol: Start
     experts: tuple[str, ...]
+    rank: int | None = None
 
     @property
     def name(self) -> str:
         """As in ``--settings`` and in file names."""
-        return f"{self.track}-{self.protocol}-{'+'.join(self.experts)}"
+        adapters = "" if self.rank is None else f"-lora{self.rank}"
+        return f"{self.track}-{self.protocol}{adapters}-{'+'.join(self.experts)}"
 
 
 def settings() -> list[Setting]:
@@ -47,11 +52,17 @@ def settings() -> list[Setting]:
     return [*triples, *(Setting(track, protocol, PAIR_OF[track]) for track, protocol in kinds)]
 
 
+def adapter_settings() -> list[Setting]:
+    """The triple of skills and the pair of texts with experts that are adapters."""
+    return [Setting("skills", "instruct", TASKS_OF["skills"], ADAPTER_RANK), Setting("text", "instruct", PAIR_OF["text"], ADAPTER_RANK)]
+
+
 def all_settings() -> list[Setting]:
-    """Every triple and pair of both tracks under both protocols."""
-    return [
+    """Every triple and pair of both tracks under both protocols, and those with adapters."""
+    full = [
         Setting(track, protocol, experts)
         for track, tasks in TASKS_OF.items()
         for protocol in get_args(Start)
         for experts in (tasks, *combinations(tasks, 2))
     ]
+    return [*full, *adapter_settings()]

@@ -11,14 +11,18 @@ from toy_chains import little_texts
 from transformers import LlamaForCausalLM
 
 from lata_lightning.errors import LataError
+from lata_lightning.linearity.from_vectors import merge_matrices
 from lata_lightning.quickstart.exercises import INSTRUCT_SKILLS
 from lata_lightning.rows.tokens import chat_rows
+from lata_lightning.vectors.task_vector import TaskVector
 from study import __main__ as command
 from study import chain as chains
-from study import merging, tasks
-from study.chain import Chain, Mixture, Part, Recipe, Shape
+from study import merging, tasks, training
+from study.cases import with_adapter
+from study.chain import Chain
 from study.rules import TASK_ARITHMETIC, Method
-from study.settings import Setting, all_settings, settings
+from study.settings import Setting, adapter_settings, all_settings, settings
+from study.training import Mixture, Part, Recipe, Shape
 
 TOY = Shape(blocks=2, width=16, base_steps=3, instruct_steps=3)
 SETTING = Setting("skills", "instruct", ("compute", "reverse"))
@@ -47,7 +51,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def model_of(seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    return chains.make_model(TOY).eval()
+    return training.make_model(TOY).eval()
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -177,7 +181,7 @@ def test_every_training_changes_the_model_it_starts_from(tmp_path):
 def test_another_recipe_or_start_under_the_same_key_is_trained_anew(tmp_path, monkeypatch):
     trained = []
     monkeypatch.setattr(
-        chains, "train", lambda shape, recipe, start: trained.append(recipe) or {"weight": torch.tensor(float(len(trained)))}
+        chains, "train", lambda shape, recipe, start, rank=None: trained.append(recipe) or {"weight": torch.tensor(float(len(trained)))}
     )
     recipe = Recipe((Part(1.0, texts=("text",)),), steps=1, learning_rate=1e-3)
     start = {"weight": torch.zeros(1)}
@@ -207,6 +211,27 @@ def test_experts_practise_the_instruct_skills_and_raw_text_again(task, data):
     assert task in names or any(list(part.texts) == tasks.TASKS[task].rows(0) for part in recipe.parts)
 
 
+def test_an_adapter_is_trained_once_on_a_start_that_stays_and_its_vector_is_held_as_factors(tmp_path, monkeypatch):
+    adapter = Chain(tmp_path, 0, TOY).adapter("reverse", 2)
+    instruct = Chain(tmp_path, 0, TOY).instruct()
+    monkeypatch.setattr(chains, "train", lambda *_: pytest.fail("trained again"))
+    again = Chain(tmp_path, 0, TOY).adapter("reverse", 2)
+    assert all(torch.equal(one, other) for one, other in zip(adapter.parameters(), again.parameters(), strict=True))
+    vector = TaskVector.between(instruct, adapter)
+    name = "model.layers.1.mlp.up_proj.weight"
+    layer = adapter.get_submodule("base_model.model.model.layers.1.mlp.up_proj")
+    assert torch.equal(layer.base_layer.weight, instruct[name])
+    # LoRA's own scale is twice the rank over the rank.
+    expected = 2 * layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+    assert expected.any()
+    assert vector.low_rank(name).rank == 2
+    assert torch.allclose(vector[name].double(), expected, rtol=0, atol=1e-7)
+    assert torch.allclose(with_adapter(instruct, adapter)[name].double(), instruct[name].double() + expected, rtol=0, atol=1e-6)
+    merged = merge_matrices([vector, TaskVector.between(instruct, again)], check_base=False)
+    assert merged.low_rank(name).rank == 4
+    assert not merged["model.norm.weight"].any()
+
+
 def test_the_model_of_a_chain_is_one_object_with_the_weights_given(tmp_path):
     chain = Chain(tmp_path, 0, TOY)
     weights = weights_of(model_of(5))
@@ -218,7 +243,7 @@ def test_the_model_of_a_chain_is_one_object_with_the_weights_given(tmp_path):
 
 @pytest.mark.parametrize("task", ["reverse", "wikitext2"])
 def test_calibration_rows_are_training_rows_with_their_padding_masked(task, data):
-    (batch,) = chains.batches_of(tasks.TASKS[task], chains.order_of(task, 0), 8)
+    (batch,) = training.batches_of(tasks.TASKS[task], chains.order_of(task, 0), 8)
     assert len(batch["input_ids"]) == 8
     found = [tasks.tokenizer().decode(ids[mask.bool()]) for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
     rows = tasks.TASKS[task].rows(chains.order_of(task, 0))
@@ -259,8 +284,11 @@ def test_settings_are_a_triple_and_a_pair_of_each_kind_that_can_show_anything():
         "text-base-wikitext2+gsm8k",
     ]
     every = {setting.name for setting in all_settings()}
-    assert len(every) == len(all_settings()) == 4 * (1 + 3)
+    assert len(every) == len(all_settings()) == 4 * (1 + 3) + 2
     assert set(names) < every
+    adapters = ["skills-instruct-lora8-compute+reverse+sort", "text-instruct-lora8-wikitext2+gsm8k"]
+    assert [setting.name for setting in adapter_settings()] == adapters
+    assert set(adapters) < every
 
 
 class Reading:

@@ -14,8 +14,10 @@ from lata_lightning.numerics.singular import iso_c
 from lata_lightning.vectors.projection import project
 from lata_lightning.vectors.task_vector import TaskVector
 from lata_lightning.weighting import linear_drop_by_rank
-from study import layerwise, matrices, rules
-from study.rules import CONFIRMED, FEW_SHOT_TRIALS, FIRST_SCREEN, METHODS, Case, methods_for
+from study import layerwise, matrices
+from study.cases import Case, summed
+from study.methods import FEW_SHOT_TRIALS, block_matrices
+from study.rules import CONFIRMED, FIRST_SCREEN, METHODS, methods_for
 
 BLOCKS = ("model.layers.0", "model.layers.1")
 
@@ -243,7 +245,7 @@ def test_the_closed_form_runs_the_start_of_the_experts_and_the_anchored_one_inst
         other.load_state_dict(weights)
         vectors = [TaskVector.between(weights, expert) for expert in case.experts]
         expected = solve_coefficients(other, vectors, case.calibration, level="submodule").apply(vectors)
-        assert close(built(name, case), rules.summed([vector.pure() for vector in expected]), 1e-5)
+        assert close(built(name, case), summed([vector.pure() for vector in expected]), 1e-5)
 
 
 def test_the_closed_form_of_a_model_minimises_the_change_of_its_logits():
@@ -453,7 +455,7 @@ def test_merges_of_the_vectors_alone_are_those_of_the_package(name, method, anch
 def test_regression_of_one_vector_is_that_vector():
     case = made(experts=1)
     delta = built("lata regress", case)
-    for tensor in rules.block_matrices(case.vectors[0]):
+    for tensor in block_matrices(case.vectors[0]):
         assert torch.allclose(delta[tensor], case.vectors[0][tensor], atol=1e-4), tensor
 
 
@@ -476,7 +478,7 @@ def test_the_regression_of_equal_vectors_is_that_vector():
 
     case = made(tuned=tuned)
     found = built("interference regression", case)
-    for name in rules.block_matrices(case.vectors[0]):
+    for name in block_matrices(case.vectors[0]):
         assert torch.allclose(found[name], case.vectors[0][name], atol=1e-4)
 
 

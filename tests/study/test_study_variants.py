@@ -5,7 +5,8 @@ import torch
 from test_study_rules import made
 
 from study import merging, variants
-from study.rules import WITHOUT_SAMPLES, summed
+from study.cases import summed
+from study.rules import WITHOUT_SAMPLES
 from study.variants import VARIANTS
 
 

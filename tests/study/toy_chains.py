@@ -5,7 +5,8 @@ from pathlib import Path
 
 from study import chain as chains
 from study import tasks
-from study.chain import Chain, Shape
+from study.chain import Chain
+from study.training import Shape
 
 TOY = Shape(blocks=2, width=16, base_steps=3, instruct_steps=3, tuning=0.01)
 TEXT = "def one():\n    return 1\n" * 40
