@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from peft.utils import merge_utils
@@ -154,10 +155,10 @@ def together(case: Case, level: Level, rule: Callable[[Sequence[TaskVector], Lev
     return _each(case, level, rule(case.anchored, level))
 
 
-def regressed(case: Case, in_order: bool) -> Weights:
-    """Every linear layer fitted to the outputs of all experts on their own calibration inputs, by the package."""
+def regressed(case: Case, **options: Any) -> Weights:
+    """Every linear layer fitted to the outputs of all experts on their own calibration inputs, by the package; options as for ``regress``."""
     _load(case, case.instruct)
-    return summed([regress(case.anchored, case.model, case.calibration, in_order=in_order)])
+    return summed([regress(case.anchored, case.model, case.calibration, **options)])
 
 
 def from_vectors(case: Case, method: MatrixMethod = "regression", anchored: bool = True) -> Weights:

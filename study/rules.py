@@ -28,11 +28,14 @@ Onto = Literal["start", "instruct"]
 TASK_ARITHMETIC = "task arithmetic"
 ANCHORED = "task arithmetic, anchored"
 REGRESSION = "lata regress"
+TOWARDS_SUM = f"{REGRESSION} --prior sum --ridge 1"
+"""With samples, the prior and the ridge that development seeds chose."""
 WITHOUT_SAMPLES = "lata regress without samples"
 RANDOM_ROWS = 5
 CONFIRMED = (
     REGRESSION,
     f"{REGRESSION} --in-order false",
+    TOWARDS_SUM,
     "less where shared, block",
     "own direction kept, block",
     "across instruction, block",
@@ -54,6 +57,7 @@ FIRST_SCREEN = (
     *(f"random linear {number}" for number in range(1, RANDOM_ROWS + 1)),
     REGRESSION,
     f"{REGRESSION} --in-order false",
+    TOWARDS_SUM,
     WITHOUT_SAMPLES,
     f"{WITHOUT_SAMPLES}, anchored",
 )
@@ -175,7 +179,8 @@ def _listed() -> list[Method]:
             onto="instruct",
             build=partial(methods.by_matrix, merge=matrices.interference_regression, anchored=True),
         ),
-        candidate(REGRESSION, onto="instruct", build=partial(methods.regressed, in_order=True)),
+        candidate(REGRESSION, onto="instruct", build=methods.regressed),
+        candidate(TOWARDS_SUM, onto="instruct", build=partial(methods.regressed, prior="sum", ridge=1.0)),
         candidate(f"{REGRESSION} --in-order false", onto="instruct", build=partial(methods.regressed, in_order=False)),
         candidate("few-shot from LATA linear", onto="instruct", build=partial(methods.few_shot, first="linear"), tuned=True),
         candidate("few-shot from uniform", onto="instruct", build=partial(methods.few_shot, first="none"), tuned=True),
