@@ -22,7 +22,7 @@ import torch
 
 from lata_lightning.errors import LataError, first_three
 from study.merging import write_json
-from study.page import FOLDER
+from study.page import FIRST_SCREEN, FOLDER
 from study.paper import command as paper
 from study.settings import Setting, all_settings, settings
 from study.statistics import FIRST_DEVELOPMENT_SEED
@@ -95,11 +95,12 @@ def _run(part: str, seed: int, options: argparse.Namespace) -> None:
 def _merge(chain: Chain, setting: Setting, options: argparse.Namespace) -> None:
     """Run the rows of a setting that its result lacks, and write them together with those that are there."""
     from study import merging
-    from study.rules import FIRST_SCREEN, methods_for
+    from study.rules import EVERY_SEED, methods_for
 
-    path = options.results / f"merging-seed-{chain.seed}-{setting.name}.json"
+    results = options.results / FIRST_SCREEN if options.rows == ["first"] else options.results
+    path = results / f"merging-seed-{chain.seed}-{setting.name}.json"
     stored: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    wanted = methods_for(setting.protocol, chain.seed, FIRST_SCREEN if options.rows == ["first"] else options.rows)
+    wanted = methods_for(setting.protocol, chain.seed, EVERY_SEED if options.rows == ["first"] else options.rows)
     missing = {name: method for name, method in wanted.items() if name not in stored.get("methods", ())}
     if missing:
         found = merging.run(chain, setting, methods=missing)
@@ -136,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--rows",
             nargs="+",
-            help="of merging, by name, or 'first' for those that every seed has; all unless given. Rows that are there stay",
+            help="of merging, by name, or 'first' for those that every seed runs, whose results have a folder of their own; all unless given",
         )
         command.add_argument("--work", type=Path, default=Path("methods-work"), help="folder of the trained models")
         command.add_argument("--data", type=Path, help="folder with the real text; the environment variable LATA_DATA unless given")

@@ -31,14 +31,19 @@ from study.cells import (
 from study.statistics import Comparison, holm, interval, tells_apart
 
 _DRAWN = (TASK_ARITHMETIC, ANCHORED, LATA, "LATA log, block")
-_BY_TASK = (*_DRAWN, "TSV-M", "lata regress")
+_BY_TASK = (*_DRAWN, "TSV-M", "lata regress", "lata regress without samples")
 
 
 def section(results: Results, folder: Path, link: str) -> list[str]:
     """Lines of the page; the figures are written to the folder."""
-    lines = ["## Merging", "", *_headroom(results)]
+    return ["## Merging, every row", "", *by_setting(results, folder, link)]
+
+
+def by_setting(results: Results, folder: Path, link: str) -> list[str]:
+    """Headroom of the settings, then each of them: its models, its rows, its figure; last the spread of the alignments."""
+    lines = _headroom(results)
     gains: dict[str, list[tuple[float, float]]] = {}
-    for name, found in grouped(results, _setting).items():
+    for name, found in grouped(results, setting_of).items():
         final, development = split(found)
         lines += ["", f"### {name[0].upper()}{name[1:]}", "", *_models(final or development)]
         if final:
@@ -75,9 +80,11 @@ def section(results: Results, folder: Path, link: str) -> list[str]:
     return lines
 
 
-def _setting(result: Result) -> str:
+def setting_of(result: Result) -> str:
+    """What a setting is called on the page."""
     setting = result["setting"]
-    return f"{setting['track']}, experts from {setting['protocol']}: {', '.join(setting['experts'])}"
+    adapters = f" by LoRA of rank {setting['rank']}" if setting.get("rank") else ""
+    return f"{setting['track']}, experts from {setting['protocol']}{adapters}: {', '.join(setting['experts'])}"
 
 
 def _unit(result: Result, split_name: str) -> str:
@@ -87,7 +94,7 @@ def _unit(result: Result, split_name: str) -> str:
 
 def _headroom(results: Results) -> list[str]:
     rows = []
-    for name, found in grouped(results, _setting).items():
+    for name, found in grouped(results, setting_of).items():
         final, development = split(found)
         kept = interval([100 * result["headroom"] for result in final or development])
         seeds = str(len(final)) if final else f"{len(development)} (development)"
@@ -119,36 +126,31 @@ def _models(results: Results) -> list[str]:
 
 
 def _rows(results: Results) -> list[str]:
-    """All rows of a setting, best first; incomplete ones are named below."""
-    seeds = {result["seed"] for result in results}
+    """All rows of a setting, best first, each compared over the seeds that it shares with task arithmetic."""
     tests = _percent(results, "test")
-    lacking = sorted(name for name, scores in tests.items() if set(scores) != seeds)
-    tests = {name: scores for name, scores in tests.items() if name not in lacking}
     found = compared(tests, TASK_ARITHMETIC)
     if not tells_apart(fmean(result["headroom"] for result in results)):
         found = {name: replace(row, verdict=None) for name, row in found.items()}
     anchored = compared(tests, ANCHORED) if ANCHORED in tests else {}
     adjusted = holm({name: row.p_value for name, row in found.items() if row.p_value is not None and name in tests})
-    heads = ["row", "kind", _unit(results[0], "test"), "− task arithmetic", *(["− anchored"] if anchored else []), "− random"]
+    heads = ["row", "kind", "seeds", _unit(results[0], "test"), "− task arithmetic", *(["− anchored"] if anchored else []), "− random"]
     lines = [_line(name, row, anchored.get(name), results, adjusted.get(name)) for name, row in found.items()]
     if not anchored:
-        lines = [[*line[:4], *line[5:]] for line in lines]
-    text = table([*heads, "scale", "untuned", "p (Holm)", "verdict"], lines)
-    if lacking:
-        text += ["", f"Not run on every seed, and so left out: {', '.join(lacking)}."]
-    return text
+        lines = [[*line[:5], *line[6:]] for line in lines]
+    return table([*heads, "scale", "untuned", "p (Holm)", "verdict"], lines)
 
 
 def _line(name: str, row: Comparison, anchored: Comparison | None, results: Results, p_value: float | None) -> list[str]:
     judged = [
+        str(row.score.count),
         as_text(row.score),
         as_text(row.against_task_arithmetic, signed=True),
         as_text(anchored.against_task_arithmetic if anchored else None, signed=True),
         as_text(row.against_random, signed=True),
     ]
-    if name not in results[0]["methods"]:
+    methods = [result["methods"][name] for result in results if name in result["methods"]]
+    if not methods:
         return [name, "control", *judged, *[DASH] * 4]
-    methods = [result["methods"][name] for result in results]
     return [
         strong(name, row),
         methods[0]["kind"] + (", tuned" if methods[0].get("tuned") else ""),

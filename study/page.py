@@ -1,6 +1,7 @@
 """The page of the evidence, made from the results of every seed: tables, verdicts and figures.
 
-Seeds from 100 on are for development: candidates are chosen by them, and they decide nothing. What a seed has not run is left out, and said.
+Seeds from 100 on are for development: candidates are chosen by them, and they decide nothing. Rows that not every seed has run are
+shown with the number of those that have.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from study import continual_page, forgetting_page, heterogeneity_page, merging_page
+from study import continual_page, first_screen_page, forgetting_page, heterogeneity_page, merging_page, variants_page
 from study.cells import Results
 from study.statistics import FEWEST_SEEDS, HEADROOM
 
 FOLDER = Path(__file__).parent / "results" / "methods"
+FIRST_SCREEN = "first-screen"
+"""Folder, in that of the results, of the rows that every seed runs."""
 RULE = f"""The decision rule was fixed before the runs. A row **wins** in a setting only if, over at least {FEWEST_SEEDS} seeds that differ from
 pre-training on, the 95 % intervals (t distribution) of its paired differences to task arithmetic *and* to the mean of five random rank
 orders both lie above zero. It **loses** if that to task arithmetic lies below zero. Everything else is **not separated**. Each row's scale
@@ -28,25 +31,33 @@ def write(folder: Path = FOLDER, page: Path | None = None) -> str:
     """Write the page and its figures; the text of the page.
 
     Args:
-        folder: Holds the results, one JSON file a seed and part; the figures go there.
+        folder: Holds the results, one JSON file a seed and part, and in a folder of its own those of the rows that every seed runs; figures go there.
         page: The Markdown file; by default beside the folder, under its name.
     """
     page = folder.with_suffix(".md") if page is None else page
-    results = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
+    first, results = _read(folder / FIRST_SCREEN), _read(folder)
     sections: dict[str, Callable[[Results, Path, str], list[str]]] = {
         "merging": merging_page.section,
         "forgetting": forgetting_page.section,
         "continual": continual_page.section,
         "heterogeneity": heterogeneity_page.section,
+        "variants": lambda found, *_: variants_page.section(found),
     }
-    lines = ["# Methods compared", "", _head(results), "", RULE]
+    link = folder.relative_to(page.parent).as_posix() + "/"
+    lines = ["# Methods compared", "", _head([*first, *results]), "", RULE]
+    if first:
+        lines += ["", *first_screen_page.section(first, folder / FIRST_SCREEN, f"{link}{FIRST_SCREEN}/")]
     for part, section in sections.items():
         found = [result for result in results if result["part"] == part]
         if found:
-            lines += ["", *section(found, folder, folder.relative_to(page.parent).as_posix() + "/")]
+            lines += ["", *section(found, folder, link)]
     text = "\n".join(lines) + "\n"
     page.write_text(text, "utf-8")
     return text
+
+
+def _read(folder: Path) -> list[Any]:
+    return [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
 
 
 def _head(results: Results) -> str:

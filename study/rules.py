@@ -46,7 +46,7 @@ CONFIRMED = (
     "few-shot from uniform",
 )
 """The candidates that the other seeds are to confirm: chosen by validation scores of development seeds."""
-FIRST_SCREEN = (
+EVERY_SEED = (
     TASK_ARITHMETIC,
     ANCHORED,
     "TSV-M",

@@ -143,7 +143,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def compare(scores: Mapping[str, Scores], task_arithmetic: str, random_ranks: Callable[[str], Sequence[str]]) -> dict[str, Comparison]:
-    """Every method of a setting against task arithmetic and against the mean of its random ranks.
+    """Every method of a setting against task arithmetic and against the mean of its random ranks, each over the seeds that both sides have.
 
     Args:
         scores: By method, then by seed.
@@ -151,21 +151,26 @@ def compare(scores: Mapping[str, Scores], task_arithmetic: str, random_ranks: Ca
         random_ranks: From a method to the names of the random rows it is judged by; the mean over those that are there is taken, seed by seed.
 
     Raises:
-        LataError: A method was not run on the seeds that it is to be compared on, or a score is not finite.
+        LataError: A score is not finite.
     """
     found = {}
     for name, row in scores.items():
         against, against_chance, verdict, p_value = None, None, None, None
         drawn = [scores[each] for each in random_ranks(name) if each in scores]
-        if task_arithmetic in scores and name != task_arithmetic:
-            gained = differences(row, scores[task_arithmetic])
+        if task_arithmetic in scores and name != task_arithmetic and (gained := _on_common_seeds(row, scores[task_arithmetic])):
             against, p_value = interval(gained), paired_p_value(gained)
-        if drawn and name not in random_ranks(name):
-            against_chance = interval(differences(row, mean_by_seed(drawn)))
+        if drawn and name not in random_ranks(name) and (gained := _on_common_seeds(row, mean_by_seed(drawn))):
+            against_chance = interval(gained)
         if against is not None and against_chance is not None:
             verdict = decide(against, against_chance)
         found[name] = Comparison(interval(list(row.values())), against, against_chance, verdict, p_value)
     return found
+
+
+def _on_common_seeds(row: Scores, reference: Scores) -> list[float]:
+    """Paired differences over the seeds that both sides have."""
+    common = row.keys() & reference.keys()
+    return differences({seed: row[seed] for seed in common}, {seed: reference[seed] for seed in common})
 
 
 def tells_apart(headroom: float) -> bool:

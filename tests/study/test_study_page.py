@@ -9,9 +9,9 @@ pytest.importorskip("matplotlib")
 
 from study import figures
 from study.cells import ANCHORED, LATA, TASK_ARITHMETIC, as_text, compared, is_random, random_groups, random_rows
-from study.merging_page import spread_and_gain
+from study.merging_page import setting_of, spread_and_gain
 from study.page import write
-from study.rules import METHODS
+from study.rules import METHODS, WITHOUT_SAMPLES
 from study.statistics import Interval
 
 SCALES = ("0", "0.5", "1")
@@ -186,7 +186,7 @@ def test_scores_are_means_over_the_seeds_with_their_interval(whole):
     scores = [100 * (0.6 + noise(seed, "b")) for seed in range(5)]
     mean = sum(scores) / 5
     half = 2.776445 * (sum((score - mean) ** 2 for score in scores) / 4) ** 0.5 / 5**0.5
-    assert cells(text, "better")[1] == f"{mean:.1f} ± {half:.1f}"
+    assert cells(text, "better")[2] == f"{mean:.1f} ± {half:.1f}"
 
 
 def test_headroom_says_which_settings_can_tell_methods_apart(whole, tmp_path):
@@ -203,8 +203,8 @@ def test_experts_from_base_are_compared_with_anchored_task_arithmetic_too(whole)
     text, _ = whole
     place = "### Text, experts from base"
     assert "| − task arithmetic | − anchored | − random |" in text.split(place)[1]
-    assert cells(text, LATA, place)[3].startswith("-5.")
-    assert cells(text, "random ranks, linear, mean of 5", place)[3].startswith("-")
+    assert cells(text, LATA, place)[4].startswith("-5.")
+    assert cells(text, "random ranks, linear, mean of 5", place)[4].startswith("-")
     assert "− anchored" not in text.split("### Skills, experts from instruct")[1].split("###")[0]
 
 
@@ -218,8 +218,8 @@ def test_the_gain_of_lata_counts_from_task_arithmetic_onto_the_same_model():
 
 def test_a_best_scale_at_the_end_of_the_grid_is_marked(whole):
     text, _ = whole
-    assert cells(text, "worse log")[4] == "1 (end of grid)"
-    assert cells(text, "better")[4] == "0.5"
+    assert cells(text, "worse log")[5] == "1 (end of grid)"
+    assert cells(text, "better")[5] == "0.5"
 
 
 def test_forgetting_says_what_is_kept_and_which_residuals_are_not_reached(whole):
@@ -347,10 +347,60 @@ def test_development_seeds_decide_nothing(tmp_path):
     assert "wins |" not in both.split("On the development seeds")[1]
 
 
-def test_a_row_that_a_seed_lacks_is_left_out_and_named(tmp_path):
+def test_a_row_that_a_seed_lacks_is_shown_with_the_number_of_its_seeds(tmp_path):
     text = page_of(tmp_path / "methods", *(merging(seed, extra={"new": method(seed, "n", 0.5)} if seed else None) for seed in range(5)))
-    assert "Not run on every seed, and so left out: new." in text
-    assert "| new |" not in text
+    assert cells(text, "new")[1] == "4"
+    assert cells(text, "new")[-1] == "–"
+    assert cells(text, "better")[1] == "5"
+
+
+def first_screen(seed, **made):
+    """A result of the rows that every seed runs, with a row that is better at scale 1 than task arithmetic is anywhere."""
+    result = merging(seed, **made)
+    row = result["methods"][WITHOUT_SAMPLES] = method(seed, "r", 0.6, "candidate")
+    row["untuned"] = 0.58 + noise(seed, "u")
+    return result
+
+
+def test_the_rows_of_every_seed_are_compared_at_scale_one_and_at_their_best(tmp_path):
+    folder = tmp_path / "methods"
+    page_of(folder, *(merging(seed) for seed in range(5)))
+    page_of(folder / "first-screen", *(first_screen(seed) for seed in range(10)), *(first_screen(seed, track="text") for seed in range(5)))
+    text = write(folder)
+    gained = [100 * (0.58 + noise(seed, "u") - 0.5 - noise(seed, "t")) for seed in range(10)]
+    best, other = cells(text, WITHOUT_SAMPLES, "**Nothing tuned**:")
+    assert best.startswith(f"**+{sum(gained) / 10:.1f} ± ")
+    assert best.endswith("** (10; < 0.001)")
+    assert other.endswith("** (5; < 0.001)")
+    # Task arithmetic itself loses 10 points at scale 1 in these results, and is compared with nothing where both sides are its own.
+    assert cells(text, TASK_ARITHMETIC, "**Nothing tuned**:")[0].startswith("-10.0")
+    assert cells(text, WITHOUT_SAMPLES, "**Nothing tuned on either side**")[0].startswith("**+18.")
+    assert cells(text, WITHOUT_SAMPLES, "**Each at its own best scale**")[0].startswith("**+10.")
+    assert cells(text, "task arithmetic can tell", "**Nothing tuned**:") == ["yes: keeps 74 %", "yes: keeps 72 %"]
+    assert text.index("## Merging, the rows that every seed runs") < text.index("## Merging, every row")
+    assert cells(text, WITHOUT_SAMPLES, "### Skills, experts from instruct")[1] == "10"
+    assert (folder / "first-screen" / "spread-and-gain.svg").exists()
+    assert "Seeds: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9." in text
+
+
+def test_experts_that_are_adapters_are_a_setting_of_their_own():
+    result = merging(0)
+    assert setting_of(result) == "skills, experts from instruct: compute, reverse"
+    result["setting"]["rank"] = 8
+    assert setting_of(result) == "skills, experts from instruct by LoRA of rank 8: compute, reverse"
+
+
+def test_variants_are_ordered_by_their_mean_over_the_settings_and_development_seeds(tmp_path):
+    def of(seed, plain, other):
+        row = {"plain": {"validation": plain, "test": 0}, "other": {"validation": other, "test": 0}}
+        return {"part": "variants", "seed": seed, "settings": {"skills": row, "text": row}, "cpu_minutes": 1.0}
+
+    text = page_of(tmp_path / "methods", of(100, 0.5, 0.7), of(101, 0.6, 0.8))
+    assert "Validation score at scale 1 on the seeds 100 and 101, which decide nothing else" in text
+    assert re.findall(r"^\| (plain|other) \| (.*) \|$", text, re.MULTILINE) == [
+        ("other", "75.0 | 75.0 | 75.0"),
+        ("plain", "55.0 | 55.0 | 55.0"),
+    ]
 
 
 def test_one_seed_gives_means_without_intervals_and_no_verdict(tmp_path):

@@ -17,7 +17,7 @@ from lata_lightning.weighting import linear_drop_by_rank
 from study import layerwise, matrices
 from study.cases import Case, summed
 from study.methods import FEW_SHOT_TRIALS, block_matrices
-from study.rules import CONFIRMED, FIRST_SCREEN, METHODS, methods_for
+from study.rules import CONFIRMED, EVERY_SEED, METHODS, methods_for
 
 BLOCKS = ("model.layers.0", "model.layers.1")
 
@@ -521,6 +521,6 @@ def test_seeds_that_confirm_have_every_method_and_control_and_of_the_candidates_
 
 def test_the_first_screen_is_part_of_every_seed_and_a_row_of_no_such_name_is_refused():
     every = methods_for("base", seed=5)
-    assert methods_for("base", 5, FIRST_SCREEN).keys() == set(FIRST_SCREEN) <= every.keys()
+    assert methods_for("base", 5, EVERY_SEED).keys() == set(EVERY_SEED) <= every.keys()
     with pytest.raises(LataError, match=r"unknown row 1: \['TSV'\]; the rows are task arithmetic, "):
         methods_for("base", 5, ["TSV"])

@@ -155,9 +155,14 @@ def test_without_random_ranks_there_is_no_verdict():
     assert compare({"row": by_seed(0.6)}, "task arithmetic", random_rows)["row"].against_task_arithmetic is None
 
 
-def test_a_comparison_refuses_a_method_that_lacks_a_seed():
-    with pytest.raises(LataError, match=r"on one side only are 1: \['1'\]"):
-        compare({"task arithmetic": by_seed(0.5, 0.6), "row": by_seed(0.5)}, "task arithmetic", random_rows)
+def test_a_method_that_lacks_a_seed_is_compared_over_those_that_both_sides_have():
+    scores = {"task arithmetic": by_seed(0.5, 0.6, 0.9), "random 1": by_seed(0.4, 0.5), "row": {1: 0.7, 2: 1.0, 7: 0.1}}
+    row = compare(scores, "task arithmetic", random_rows)["row"]
+    assert (row.score.count, row.against_task_arithmetic.count, row.against_random.count) == (3, 2, 1)
+    assert row.against_task_arithmetic.mean == pytest.approx(0.1)
+    assert row.against_random.mean == pytest.approx(0.2)
+    nothing = compare({**scores, "row": {7: 0.1}}, "task arithmetic", random_rows)["row"]
+    assert (nothing.against_task_arithmetic, nothing.against_random, nothing.verdict) == (None, None, None)
 
 
 @pytest.mark.parametrize(("headroom", "counts"), [(0.59, False), (0.60, True), (0.85, True), (0.86, False)])
