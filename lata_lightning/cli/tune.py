@@ -18,6 +18,7 @@ from lata_lightning.weighting import Weighting
 if TYPE_CHECKING:
     from lata_lightning.evaluation.curves import Tuning
     from lata_lightning.evaluation.questions import MetricName
+    from lata_lightning.linearity.matrix_merges import MatrixMethod
     from lata_lightning.rows.schema import Sample
     from lata_lightning.vectors.task_vector import TaskVector
 
@@ -65,6 +66,14 @@ def _arguments(parser: ArgumentParser) -> None:
         default=[],
         help="Rules to try, 'none' for plain task arithmetic. By default 'none', and with an alignment 'linear' too, or 'threshold' with --forget.",
     )
+    parser.add_argument(
+        "--method",
+        type=Literal["sum", "regression", "tsv", "iso"],
+        nargs="+",
+        default=["sum"],
+        help="Ways to combine several vectors, all of which are tried, as in lata merge: 'sum' under each rule of --weighting, the others without a "
+        "rule and, unless there is a --grid, beginning at scale 1.",
+    )
     parser.add_argument("--level", type=Literal["block", "submodule", "tensor"], default="block", help="Unit of the coefficients.")
     parser.add_argument(
         "--threshold", type=float, default=0.95, help="For the rule 'threshold': layers aligned this far get coefficient 0."
@@ -81,6 +90,7 @@ def _run(options: Namespace, command: str) -> None:
     from lata_lightning.evaluation.heads import scored_with
     from lata_lightning.evaluation.questions import prepare, read_data
     from lata_lightning.evaluation.tuning import tune, under_rules
+    from lata_lightning.linearity.from_vectors import merge_matrices
     from lata_lightning.merging.open_vector import added_to, open_vector
     from lata_lightning.merging.weigh import applied
     from lata_lightning.store.opening import open_source
@@ -90,6 +100,7 @@ def _run(options: Namespace, command: str) -> None:
 
     if options.forget != bool(options.control):
         raise LataError("--forget needs --control FILE: data whose score must not suffer, and --control is for --forget only")
+    methods = _methods(options)
     _check_figure(options)
     check_free_directory(Path(options.output))
     rows = {path: read_data(path) for path in dict.fromkeys((*options.data, *options.control))}
@@ -101,7 +112,7 @@ def _run(options: Namespace, command: str) -> None:
     added_to(options.onto, options.vectors, options.model)
     settings = {"start": options.start, "check_config": options.check_config, "model": options.model}
     vectors = [open_vector(path, options.onto, **settings)[0] for path in options.vectors]
-    rules = _rules(options, vectors)
+    rules = _rules(options, vectors) if "sum" in options.method else []
     weighted = under_rules(
         vectors,
         rules,
@@ -111,6 +122,8 @@ def _run(options: Namespace, command: str) -> None:
         outside=options.outside,
         check_base=options.check_base,
     )
+    whole = [vector.unweighted() for vector in vectors]
+    weighted |= {method: [merge_matrices(whole, method, check_base=options.check_base)] for method in methods}
     check_same_model(open_source(options.onto), vectors)
     if (ranking := next((rule for rule in rules if rule != "none"), None)) is not None:
         for vector in weighted[ranking]:
@@ -135,6 +148,7 @@ def _run(options: Namespace, command: str) -> None:
                 scorers,
                 metric=metric,
                 grid=options.grid or None,
+                made_into_one=methods,
                 control=controls,
                 control_share=options.keep,
                 dtypes=dtypes,
@@ -189,6 +203,20 @@ def _note_few(options: Namespace, rows: Mapping[str, Sequence[Sample]]) -> None:
                 note(f"{name}{more} has {count} distinct rows; a scale chosen on fewer than {FEW_ROWS} may not hold on other data")
 
 
+def _methods(options: Namespace) -> list[MatrixMethod]:
+    """The methods to try that make one vector of all."""
+    methods = [method for method in dict.fromkeys(options.method) if method != "sum"]
+    if methods and options.forget:
+        raise LataError(f"--method {methods[0]} makes one vector of several to merge; with --forget the vectors are taken off as they are")
+    if methods and len(options.vectors) == 1:
+        raise LataError(f"--method {methods[0]} makes one vector of several, and there is only one: {options.vectors[0]}")
+    if options.weighting and "sum" not in options.method:
+        raise LataError(
+            f"--method {methods[0]} takes vectors whole, so --weighting cannot be given; add 'sum' to the methods to try rules too"
+        )
+    return methods
+
+
 def _rules(options: Namespace, vectors: list[TaskVector]) -> list[Weighting]:
     if options.weighting:
         return list(dict.fromkeys(options.weighting))
@@ -226,13 +254,14 @@ def _show(options: Namespace, found: Tuning) -> None:
 def _next_command(options: Namespace, weighting: str, scale: float) -> str:
     """The command that writes the chosen model; what takes off several vectors is a merge at a negative scale."""
     one = options.forget and len(options.vectors) == 1
-    words = ["lata", "forget" if one else "merge", options.onto, *options.vectors, "--weighting", weighting]
+    chosen = "--method" if weighting in options.method else "--weighting"
+    words = ["lata", "forget" if one else "merge", options.onto, *options.vectors, chosen, weighting]
     words.append(f"--scale={-scale if options.forget and not one else scale:g}")
-    if options.instruction is not None:
+    if options.instruction is not None and chosen == "--weighting":
         words += ["--instruction", options.instruction]
     checks = {"start": None, "check_base": True, "check_config": True}
     # Nothing but a rule has a level, and the command refuses what has no effect.
-    settings = {} if weighting == "none" else {"level": "block", "threshold": 0.95, "outside": 0.0}
+    settings = {} if weighting == "none" or chosen == "--method" else {"level": "block", "threshold": 0.95, "outside": 0.0}
     for name, default in (settings | checks).items():
         if options[name] != default:
             words += [f"--{name.replace('_', '-')}", str(options[name]).lower()]

@@ -21,7 +21,7 @@ class Point:
 
     Attributes:
         scale: Multiplier of all vectors; for forgetting, of what is subtracted.
-        weighting: The weighting rule.
+        weighting: The weighting rule, or the method that made one vector of several.
         scores: Score on each file; scores that are not finite are left out.
         control: For forgetting, the score on each control file.
     """

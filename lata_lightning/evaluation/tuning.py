@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from lata_lightning.evaluation.curves import Point, Tuning, choose, height
 from lata_lightning.evaluation.protocols import CONTROL_SHARE
 from lata_lightning.evaluation.questions import MetricName
 from lata_lightning.evaluation.scales import Reweighting
-from lata_lightning.evaluation.search import MOST_POINTS, coarse_to_fine
+from lata_lightning.evaluation.search import COARSE, MOST_POINTS, coarse_to_fine
 from lata_lightning.layers import Level
 from lata_lightning.merging.term import Term
 from lata_lightning.merging.weigh import from_instruct, weigh
@@ -34,6 +34,7 @@ def tune(
     *,
     metric: MetricName = "exact_match",
     grid: Sequence[float] | None = None,
+    made_into_one: Collection[str] = (),
     control: Mapping[str, Scores] | None = None,
     control_share: float = CONTROL_SHARE,
     dtypes: Mapping[str, torch.dtype] | None = None,
@@ -48,10 +49,12 @@ def tune(
 
     Args:
         model: Changed while this runs; afterwards it has its own weights again.
-        vectors: By name of the rule, the same vectors with the coefficients of that rule. Each is read again for every point.
+        vectors: By name of the rule, the same vectors with the coefficients of that rule, or the one vector that a method of that name makes of them.
+            Each is read again for every point.
         data: By name, functions that score the model on validation data; for forgetting, on the skill to forget.
         metric: Metric of the scores.
         grid: Scales to score; 0, the model itself, is always added. None searches from coarse to fine.
+        made_into_one: Names under which ``vectors`` has the one vector that a method makes of several. Their search begins at scale 1.
         control: By name, functions that score the model on control data; with them, the vectors are subtracted instead of added.
         control_share: Share of the model's control performance that must remain, in (0, 1].
         dtypes: Precision of the stored tensors, by their names in files, where the model has them in a wider one.
@@ -85,7 +88,7 @@ def tune(
         for number, (rule, weighted) in enumerate(vectors.items()):
             later = most * (len(vectors) - number - 1)
             count = _counter(progress, len(points), most, later)
-            points += scoring.curve(rule, weighted, scales, count)
+            points += scoring.curve(rule, weighted, scales, count, first=1.0 if rule in made_into_one else COARSE[0])
             if progress is not None and len(points) + later < most * len(vectors):
                 progress(len(points), len(points) + later)
     finally:
@@ -172,8 +175,18 @@ class _Scoring:
             )
         return self._start
 
-    def curve(self, rule: str, vectors: Sequence[TaskVector], scales: Sequence[float] | None, count: Callable[[int], None]) -> list[Point]:
-        """Return the points of one rule, by ascending scale: those of ``scales``, or of a search from coarse to fine. ``count`` gets the number so far."""
+    def curve(
+        self, rule: str, vectors: Sequence[TaskVector], scales: Sequence[float] | None, count: Callable[[int], None], first: float
+    ) -> list[Point]:
+        """Return the points of one rule, by ascending scale.
+
+        Args:
+            rule: Its name.
+            vectors: With its coefficients.
+            scales: Scales to score; None searches from coarse to fine.
+            count: Gets the number of points so far.
+            first: The scale that a search begins with.
+        """
         points = {0.0: replace(self._start, weighting=rule)}
         count(1)
 
@@ -184,7 +197,7 @@ class _Scoring:
             return height(self._metric, points[scale], self._start, self.control_share)
 
         if scales is None:
-            coarse_to_fine(height_at, height(self._metric, self._start, self._start, self.control_share))
+            coarse_to_fine(height_at, height(self._metric, self._start, self._start, self.control_share), first)
         else:
             for scale in scales[1:]:
                 height_at(scale)

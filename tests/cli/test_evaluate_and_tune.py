@@ -14,6 +14,7 @@ from lata_lightning.evaluation.accuracy import exact_match
 from lata_lightning.evaluation.perplexity import perplexity
 from lata_lightning.evaluation.questions import METRICS
 from lata_lightning.layers import LEVELS
+from lata_lightning.merging.methods import METHODS
 from lata_lightning.quickstart.exercises import exercises
 from lata_lightning.quickstart.experts import BASE, INSTRUCT
 from lata_lightning.vectors.aligning import align
@@ -55,6 +56,7 @@ def test_choices_spelled_out_are_those_of_the_library():
     types = {name: parser_of(name).types for name in ("tune", "evaluate")}
     assert get_args(types["tune"]["weighting"]) == WEIGHTINGS
     assert get_args(types["tune"]["level"]) == LEVELS
+    assert get_args(types["tune"]["method"]) == METHODS
     assert parser_of("tune").get_default("keep") == tuning.CONTROL_SHARE
     assert {get_args(found["metric"]) for found in types.values()} == {METRICS}
 
@@ -215,6 +217,43 @@ def test_the_printed_command_says_what_the_rule_was_taken_with(lata):
     assert lata(printed.strip().splitlines()[-1].removeprefix("lata "))[0] == 0
     status, printed, _ = lata("evaluate MODEL --data copy.jsonl --metric perplexity --format json")
     assert json.loads(printed)["copy"]["perplexity"] == pytest.approx(best["score"])
+
+
+def test_tune_tries_methods_and_the_command_it_prints_writes_that_model(lata):
+    # Equal vectors: their sum goes too far, and what the regression makes of them does not.
+    assert lata("extract base instruct --output vector")[0] == 0
+    line = "tune base vector instruct --data copy.jsonl --metric perplexity --method sum regression --grid 1 --figure false --output out"
+    status, printed, _ = lata(line)
+    assert status == 0
+    found = json.loads(open_text("out/tune.json"))
+    assert [(point["weighting"], point["scale"]) for point in found["points"]] == [
+        ("none", 0),
+        ("none", 1),
+        ("regression", 0),
+        ("regression", 1),
+    ]
+    assert found["best"]["weighting"] == "regression"
+    command = printed.strip().splitlines()[-1]
+    assert command == "lata merge base vector instruct --method regression --scale=1 --output MODEL"
+    assert lata(command.removeprefix("lata "))[0] == 0
+    _, printed, _ = lata("evaluate MODEL --data copy.jsonl --metric perplexity --format json")
+    assert json.loads(printed)["copy"]["perplexity"] == pytest.approx(found["best"]["score"])
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("instruct --method regression", "makes one vector of several, and there is only one: instruct"),
+        (
+            "instruct instruct --method tsv --weighting none",
+            "takes vectors whole, so --weighting cannot be given; add 'sum' to the methods",
+        ),
+        ("instruct instruct --method iso --forget true --control twice.jsonl", "with --forget the vectors are taken off as they are"),
+    ],
+)
+def test_tune_refuses_methods_that_do_not_go_with_the_rest_before_a_model_is_loaded(lata, line, said):
+    status, _, error = lata(f"tune nowhere {line} --data copy.jsonl --figure false --output out")
+    assert (status, said in error) == (1, True)
 
 
 def test_tune_forgets_under_the_control(lata):

@@ -5,14 +5,14 @@ import pytest
 from lata_lightning.evaluation.search import COARSE, MOST_POINTS, coarse_to_fine
 
 
-def searched(curve, start=None):
+def searched(curve, start=None, **options):
     asked = []
 
     def height_at(scale):
         asked.append(scale)
         return curve(scale)
 
-    heights = coarse_to_fine(height_at, curve(0.0) if start is None else start)
+    heights = coarse_to_fine(height_at, curve(0.0) if start is None else start, **options)
     assert list(heights) == [0.0, *asked]
     return heights, asked
 
@@ -53,3 +53,16 @@ def test_scales_that_are_not_allowed_count_as_worse():
 
 def test_the_same_scores_give_the_same_search():
     assert searched(lambda scale: math.sin(3 * scale)) == searched(lambda scale: math.sin(3 * scale))
+
+
+@pytest.mark.parametrize("best", [0.03, 0.45, 0.95, 1.1, 1.9])
+def test_a_search_that_begins_at_one_goes_up_and_then_down_and_finds_the_same_best_scale(best):
+    heights, asked = searched(lambda scale: -abs(scale - best), first=1.0)
+    assert asked[0] == 1.0
+    assert abs(max(heights, key=heights.get) - best) <= max(0.05, 0.15 * best)
+    assert len(asked) <= MOST_POINTS
+
+
+def test_a_search_that_begins_at_the_best_scale_scores_two_scales_on_each_side():
+    _, asked = searched(lambda scale: -abs(scale - 1.0), first=1.0)
+    assert [scale for scale in asked if scale in COARSE] == [1.0, 1.4, 2.0, 0.7, 0.5]

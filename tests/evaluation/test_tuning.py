@@ -253,3 +253,14 @@ def test_stored_alignments_are_used_without_an_instruction_vector(vector, instru
 def test_an_unknown_rule_is_refused(vector):
     with pytest.raises(WeightingError, match="unknown weighting 'best'"):
         under_rules([vector], ["best"])
+
+
+def test_the_search_of_a_method_that_makes_one_vector_begins_at_scale_one(model, vector):
+    tried = []
+    score = along(model, lambda distance: tried.append(round(distance, 3)) or -abs(distance - 1))
+    tune(model, {"none": [vector], "regression": [vector]}, {"skill": score}, metric="accuracy", made_into_one=["regression"])
+    # The model itself, the rule from the smallest scale on, then the method.
+    assert tried[:3] == [0.0, 0.1, 0.3]
+    assert tried.index(1.4) > tried.index(1.0)
+    assert [scale for scale in tried if scale == 1.0] == [1.0, 1.0]
+    assert tried[tried.index(1.0, tried.index(1.0) + 1) + 1] == 1.4
