@@ -15,6 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ from study.tasks import data_folder
 if TYPE_CHECKING:
     from study.chain import Chain
 
-PARTS = ("merging", "forgetting", "continual", "heterogeneity")
+PARTS = ("merging", "removal", "forgetting", "continual", "heterogeneity")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,24 +73,14 @@ def _run(part: str, seed: int, options: argparse.Namespace) -> None:
     path = options.results / f"{part}-seed-{seed}.json"
     if path.exists():
         return
-    if part == "forgetting":
-        from study import forgetting
-
-        _tell(path, forgetting.run(chain))
-    elif part == "continual":
-        from study import continual
-
-        _tell(path, continual.run(chain))
-    elif part == "variants":
-        from study import variants
-
-        if seed < FIRST_DEVELOPMENT_SEED:
-            raise LataError(f"variants are compared on development seeds, from {FIRST_DEVELOPMENT_SEED} on; got {seed}")
-        _tell(path, variants.run(chain))
-    else:
+    if part == "variants" and seed < FIRST_DEVELOPMENT_SEED:
+        raise LataError(f"variants are compared on development seeds, from {FIRST_DEVELOPMENT_SEED} on; got {seed}")
+    if part == "heterogeneity":
         from study import heterogeneity
 
         _tell(path, heterogeneity.run(options.work, seed, data=data_folder()))
+    else:
+        _tell(path, import_module(f"study.{part}").run(chain))
 
 
 def _merge(chain: Chain, setting: Setting, options: argparse.Namespace) -> None:

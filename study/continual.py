@@ -20,7 +20,7 @@ from lata_lightning.evaluation.scales import best_scale
 from study.cases import CALIBRATION_ROWS, Case
 from study.chain import Chain, skill_recipe
 from study.layerwise import RULES
-from study.rules import METHODS, RANDOM_ROWS, REGRESSION, TASK_ARITHMETIC
+from study.rules import METHODS, RANDOM_ROWS, REGRESSION, TASK_ARITHMETIC, WITHOUT_SAMPLES, Method
 from study.tasks import INSTRUCT, SEEN_EXERCISES, TASKS, SkillTask, Split
 from study.training import Recipe, batches_of
 
@@ -34,11 +34,15 @@ LEARNING_RATE = 4e-4
 MEMORY = 200
 """Exercises of each earlier task that replay may look at again."""
 SCALES = (0.1, 0.2, 0.35, 0.6, 1.0, 1.5)
+AT_ONE = f"{WITHOUT_SAMPLES}, at scale 1"
+"""The merge without samples with no scale chosen."""
 MERGES = (
     TASK_ARITHMETIC,
     *(f"LATA {rule}, block" for rule in RULES),
     *(f"random {rule} {number}" for rule in RULES for number in range(1, RANDOM_ROWS + 1)),
     REGRESSION,
+    WITHOUT_SAMPLES,
+    AT_ONE,
 )
 
 
@@ -64,11 +68,12 @@ def run(chain: Chain) -> dict[str, Any]:
         "MagMax": _merged(chain, "method", reference, lambda stage: magmax(_vectors(chain, sequential[:stage]))),
     }
     for name in MERGES:
+        method, scales = METHODS[WITHOUT_SAMPLES if name == AT_ONE else name], (1.0,) if name == AT_ONE else SCALES
 
-        def delta(stage: int, name: str = name) -> Weights:
-            return METHODS[name].build(_case(chain, alone[:stage]))
+        def delta(stage: int, method: Method = method) -> Weights:
+            return method.build(_case(chain, alone[:stage]))
 
-        methods[name] = _merged(chain, METHODS[name].kind, reference, delta)
+        methods[name] = _merged(chain, method.kind, reference, delta, scales)
     return {
         "part": "continual",
         "seed": chain.seed,
@@ -150,8 +155,10 @@ def _case(chain: Chain, experts: Sequence[Weights]) -> Case:
     return Case(instruct, instruct, chain.base(), tuple(experts), chain.seed, calibration, chain.model(instruct), not_looked_at)
 
 
-def _merged(chain: Chain, kind: str, reference: Sequence[float], delta: Callable[[int], Weights]) -> dict[str, Any]:
-    """The start plus scale · delta after every stage, the scale chosen anew on validation of the tasks seen so far."""
+def _merged(
+    chain: Chain, kind: str, reference: Sequence[float], delta: Callable[[int], Weights], grid: Sequence[float] = SCALES
+) -> dict[str, Any]:
+    """The start plus scale · delta after every stage, the scale chosen anew on validation of the tasks seen so far, where there is a choice."""
     begun = start(chain)
     models, scales = [], []
     for stage in range(1, len(SEQUENCE) + 1):
@@ -161,8 +168,8 @@ def _merged(chain: Chain, kind: str, reference: Sequence[float], delta: Callable
             return {name: tensor + scale * added[name] for name, tensor in begun.items()}
 
         seen = SEQUENCE[:stage]
-        means = {scale: sum(_scores(chain, at(scale), seen, "validation")) / stage for scale in SCALES}
-        scales.append(best_scale(means))
+        means = {scale: sum(_scores(chain, at(scale), seen, "validation")) / stage for scale in grid if len(grid) > 1}
+        scales.append(best_scale(means) if means else grid[0])
         models.append(at(scales[-1]))
     return _found(chain, kind, reference, models, scales)
 

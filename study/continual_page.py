@@ -31,6 +31,7 @@ _DRAWN = (
     TASK_ARITHMETIC,
     "LATA linear, block",
     "lata regress",
+    "lata regress without samples",
 )
 
 
@@ -38,11 +39,11 @@ def section(results: Results, folder: Path, link: str) -> list[str]:
     """Lines of the page; the figure is written to the folder."""
     shown, said = decisive(results)
     first = shown[0]
-    names = first["methods"]
+    names = dict.fromkeys(name for result in shown for name in result["methods"])
     rows = {name: [name] for name in names if not is_random(name)} | random_groups(names)
     stages = range(1, len(first["tasks"]) + 1)
     curves = {
-        label: {stage: [fmean(_accuracy(result, name, stage) for name in group) for result in shown] for stage in stages}
+        label: {stage: [fmean(_accuracy(result, name, stage) for name in group) for result in having(shown, group)] for stage in stages}
         for label, group in drawn_rows(_DRAWN, names).items()
     }
     path = figures.stage_curves(curves, "Continual learning", folder / "continual.svg")
@@ -65,14 +66,22 @@ def section(results: Results, folder: Path, link: str) -> list[str]:
     ]
 
 
+def having(results: Results, group: Sequence[str]) -> list[Result]:
+    """The results that have all rows of a group."""
+    return [result for result in results if result["methods"].keys() >= set(group)]
+
+
 def _at_the_end(results: Results, rows: Mapping[str, Sequence[str]]) -> list[str]:
     values: list[Callable[[Result, str], float | None]] = [
         *(lambda result, name, measure=measure: result["methods"][name][measure] for measure in _MEASURES),
         lambda result, name: result["methods"][name]["instruct"][-1],
     ]
-    kinds = results[0]["methods"]
-    lines = [[label, kinds[group[0]]["kind"], *(_mean(results, group, value) for value in values)] for label, group in rows.items()]
-    return table(["row", "kind", *(measure.replace("_", " ") for measure in _MEASURES), "instruct"], lines)
+    lines = []
+    for label, group in rows.items():
+        found = having(results, group)
+        kind = found[0]["methods"][group[0]]["kind"]
+        lines.append([label, kind, str(len(found)), *(_mean(found, group, value) for value in values)])
+    return table(["row", "kind", "seeds", *(measure.replace("_", " ") for measure in _MEASURES), "instruct"], lines)
 
 
 def _mean(results: Results, group: Sequence[str], value: Callable[[Result, str], float | None]) -> str:
@@ -82,11 +91,12 @@ def _mean(results: Results, group: Sequence[str], value: Callable[[Result, str],
 
 
 def _by_stage(results: Results, rows: Mapping[str, Sequence[str]], stages: Sequence[int]) -> list[str]:
-    names = results[0]["methods"]
+    names = list(dict.fromkeys(name for group in rows.values() for name in group))
     kept = {stage: fmean(_kept(result, stage) for result in results) for stage in stages} if TASK_ARITHMETIC in names else {}
     judged = {
         stage: compared(
-            {name: {result["seed"]: 100 * _accuracy(result, name, stage) for result in results} for name in names}, TASK_ARITHMETIC
+            {name: {result["seed"]: 100 * _accuracy(result, name, stage) for result in having(results, [name])} for name in names},
+            TASK_ARITHMETIC,
         )
         for stage in stages
     }

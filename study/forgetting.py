@@ -24,6 +24,7 @@ from lata_lightning.vectors.task_vector import TaskVector
 from lata_lightning.weighting import DEFAULT_THRESHOLD, drop_with_threshold, linear_drop_by_rank
 from study.chain import Chain, Start, skill_recipe
 from study.layerwise import RULES, across_instruction, random_values, relative_norms, weighted
+from study.matrices import zero_on
 from study.tasks import INSTRUCT, TASKS, Split, base_perplexity
 
 UNWANTED, USEFUL = "encode", "reverse"
@@ -166,6 +167,7 @@ def removals(chain: Chain, ancestry: Ancestry, vector: TaskVector, alignment: Al
     for level in ("block", "tensor"):
         across = {name: tensor.float() for name, tensor in across_instruction(vector, instruction, level).items()}
         deltas[f"across the instruction vector, by {level}"] = Removal("candidate", across)
+    deltas["regression, zero on the instruction vector"] = Removal("candidate", zero_on(vector, instruction))
     if ancestry.unwanted == "base":
         complex_vector = TaskVector.between(chain.base(), chain.expert(UNWANTED, "base"), start_kind="base")
         exact = complex_vector.without(instruction)

@@ -66,12 +66,15 @@ def section(results: Results, folder: Path, link: str) -> list[str]:
 
 
 def _table(rows: Mapping[int, Result], residuals: Sequence[float]) -> list[str]:
-    methods = next(iter(rows.values()))["methods"]
+    methods = {name: row for case in rows.values() for name, row in case["methods"].items()}
     levels = [f"{residual:g}" for residual in residuals]
+    ran = {name: {seed: case for seed, case in rows.items() if name in case["methods"]} for name in methods}
     reached = {
-        name: {seed: sum(kept) / 2 for seed, case in rows.items() if (kept := _kept(case, name, JUDGED)) is not None} for name in methods
+        name: {seed: sum(kept) / 2 for seed, case in ran[name].items() if (kept := _kept(case, name, JUDGED)) is not None}
+        for name in methods
     }
-    judged = compared({name: scores for name, scores in reached.items() if len(scores) == len(rows)}, NEGATION)
+    # What is reached in some seeds only is not compared.
+    judged = compared({name: scores for name, scores in reached.items() if len(scores) == len(ran[name])}, NEGATION)
     ordered = sorted(methods, key=lambda each: _KINDS.index(methods[each]["kind"]))
     shown = {name: [name] for name in ordered if not is_random(name)} | random_groups(methods)
     lines = []
@@ -81,8 +84,9 @@ def _table(rows: Mapping[int, Result], residuals: Sequence[float]) -> list[str]:
             [
                 strong(label, row),
                 methods[names[0]]["kind"],
-                *(_both([_kept(case, name, level) for case in rows.values() for name in names]) for level in levels),
-                _perplexity([case["methods"][name]["at"][JUDGED] for case in rows.values() for name in names]),
+                str(len(ran[names[0]])),
+                *(_both([_kept(case, name, level) for name in names for case in ran[name].values()]) for level in levels),
+                _perplexity([case["methods"][name]["at"][JUDGED] for name in names for case in ran[name].values()]),
                 as_text(row.against_task_arithmetic if row else None, signed=True),
                 as_text(row.against_random if row else None, signed=True),
                 (row.verdict if row else None) or DASH,
@@ -91,6 +95,7 @@ def _table(rows: Mapping[int, Result], residuals: Sequence[float]) -> list[str]:
     heads = [
         "row",
         "kind",
+        "seeds",
         *(f"{residual:.0%} left" for residual in residuals),
         f"perplexity at {float(JUDGED):.0%}",
         "− negation",
@@ -134,9 +139,14 @@ def _perplexity(reached: Sequence[Result | None]) -> str:
 def _curves(rows: Mapping[int, Result]) -> dict[str, list[tuple[float, float]]]:
     """By scale, as far as all seeds go, means of what is left and of what is kept."""
     found = {}
-    methods = next(iter(rows.values()))["methods"]
+    methods = {name: row for case in rows.values() for name, row in case["methods"].items()}
     for label, names in drawn_rows(_DRAWN, methods).items():
-        curves = [(case["methods"][name]["curve"], case["target"]["validation"]) for case in rows.values() for name in names]
+        curves = [
+            (case["methods"][name]["curve"], case["target"]["validation"])
+            for case in rows.values()
+            for name in names
+            if name in case["methods"]
+        ]
         found[label] = [_mean_point(points, [own for _, own in curves]) for points in zip(*(curve for curve, _ in curves), strict=False)]
     return found
 

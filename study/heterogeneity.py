@@ -18,7 +18,7 @@ from torch import Tensor
 from lata_lightning.errors import LataError
 from study import merging
 from study.chain import Chain, Start
-from study.rules import ANCHORED, METHODS, RANDOM_ROWS, TASK_ARITHMETIC
+from study.rules import ANCHORED, METHODS, RANDOM_ROWS, TASK_ARITHMETIC, WITHOUT_SAMPLES
 from study.settings import PAIR_OF, Setting
 from study.tasks import data_folder
 from study.training import Shape
@@ -27,6 +27,8 @@ PROTOCOLS: tuple[Start, ...] = ("instruct", "base")
 SCALES = (0.0, 0.2, 0.3, 0.45, 0.65, 1.0, 1.4, 2.0)
 LATA = ("LATA linear, block", "LATA log, block", "LATA linear, outside 1")
 BLOCKS_ONLY = "blocks only"
+AT_ONE = f"{WITHOUT_SAMPLES}, at scale 1"
+"""In the scores: the merge without samples with no scale chosen."""
 RANDOM = tuple(f"random linear {number}" for number in range(1, RANDOM_ROWS + 1))
 
 
@@ -111,10 +113,11 @@ def row_name(variant: Variant, protocol: Start) -> str:
 
 def measured(chain: Chain, variant: Variant, protocol: Start) -> dict[str, Any]:
     """One variant under one protocol, for JSON."""
-    names = (TASK_ARITHMETIC, *([ANCHORED] if protocol == "base" else []), BLOCKS_ONLY, *LATA, *RANDOM)
+    names = (TASK_ARITHMETIC, *([ANCHORED] if protocol == "base" else []), BLOCKS_ONLY, *LATA, WITHOUT_SAMPLES, *RANDOM)
     setting = Setting("text", protocol, PAIR_OF["text"])
     found = merging.run(chain, setting, SCALES, {name: METHODS[name] for name in names})
     tests = {name: row["test"] for name, row in found["methods"].items()}
+    tests[AT_ONE] = found["methods"][WITHOUT_SAMPLES]["untuned"]
     spreads = {level: fmean(values) for level, values in found["spread"].items()}
     return {
         "name": row_name(variant, protocol),

@@ -9,7 +9,8 @@ from scipy.stats import spearmanr
 
 from benchmarks.bench import table
 from study import figures
-from study.cells import ANCHORED, LATA, Results, as_text, decisive, grouped, of_values, onto_same_model
+from study.cells import ANCHORED, DASH, LATA, TASK_ARITHMETIC, Results, as_text, decisive, grouped, of_values, onto_same_model
+from study.heterogeneity import AT_ONE
 from study.statistics import interval, tells_apart
 
 _FEWEST = 3
@@ -25,7 +26,7 @@ def section(results: Results, folder: Path, link: str) -> list[str]:
     path = figures.spread_against_gain(points, title, "LATA linear − task arithmetic, points", folder / "heterogeneity.svg")
     heads = ["models", "seeds", "spread of alignments", "rank correlation of alignment with −ρ", "task arithmetic keeps, %"]
     heads += [f"LATA linear − {name}" for name in ("task arithmetic", "blocks only", "random")]
-    heads += ["the same, outside 1, − task arithmetic", "scale of LATA linear"]
+    heads += ["the same, outside 1, − task arithmetic", "scale of LATA linear", "without samples at scale 1 − task arithmetic"]
     return [
         "## Heterogeneity",
         "",
@@ -52,7 +53,10 @@ def _line(name: str, found: Results) -> list[str]:
     ]
     against = [_gains(found, LATA, reference) for reference in (None, "blocks only", "random")]
     gains = [as_text(interval(values), signed=True) for values in (*against, _gains(found, "LATA linear, outside 1", None))]
-    return [name, str(len(found)), *measured, *gains, f"{median(row['methods'][LATA]['scale'] for row in found):g}"]
+    # Onto the start of the experts, as the merge without samples goes there.
+    whole = [100 * (row["scores"][AT_ONE] - row["scores"][TASK_ARITHMETIC]) for row in found if AT_ONE in row["scores"]]
+    last = f"{as_text(interval(whole), signed=True)} ({len(whole)})" if whole else DASH
+    return [name, str(len(found)), *measured, *gains, f"{median(row['methods'][LATA]['scale'] for row in found):g}", last]
 
 
 def _gains(found: Results, name: str, reference: str | None) -> list[float]:

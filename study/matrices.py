@@ -66,6 +66,29 @@ def interference_regression(vectors: Sequence[Vector], matrices: Collection[str]
     return _by_matrix(vectors, matrices, merged)
 
 
+def zero_on(vector: Vector, kept: Vector) -> dict[str, Tensor]:
+    """What does on the rows of a vector what that vector does, and nothing on those of another one.
+
+    Args:
+        vector: What is to be taken off a model.
+        kept: What must not be lost by it.
+
+    Returns:
+        For every matrix argmin ‖(W − τ) τᵀ‖² + ‖W κᵀ‖² + λ ‖W − τ‖², with λ the mean of the diagonal of τᵀτ + κᵀκ, as the merge without samples has it;
+        the vector's own values for every other tensor.
+    """
+    found = {}
+    for name in vector:
+        own, other = vector[name].double(), kept[name].double()
+        if own.ndim == 2:
+            gram = own.T @ own
+            total = gram + other.T @ other
+            ridge = total.diagonal().mean() * torch.eye(len(total), dtype=total.dtype)
+            own = torch.linalg.solve(total + ridge, (own @ (gram + ridge)).T).T if ridge.any() else own
+        found[name] = own.float()
+    return found
+
+
 def _by_matrix(vectors: Sequence[Vector], matrices: Collection[str], merged: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
     found = {}
     for name in vectors[0]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from study import continual_page, first_screen_page, forgetting_page, heterogeneity_page, merging_page, variants_page
+from study import continual_page, first_screen_page, forgetting_page, heterogeneity_page, merging_page, removal_page, variants_page
 from study.cells import Results
 from study.statistics import FEWEST_SEEDS, HEADROOM
 
@@ -39,6 +39,7 @@ def write(folder: Path = FOLDER, page: Path | None = None) -> str:
     sections: dict[str, Callable[[Results, Path, str], list[str]]] = {
         "merging": merging_page.section,
         "forgetting": forgetting_page.section,
+        "removal": lambda found, *_: removal_page.section(found),
         "continual": continual_page.section,
         "heterogeneity": heterogeneity_page.section,
         "variants": lambda found, *_: variants_page.section(found),

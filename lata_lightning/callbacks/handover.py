@@ -124,7 +124,16 @@ def closing_lines(
         if head:
             commands.insert(1, shlex.join(["lata", "evaluate", "MERGED", "--head", str(directory), "--data", "FILE"]))
         lines += [f"next: {command}" for command in commands]
+        lines.append(
+            f"with vectors of other tasks: {_merge_with_others(vector, directory)} (one vector of all, without samples or a scale to choose)"
+        )
     return lines
+
+
+def _merge_with_others(vector: TaskVector, directory: Path) -> str:
+    """The command that merges the vector with those of other tasks from the same start."""
+    start = vector.manifest.start_identity.location or "START"
+    return shlex.join(["lata", "merge", start, str(directory / VECTOR_NAME), "OTHER", "--method", "regression", "--output", "MERGED"])
 
 
 def _next_commands(vector: TaskVector, directory: Path, instruction: str | None) -> list[str]:

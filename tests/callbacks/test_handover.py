@@ -123,6 +123,12 @@ def test_the_closing_lines_name_what_was_written_and_the_commands_that_go_on(tmp
     assert main([*command.split()[1:-1], str(target)]) == 0
     assert (target / "model.safetensors").is_file()
     assert f"next: lata report {output} --output report.html" in said
+    (several,) = [line.removeprefix("with vectors of other tasks: ") for line in said if line.startswith("with vectors")]
+    words = several.partition(" (")[0].split()
+    assert words[:5] == ["lata", "merge", str(models / "instruct"), str(output / "task_vector"), "OTHER"]
+    given = [str(output / "task_vector") if word == "OTHER" else word for word in words[1:-1]]
+    assert main([*given, str(tmp_path / "several")]) == 0
+    assert json.loads((tmp_path / "several/merge.json").read_text())["derivation"]["name"] == "regression without samples"
 
 
 def test_the_next_command_of_a_run_from_base_gives_the_instruction_vector(tmp_path, models, caplog):

@@ -90,7 +90,7 @@ def test_replay_looks_at_exercises_that_the_earlier_task_was_learned_from(chain,
 
 def test_a_run_holds_a_matrix_for_every_method_and_says_the_same_again(chain, tmp_path, monkeypatch):
     monkeypatch.setattr(continual, "SCALES", (0.5, 1.0))
-    monkeypatch.setattr(continual, "MERGES", ("task arithmetic", "LATA linear, block", "lata regress"))
+    monkeypatch.setattr(continual, "MERGES", ("task arithmetic", "LATA linear, block", "lata regress", continual.AT_ONE))
     first = continual.run(chain)
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     second = continual.run(toy_chain(tmp_path))
@@ -105,7 +105,9 @@ def test_a_run_holds_a_matrix_for_every_method_and_says_the_same_again(chain, tm
         "task arithmetic",
         "LATA linear, block",
         "lata regress",
+        "lata regress without samples, at scale 1",
     ]
+    assert first["methods"][continual.AT_ONE]["scales"] == [1.0] * 3
     for name, row in first["methods"].items():
         assert torch.tensor(row["matrix"]).shape == (3, 3)
         assert row["average_accuracy"] == average_accuracy(row["matrix"])

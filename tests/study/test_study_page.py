@@ -9,6 +9,7 @@ pytest.importorskip("matplotlib")
 
 from study import figures
 from study.cells import ANCHORED, LATA, TASK_ARITHMETIC, as_text, compared, is_random, random_groups, random_rows
+from study.heterogeneity import AT_ONE
 from study.merging_page import setting_of, spread_and_gain
 from study.page import write
 from study.rules import METHODS, WITHOUT_SAMPLES
@@ -226,21 +227,22 @@ def test_forgetting_says_what_is_kept_and_which_residuals_are_not_reached(whole)
     text, _ = whole
     kept = sum(100 * (0.6 + noise(seed, "method")) / 0.8 for seed in range(5)) / 5
     row = cells(text, "LATA linear", "## Forgetting")
-    assert row[1] == f"{kept:.0f} / {kept:.0f}"
+    assert row[1:3] == ["5", f"{kept:.0f} / {kept:.0f}"]
     assert row[-1] == "wins"
     lacking = cells(text, "LATA threshold", "## Forgetting")
-    assert lacking[2:4] == ["not reached", "–"]
+    assert lacking[3:5] == ["not reached", "–"]
     assert lacking[-1] == "–"
     # What is reached in some seeds only is not compared.
     partly = cells(text, "trimmed", "## Forgetting")
-    assert partly[2].endswith("(2 of 5)")
+    assert partly[3].endswith("(2 of 5)")
     assert partly[-3:] == ["–", "–", "–"]
 
 
 def test_measures_without_a_value_are_a_dash(whole):
     text, _ = whole
     row = cells(text, LATA, "## Continual")
-    assert row[2:4] == ["-10.0 ± 0.0", "–"]
+    assert row[1] == "5"
+    assert row[3:5] == ["-10.0 ± 0.0", "–"]
     assert row[-1] == "80.0 ± 0.0"
 
 
@@ -271,11 +273,19 @@ def test_what_is_kept_is_shown_by_task_with_instruct_skills_and_perplexity(whole
 
 def test_heterogeneity_counts_lata_from_task_arithmetic_onto_the_same_model(whole):
     text, _ = whole
-    *_, against, blocks, chance, whole_outside, scale = cells(text, "8 blocks, from instruct")
+    *_, against, blocks, chance, whole_outside, scale, last = cells(text, "8 blocks, from instruct")
     assert [each.split(".")[0] for each in (against, blocks, chance, whole_outside)] == ["+10", "+10", "+5", "+20"]
-    assert scale == "0.5"
-    assert cells(text, "8 blocks, from base")[-5].startswith("+2.")
-    assert cells(text, "8 blocks, from base")[-2].startswith("+12.")
+    assert (scale, last) == ("0.5", "–")
+    assert cells(text, "8 blocks, from base")[-6].startswith("+2.")
+    assert cells(text, "8 blocks, from base")[-3].startswith("+12.")
+
+
+def test_the_merge_without_samples_is_shown_at_scale_one_over_the_seeds_that_have_it(tmp_path):
+    found = [heterogeneity(seed) for seed in range(3)]
+    for result in found[1:]:
+        for row in result["rows"]:
+            row["scores"][AT_ONE] = 0.43
+    assert cells(page_of(tmp_path / "methods", *found), "8 blocks, from base")[-1] == "+3.0 ± 0.0 (2)"
 
 
 def test_heterogeneity_correlates_spread_and_gain_over_the_models_of_each_seed(tmp_path):

@@ -524,3 +524,21 @@ def test_the_first_screen_is_part_of_every_seed_and_a_row_of_no_such_name_is_ref
     assert methods_for("base", 5, EVERY_SEED).keys() == set(EVERY_SEED) <= every.keys()
     with pytest.raises(LataError, match=r"unknown row 1: \['TSV'\]; the rows are task arithmetic, "):
         methods_for("base", 5, ["TSV"])
+
+
+def test_what_is_zero_on_another_vector_stands_at_the_minimum_of_its_loss_and_is_the_vector_where_there_is_no_other():
+    generator = torch.Generator().manual_seed(4)
+    vector, other = ({"w": torch.randn(3, 5, generator=generator), "b": torch.randn(5, generator=generator)} for _ in range(2))
+    found = matrices.zero_on(vector, other)
+    own, kept = vector["w"].double(), other["w"].double()
+    ridge = (own.T @ own + kept.T @ kept).diagonal().mean()
+    solution = found["w"].double().requires_grad_()
+    loss = ((solution - own) @ own.T).square().sum() + (solution @ kept.T).square().sum() + ridge * (solution - own).square().sum()
+    (gradient,) = torch.autograd.grad(loss, solution)
+    assert gradient.abs().max() < 1e-4 * own.square().sum()
+    assert torch.equal(found["b"], vector["b"])
+    assert torch.allclose(
+        matrices.zero_on(vector, {name: torch.zeros_like(tensor) for name, tensor in other.items()})["w"], vector["w"], atol=1e-6
+    )
+    nothing = {name: torch.zeros_like(tensor) for name, tensor in vector.items()}
+    assert not matrices.zero_on(nothing, nothing)["w"].any()
