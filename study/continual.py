@@ -68,12 +68,12 @@ def run(chain: Chain) -> dict[str, Any]:
         "MagMax": _merged(chain, "method", reference, lambda stage: magmax(_vectors(chain, sequential[:stage]))),
     }
     for name in MERGES:
-        method, scales = METHODS[WITHOUT_SAMPLES if name == AT_ONE else name], (1.0,) if name == AT_ONE else SCALES
+        method, only = METHODS[WITHOUT_SAMPLES if name == AT_ONE else name], 1.0 if name == AT_ONE else None
 
         def delta(stage: int, method: Method = method) -> Weights:
             return method.build(_case(chain, alone[:stage]))
 
-        methods[name] = _merged(chain, method.kind, reference, delta, scales)
+        methods[name] = _merged(chain, method.kind, reference, delta, only)
     return {
         "part": "continual",
         "seed": chain.seed,
@@ -156,9 +156,9 @@ def _case(chain: Chain, experts: Sequence[Weights]) -> Case:
 
 
 def _merged(
-    chain: Chain, kind: str, reference: Sequence[float], delta: Callable[[int], Weights], grid: Sequence[float] = SCALES
+    chain: Chain, kind: str, reference: Sequence[float], delta: Callable[[int], Weights], only: float | None = None
 ) -> dict[str, Any]:
-    """The start plus scale · delta after every stage, the scale chosen anew on validation of the tasks seen so far, where there is a choice."""
+    """The start plus scale · delta after every stage, the scale the only one there is, or chosen anew on validation of the tasks seen so far."""
     begun = start(chain)
     models, scales = [], []
     for stage in range(1, len(SEQUENCE) + 1):
@@ -168,8 +168,8 @@ def _merged(
             return {name: tensor + scale * added[name] for name, tensor in begun.items()}
 
         seen = SEQUENCE[:stage]
-        means = {scale: sum(_scores(chain, at(scale), seen, "validation")) / stage for scale in grid if len(grid) > 1}
-        scales.append(best_scale(means) if means else grid[0])
+        means = {scale: sum(_scores(chain, at(scale), seen, "validation")) / stage for scale in (SCALES if only is None else ())}
+        scales.append(best_scale(means) if only is None else only)
         models.append(at(scales[-1]))
     return _found(chain, kind, reference, models, scales)
 

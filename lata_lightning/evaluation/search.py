@@ -33,9 +33,9 @@ def coarse_to_fine(height_at: Callable[[float], float], start: float, first: flo
     """
     heights = {0.0: start}
     begin = COARSE.index(first)
-    for side in (COARSE[begin:], COARSE[:begin][::-1]):
+    for direction in (COARSE[begin:], COARSE[:begin][::-1]):
         worse = 0
-        for scale in side:
+        for scale in direction:
             heights[scale] = height_at(scale)
             worse = worse + 1 if heights[scale] < max(heights.values()) else 0
             if worse == PATIENCE:
