@@ -1,1 +1,1 @@
-"""Tables, charts and pictures."""
+"""Tables for the terminal, charts as plain data, and pictures."""

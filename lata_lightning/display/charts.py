@@ -1,4 +1,4 @@
-"""What a figure shows, whatever draws it: its values, its words, and the same as a table."""
+"""Charts as plain data, independent of the library that draws them: values, titles, a summary in words, and a table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 from lata_lightning.alignment import Alignment
 
 MAX_TICK = 22
-"""Characters of a label on an axis; hover texts and tables have it whole."""
+"""Largest number of characters of a label on an axis; hover texts and tables show the whole name."""
 
 
 @dataclass(frozen=True)
@@ -17,16 +17,16 @@ class HeatMap:
     """Values by row and column.
 
     Attributes:
-        key: Lower-case letters, digits and hyphens; a file name and an anchor.
-        title, summary: What is shown, and in words what there is to see.
-        rows, columns: Their names, each of them unique; the first row is at the top.
+        key: Lower-case letters, digits and hyphens; used as file name and anchor.
+        title, summary: Title of the chart, and a summary of its values in words.
+        rows, columns: Unique names; the first row is at the top.
         values: By row, then by column; None where there is none.
-        row_title, column_title, value_title: What the names and the values are.
+        row_title, column_title, value_title: Titles of the axes and of the values.
         row_ticks, column_ticks: Shorter names for the axes.
         form: Format of a value, such as ``.4f``.
-        bounds: Ends of the colour scale; by default those of the values.
-        diverging: Whether the values lie on both sides of zero, which then is the middle of the scale.
-        muted: Whether the differences say nothing; then they are drawn in grey.
+        bounds: Ends of the colour scale; by default the smallest and largest value.
+        diverging: Whether the colour scale is centred at zero.
+        muted: Whether to draw in grey, because the differences mean nothing.
     """
 
     key: str
@@ -47,7 +47,7 @@ class HeatMap:
 
     @property
     def limits(self) -> tuple[float, float]:
-        """Ends of the colour scale: never the same, so that equal values have a colour."""
+        """Ends of the colour scale, which always differ, so that equal values have a colour."""
         known = [value for row in self.values for value in row if value is not None]
         low, high = self.bounds or (min(known, default=0.0), max(known, default=1.0))
         if self.diverging:
@@ -56,19 +56,19 @@ class HeatMap:
         return (low, high) if low < high else (low - 0.5, high + 0.5)
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Heads and rows of the same values as text."""
+        """Return the heads and rows of the values as text."""
         body = [[name, *(as_text(value, self.form) for value in values)] for name, values in zip(self.rows, self.values, strict=True)]
         return [self.row_title, *self.columns], body
 
 
 class Series(NamedTuple):
-    """One line.
+    """One line of a chart.
 
     Attributes:
-        name: In the legend.
+        name: Name in the legend.
         colour: Number of its colour.
-        points: Its values, by number or by name on the horizontal axis.
-        muted: Whether the differences along it say nothing; then it is drawn in grey.
+        points: Its values, by number or by name on the x axis.
+        muted: Whether to draw it in grey, because the differences along it mean nothing.
     """
 
     name: str
@@ -79,13 +79,13 @@ class Series(NamedTuple):
 
 @dataclass(frozen=True)
 class Lines:
-    """Series over steps, scales or layers.
+    """A line chart over steps, scales or layers.
 
     Attributes:
-        key, title, summary: As of a heat map.
-        x_title, y_title: What stands on the axes.
+        key, title, summary: As for a heat map.
+        x_title, y_title: Titles of the axes.
         series: The lines; their points are by number, or all by the names in ``ticks``.
-        ticks: Names on the horizontal axis in order, with shorter ones to show; empty for an axis of numbers.
+        ticks: The names on the x axis in order, with shorter names to show; empty for an axis of numbers.
         form: Format of a value.
     """
 
@@ -99,13 +99,13 @@ class Lines:
     form: str = ".4g"
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Heads and rows of the same values as text: a row for each place on the horizontal axis."""
-        places: list[float | str] = (
-            list(self.ticks) if self.ticks else sorted({place for line in self.series for place in line.points}, key=float)
+        """Return the heads and rows of the values as text, one row for each point on the x axis."""
+        points: list[float | str] = (
+            list(self.ticks) if self.ticks else sorted({point for line in self.series for point in line.points}, key=float)
         )
         body = [
-            [place if isinstance(place, str) else f"{place:g}", *(as_text(line.points.get(place), self.form) for line in self.series)]
-            for place in places
+            [point if isinstance(point, str) else f"{point:g}", *(as_text(line.points.get(point), self.form) for line in self.series)]
+            for point in points
         ]
         return [self.x_title, *(line.name for line in self.series)], body
 
@@ -114,12 +114,12 @@ Chart = HeatMap | Lines
 
 
 def as_text(value: float | None, form: str) -> str:
-    """A value as text; a dash for none."""
+    """Format a value; a dash for None."""
     return "–" if value is None else format(value, form)
 
 
 def short_names(names: Sequence[str]) -> tuple[tuple[str, ...], str]:
-    """Names without the components they all begin with, and those components; a single name stays as it is."""
+    """Split names into what is left without their common leading components, and these components; a single name is not shortened."""
     split = [name.split(".") for name in names]
     common = 0
     if len(names) > 1:
@@ -129,12 +129,12 @@ def short_names(names: Sequence[str]) -> tuple[tuple[str, ...], str]:
 
 
 def clip(name: str) -> str:
-    """A name that fits on an axis: its end is what tells layers apart."""
+    """Cut a name to fit on an axis, keeping its end, which tells layers apart."""
     return name if len(name) <= MAX_TICK else "…" + name[1 - MAX_TICK :]
 
 
 def axis_title(what: str, prefix: str) -> str:
-    """Title of an axis of layers whose names were cut by a common beginning."""
+    """Return the title of an axis of layers whose common prefix was removed."""
     return f"{what} of {prefix}" if prefix else what
 
 
@@ -144,17 +144,17 @@ def alignment_over_training(
     title: str = "Alignment over training",
     bounds: tuple[float, float] | None = None,
 ) -> HeatMap | None:
-    """Heat map of alignment, layer by measurement.
+    """Return a heat map of the alignment of each layer at each measurement.
 
     Args:
         measured: Step, epoch (from 0) and alignment of each measurement, oldest first.
-        key: Of the chart.
-        title: Of the chart.
+        key: Key of the chart.
+        title: Title of the chart.
         bounds: Ends of the colour scale.
 
     Returns:
-        The chart; None where no alignment is known. Measurements by other layers than those of the last one, of a run that was resumed with
-        another level, are left out, and the summary says so.
+        The chart; None where no alignment is known. Measurements with other layers than the last one, from before a resume with another level, are left
+        out, and the summary says so.
     """
     if not measured or not measured[-1][2].values:
         return None
@@ -188,7 +188,7 @@ def alignment_over_training(
 
 
 def ink_on(red: float, green: float, blue: float) -> str:
-    """Black or white, whichever stands out more from a colour; its channels are in [0, 1], in sRGB.
+    """Return black or white, whichever has more contrast with a colour, whose channels are sRGB in [0, 1].
 
     Source: WCAG 2.2, contrast ratio; never below 4.5.
     """
@@ -199,7 +199,7 @@ def ink_on(red: float, green: float, blue: float) -> str:
 
 
 def extremes(values: Mapping[str, float], form: str) -> str:
-    """Smallest and largest of some values and whose they are, as part of a sentence."""
+    """Return the smallest and the largest value and their names, as part of a sentence."""
     least, most = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
     if values[least] == values[most]:
         return f"{format(values[least], form)} ({least if len(values) == 1 else 'all of them'})"

@@ -1,4 +1,4 @@
-"""Non-linearity over depth, as a picture."""
+"""A picture of non-linearity scores over depth."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _STYLES = {"block": "-", "attention": "--", "cross_attention": "-.", "mlp": ":"}
 
 
 def save_figure(measured: Sequence[Linearity], path: str | Path) -> None:
-    """Write the scores of the blocks and their parts over depth: one panel for branches, one for block outputs, one colour for each vector.
+    """Write a picture of the scores of blocks and their parts over depth: one panel for branches, one for block outputs, one colour for each vector.
 
     Args:
-        measured: One per vector.
-        path: A file that does not exist yet; its suffix says the format, such as ``.png``, ``.svg`` or ``.pdf``.
+        measured: The scores of each vector.
+        path: A new file; its suffix decides the format, such as ``.png``, ``.svg`` or ``.pdf``.
 
     Raises:
-        LataError: matplotlib is not installed, or does not know the format.
+        LataError: matplotlib is not installed, or does not support the format.
         OutputError: The file exists, or cannot be written.
     """
     target = Path(path)

@@ -23,21 +23,21 @@ _MOST_NUMBERS = 12
 
 
 def draw(chart: Chart) -> Figure:
-    """A figure of the chart that belongs to no window."""
+    """Draw a chart as a figure without a window."""
     if isinstance(chart, HeatMap):
         return _draw_heat_map(chart)
     return _draw_lines(chart)
 
 
 def pixels(figure: Figure) -> np.ndarray:
-    """The figure as an image: uint8 of shape (height, width, 4)."""
+    """Return the figure as an image, uint8 of shape (height, width, 4)."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]  # matplotlib has no annotation here
     return np.array(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
 
 
 def save(chart: Chart, directory: str | Path) -> list[Path]:
-    """Write a chart as PNG and as SVG under its key; the two paths. The same chart gives the same bytes.
+    """Write a chart as PNG and SVG files named after its key, and return the two paths. The same chart gives the same bytes.
 
     Raises:
         OutputError: The directory cannot be written to.
@@ -83,9 +83,9 @@ def _draw_heat_map(chart: HeatMap) -> Figure:
 def _draw_lines(chart: Lines) -> Figure:
     figure = Figure(figsize=(6.8, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    places = {name: index for index, name in enumerate(chart.ticks)}
+    positions = {name: index for index, name in enumerate(chart.ticks)}
     for line in chart.series:
-        points = [(places[at] if isinstance(at, str) else at, np.nan if value is None else value) for at, value in line.points.items()]
+        points = [(positions[at] if isinstance(at, str) else at, np.nan if value is None else value) for at, value in line.points.items()]
         style = line.colour % len(COLOURS)
         axes.plot(
             [at for at, _ in points],
@@ -102,7 +102,7 @@ def _draw_lines(chart: Lines) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     _label(axes, chart.title, chart.x_title, chart.y_title)
     if len(chart.series) > 1:
-        # Not by labels alone: matplotlib leaves out those that begin with an underscore.
+        # The labels are passed explicitly because matplotlib leaves out those that begin with an underscore.
         axes.legend(axes.get_lines(), [_plain(line.name) for line in chart.series], frameon=False, fontsize=8)
     return figure
 
@@ -124,5 +124,5 @@ def _names(axes: Axes, which: str, ticks: tuple[str, ...]) -> None:
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib shows as it is: dollars would begin formulas, control characters have no shape."""
+    """Escape a text for matplotlib: dollars would begin formulas, and control characters cannot be drawn."""
     return re.sub(r"[\x00-\x1f\x7f]", " ", text).replace("$", r"\$")

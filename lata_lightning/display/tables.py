@@ -18,8 +18,8 @@ def alignment_table(alignment: Alignment, title: str = "", *, cautions: bool = T
 
     Args:
         alignment: With or without coefficients.
-        title: Above the table.
-        cautions: Say below the table what there is to know before ranking the layers.
+        title: Title above the table.
+        cautions: Print the reasons against ranking the layers below the table.
     """
     rows = [(layer, *_figures(stats)) for layer, stats in alignment.layers.items()]
     rest = [(f"{name} (outside)", *_figures(stats)) for name, stats in alignment.outside.items()]
@@ -33,7 +33,7 @@ def alignment_table(alignment: Alignment, title: str = "", *, cautions: bool = T
 
 
 def derivation_table(derivation: Derivation, title: str = "") -> Table:
-    """What was measured when a vector was made of others: a row for each layer, a column for each thing."""
+    """Return the measurements of a derivation: a row for each layer, a column for each measurement."""
     layers = dict.fromkeys(layer for measured in derivation.measured for layer in measured.layers)
     rows = [[layer, *(_number(measured.layers.get(layer)) for measured in derivation.measured)] for layer in layers]
     return plain_table(["layer", *(measured.title for measured in derivation.measured)], rows, title)
@@ -42,7 +42,15 @@ def derivation_table(derivation: Derivation, title: str = "") -> Table:
 def plain_table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", *, sections: Sequence[int] = (), text: bool = False
 ) -> Table:
-    """A table of a first column of text and others of figures (of text too, with ``text``); a line after each row number in ``sections``."""
+    """Return a table whose first column is text and whose others are figures.
+
+    Args:
+        columns: Titles of the columns.
+        rows: The cells of each row.
+        title: Title above the table.
+        sections: Numbers of the rows, from 1, that a line follows.
+        text: Whether the other columns are text too.
+    """
     table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
     table.add_column(columns[0])
     for column in columns[1:]:
@@ -53,7 +61,7 @@ def plain_table(
 
 
 def show(*tables: Table, file: IO[str] | None = None) -> None:
-    """Print tables to standard output, or to a file, in full width where the output is no terminal."""
+    """Print tables to standard output or to a file, in full width where the output is not a terminal."""
     console = Console(file=file)
     if not console.is_terminal:
         # A pipe has no width; cutting figures to 80 columns would lose them.

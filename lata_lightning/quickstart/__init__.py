@@ -1,1 +1,1 @@
-"""What `lata quickstart` trains on and with: exercises, raw text, checkpoints and experts."""
+"""`lata quickstart`: its exercises, raw text, checkpoints, experts and results."""

@@ -1,7 +1,7 @@
-"""Raw text for the quickstart: two shipped files, and the running Python's own standard library for pre-training.
+"""Raw text for the quickstart: two shipped files, and the standard library of the running Python for pre-training.
 
-The shipped files are modules of Python 3.11's standard library, word for word (licence in ``text/LICENSE-PYTHON.txt``).
-Those in ``held_out.txt`` are never trained on: they measure how well a model still predicts raw text.
+The shipped files are unmodified modules of Python 3.11's standard library (licence in ``text/LICENSE-PYTHON.txt``). Those in ``held_out.txt`` are never
+trained on: they measure how well a model still predicts raw text.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from lata_lightning.errors import LataError
 
 REPLAY_MODULES = ("contextlib.py", "enum.py", "json/decoder.py", "pathlib.py", "random.py")
 HELD_OUT_MODULES = ("bisect.py", "fractions.py", "heapq.py", "sched.py")
-# Not Python as people write it (tables, generated files, translations of other code), or not part of the library
-# proper.
+# Not typical Python (tables, generated files, translations of other code), or not part of the library itself.
 SKIPPED_FOLDERS = frozenset(
     (
         "__pycache__",
@@ -33,24 +32,24 @@ SKIPPED_PREFIXES = ("_sysconfigdata", "config-", "_pydecimal")
 
 
 def replay_text() -> str:
-    """About 200 KB of raw text that fine-tuning mixes in, so that a model does not forget to predict text."""
+    """Return about 200 KB of raw text to mix into fine-tuning, so that a model does not forget to predict text."""
     return _shipped("replay.txt")
 
 
 def held_out_text() -> str:
-    """About 60 KB of raw text that no quickstart model was trained on, to measure perplexity."""
+    """Return about 60 KB of raw text, on which no quickstart model was trained, to measure perplexity."""
     return _shipped("held_out.txt")
 
 
 def standard_library_texts(folder: Path | None = None) -> list[str]:
-    """Sources of the running Python's standard library, docstrings and comments included, one text a module.
+    """Read the sources of the running Python's standard library, one text for each module.
 
     Args:
-        folder: The library; that of the running Python unless given.
+        folder: Folder of the library; by default that of the running Python.
 
     Returns:
-        One text a ``.py`` file that is valid UTF-8, ordered by path, without tests, codec tables and the held-out
-        modules. Another Python version gives other texts.
+        The ``.py`` files that are valid UTF-8, ordered by path, without tests, codec tables and the held-out modules. Another Python version has other
+        texts.
 
     Raises:
         LataError: The folder holds no such file.

@@ -1,8 +1,7 @@
-"""Generated exercises with one right answer each, on which the quickstart trains and is scored.
+"""Generated exercises with one right answer each, for training and scoring in the quickstart.
 
-Prompts are lower-case words such as ``reverse tobik``; answers are a few characters. Words are made-up syllables, so
-nothing here comes from a data set. Which split a problem belongs to is a property of its prompt, so a test problem can
-never be trained on, whatever the seed.
+Prompts are lower-case words such as ``reverse tobik``; answers are a few characters. Words are made-up syllables; nothing comes from a data set. The
+prompt decides to which split an exercise belongs, so a test exercise is never trained on, whatever the seed.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ Split = Literal["train", "validation", "test"]
 CONSONANTS = "bdfgklmnprstvz"
 VOWELS = "aeiou"
 WORD_SHAPES = ("cvc", "vcv", "cvcv", "vcvc", "cvcvc")
-# Of 20 residues of a prompt's hash; validation and test must hold 250 and 400 of the 1 620 problems of the smallest
-# skill.
+# Split by the hash of a prompt modulo 20; of the smallest skill's 1 620 problems, validation and test must hold 250 and 400.
 SPLIT_RESIDUES: dict[str, range] = {"train": range(10), "validation": range(10, 14), "test": range(14, 20)}
 MAX_TRIES_PER_EXERCISE = 200
 
@@ -107,14 +105,13 @@ SKILLS: dict[str, Callable[[random.Random], Exercise]] = {
 
 
 def split_of(prompt: str) -> Split:
-    """Split a problem belongs to, decided by the prompt alone.
+    """Return the split of a problem, which its prompt alone decides.
 
     Args:
-        prompt: The question as the model sees it.
+        prompt: The question.
 
     Returns:
-        ``"train"`` for one half of all prompts, ``"validation"`` for a fifth, ``"test"`` for the rest; the same on
-        every machine.
+        ``"train"`` for half of all prompts, ``"validation"`` for a fifth, ``"test"`` for the rest; the same on every machine.
     """
     residue = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") % 20
     if residue in SPLIT_RESIDUES["train"]:
@@ -123,20 +120,19 @@ def split_of(prompt: str) -> Split:
 
 
 def exercises(skill: str, split: Split, count: int, seed: int) -> list[Exercise]:
-    """Distinct exercises of one skill and one split.
+    """Generate distinct exercises of one skill and one split.
 
     Args:
         skill: A key of ``SKILLS``.
-        split: Which part of all problems to draw from; the parts share no prompt.
-        count: How many, at least 1.
-        seed: Same seed, same list; it never moves a problem to another split.
+        split: The split to draw from; splits share no prompt.
+        count: Number of exercises, at least 1.
+        seed: The same seed gives the same list; it never moves a problem to another split.
 
     Returns:
         ``count`` exercises with pairwise different prompts, in random order.
 
     Raises:
-        LataError: The skill or the split is unknown, ``count`` is not positive, or the skill does not have so many
-            problems.
+        LataError: The skill or the split is unknown, ``count`` is not positive, or the skill has fewer problems.
     """
     if skill not in SKILLS:
         raise LataError(f"unknown skill {skill!r}; the skills are {', '.join(SKILLS)}")
@@ -145,14 +141,14 @@ def exercises(skill: str, split: Split, count: int, seed: int) -> list[Exercise]
     if count < 1:
         raise LataError(f"count must be at least 1, not {count}")
     rng = random.Random(f"{skill}/{split}/{seed}")
-    found: dict[str, Exercise] = {}
+    drawn: dict[str, Exercise] = {}
     for _ in range(count * MAX_TRIES_PER_EXERCISE):
         exercise = SKILLS[skill](rng)
         if split_of(exercise.prompt) == split:
-            found[exercise.prompt] = exercise
-            if len(found) == count:
-                return list(found.values())
+            drawn[exercise.prompt] = exercise
+            if len(drawn) == count:
+                return list(drawn.values())
     raise LataError(
-        f"skill {skill!r} has only {len(found)} different {split} problems, {count} were asked for, "
-        f"first found {first_three(found)}; ask for fewer"
+        f"skill {skill!r} has only {len(drawn)} different {split} problems, {count} were asked for, "
+        f"first found {first_three(drawn)}; ask for fewer"
     )

@@ -1,7 +1,7 @@
-"""How the quickstart fine-tunes its experts from instruct: one line of a table each.
+"""The fine-tunes of the quickstart, from instruct to each expert.
 
-All four together take about two minutes of one CPU core. Practising the instruct skills and raw text again is what keeps an expert close enough to
-instruct for a merge to be better than either: trained on its skill alone, it forgets the rest.
+All four take about two minutes on one CPU core. Experts also train on the instruct skills and on raw text. Without that they would forget these, and a
+merge of two experts would not be better than either.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class Expert:
     """One fine-tune of the quickstart.
 
     Attributes:
-        skills: What it is to learn; chat rows that are not replay are shared equally between them.
-        instruct_share: Share of chat rows that practise the instruct skills again, equally.
+        skills: The skills to learn; they share the chat rows that are not replay equally.
+        instruct_share: Share of chat rows that replay the instruct skills, equally.
         raw_share: Share of batches that are raw text.
         learning_rate: Peak learning rate.
-        epochs: Epochs; the callback measures at the end of each.
-        batches_per_epoch: Optimizer steps of an epoch.
-        tokens_per_batch: Tokens of a step, padding included.
-        seed: Which exercises, in which order.
+        epochs: Number of epochs; the callback measures at the end of each.
+        batches_per_epoch: Optimizer steps per epoch.
+        tokens_per_batch: Tokens per step, padding included.
+        seed: Seed of the exercises and their order.
     """
 
     skills: tuple[str, ...]
@@ -60,8 +60,8 @@ class Expert:
     seed: int = 0
 
 
-# The target of forgetting has learned the unwanted skill together with one to keep; the vector subtracted from it comes
-# from a fine-tune of its own, on other exercises in another order, as it would for somebody who has only the target.
+# The target of forgetting has learned the unwanted skill together with one to keep. The vector that is subtracted comes from a separate fine-tune on other
+# exercises, as for somebody who has only the target.
 EXPERTS: dict[str, Expert] = {
     "math": Expert((MATH_SKILL,), seed=1),
     "string": Expert((STRING_SKILL,), batches_per_epoch=50, seed=2),
@@ -71,7 +71,7 @@ EXPERTS: dict[str, Expert] = {
 
 
 class FineTune(NamedTuple):
-    """What `Trainer(**trainer).fit(module, datamodule=data)` needs."""
+    """Arguments of `Trainer(**trainer).fit(module, datamodule=data)`."""
 
     module: CausalLMModule
     data: ChatDataModule
@@ -79,12 +79,12 @@ class FineTune(NamedTuple):
 
 
 def fine_tune(name: str, instruct: Path = INSTRUCT, table: dict[str, Expert] | None = None) -> FineTune:
-    """Module, data and Trainer arguments of one expert; training them needs no more than `Trainer.fit`.
+    """Return module, data and Trainer arguments of one expert.
 
     Args:
         name: A key of ``EXPERTS``.
-        instruct: Hugging Face directory of the instruct model; the shipped one unless given.
-        table: Other settings than ``EXPERTS``.
+        instruct: Hugging Face directory of the instruct model; by default the shipped one.
+        table: Settings in place of ``EXPERTS``.
 
     Raises:
         LataError: There is no such expert.
@@ -123,13 +123,13 @@ def fine_tune(name: str, instruct: Path = INSTRUCT, table: dict[str, Expert] | N
 
 
 def training_samples(name: str, tokenizer: Any, count: int, table: Mapping[str, Expert] | None = None) -> list[dict[str, Tensor]]:
-    """Some of the exercises of an expert's own skills that it was trained on, each as a batch of one row: ``input_ids`` of shape (1, tokens).
+    """Return some training exercises of an expert's own skills, each as a batch of one row: ``input_ids`` of shape (1, tokens).
 
     Args:
         name: A key of ``EXPERTS``.
-        tokenizer: Of the models.
-        count: Exercises of each skill.
-        table: Other settings than ``EXPERTS``.
+        tokenizer: Tokenizer of the models.
+        count: Number of exercises of each skill.
+        table: Settings in place of ``EXPERTS``.
     """
     expert = (EXPERTS if table is None else table)[name]
     pairs = [pair for skill in expert.skills for pair in training_exercises(skill, expert.seed)[:count]]
@@ -137,5 +137,5 @@ def training_samples(name: str, tokenizer: Any, count: int, table: Mapping[str, 
 
 
 def training_exercises(skill: str, seed: int) -> list[Exercise]:
-    """As many training exercises of a skill as an expert sees."""
+    """Return the training exercises of a skill that an expert sees."""
     return exercises(skill, "train", TRAIN_EXERCISES_OF.get(skill, TRAIN_EXERCISES_PER_SKILL), seed)

@@ -24,7 +24,7 @@ from lata_lightning.linearity.regression import regress
 from lata_lightning.merging.merge import Term, forget, merge
 from lata_lightning.quickstart.experts import BASE, EXPERTS, INSTRUCT, fine_tune, training_samples
 from lata_lightning.quickstart.methods import LATA_METHODS, METHODS, REGRESSION, WITHOUT_SAMPLES
-from lata_lightning.quickstart.results import Results, Row
+from lata_lightning.quickstart.results import Results, ScoreRow
 from lata_lightning.quickstart.scoring import Scoring, mean
 from lata_lightning.training.loading import load_causal_lm
 from lata_lightning.vectors.task_vector import TaskVector
@@ -35,26 +35,26 @@ FORGET_SCALES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 MERGED_SKILLS = ("math", "string")
 JUDGED = ("math", "string", "instruct")
 SAMPLES = 32
-"""Training exercises of each expert that regression may look at."""
+"""Number of training exercises of each expert that regression may use as samples."""
 RESIDUAL = 0.1
-"""Share of unwanted answers left at which ways of forgetting are compared."""
+"""Remaining share of unwanted answers at which methods of forgetting are compared."""
 
 
 def run(output: str | Path, *, experts: Mapping[str, Any] = EXPERTS) -> Results:
-    """Do the whole job and print what came of it.
+    """Do the whole job and print the results.
 
-    Everything is seeded and single-threaded, so every run gives the same tables. A run that was broken off goes on after its last finished
-    fine-tune; of a finished one the tables are printed again.
+    Everything is seeded and single-threaded, so every run gives the same tables. An interrupted run continues after its last finished fine-tune; for a
+    finished run the tables are printed again.
 
     Args:
-        output: Directory for vectors, models and tables: one that does not exist, or that of an earlier quickstart.
+        output: Directory for vectors, models and tables: a new one, or that of an earlier quickstart.
         experts: Settings of the fine-tunes.
 
     Returns:
-        The scores behind the tables.
+        The scores in the tables.
 
     Raises:
-        OutputError: The directory exists and is not one of a quickstart, or the disk is full.
+        OutputError: The directory exists and does not belong to a quickstart, or the disk is full.
     """
     directory = Path(output)
     if directory.exists() and any(directory.iterdir()) and not (directory / MARKER).is_file():
@@ -67,7 +67,7 @@ def run(output: str | Path, *, experts: Mapping[str, Any] = EXPERTS) -> Results:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / MARKER).touch()
     threads = torch.get_num_threads()
-    # Models this small gain nothing from a second thread, and lose all if another process holds the other core.
+    # Such small models gain nothing from a second thread, and are much slower with one if another process uses the core.
     torch.set_num_threads(1)
     try:
         with warnings.catch_warnings(), _Quiet(), _progress() as progress:
@@ -106,10 +106,10 @@ class _Job:
         return Results(models, merges, forgetting, RESIDUAL)
 
     def _fine_tune(self, name: str) -> TaskVector:
-        """Train one expert under the callback, unless an earlier run has done so; its task vector."""
+        """Train one expert with the callback, unless an earlier run has done so; return its task vector."""
         run_directory, model = self._directory / "runs" / name, self._model(name)
         if not model.exists():
-            # What a broken-off run left of this fine-tune is worth nothing; the directory is our own.
+            # An interrupted fine-tune cannot be used; the directory is our own.
             shutil.rmtree(run_directory, ignore_errors=True)
             pl.seed_everything(self._experts[name].seed, workers=True, verbose=False)
             module, data, options = fine_tune(name, self._model("instruct"), dict(self._experts))
@@ -120,15 +120,15 @@ class _Job:
             self._copy(INSTRUCT, model, module.model)
         return TaskVector.open(run_directory / VECTOR_NAME)
 
-    def _score(self, name: str, model: Path) -> Row:
-        return Row(name, self._test(load_causal_lm(str(model))))
+    def _score(self, name: str, model: Path) -> ScoreRow:
+        return ScoreRow(name, self._test(load_causal_lm(str(model))))
 
-    def _merges(self, vectors: Sequence[TaskVector]) -> list[Row]:
-        """Instruct itself, then each method at its best scale on validation."""
+    def _merges(self, vectors: Sequence[TaskVector]) -> list[ScoreRow]:
+        """Score instruct itself, then each merging method at its best scale on validation."""
         model = load_causal_lm(str(self._model("instruct")))
         weights = Reweighting(model)
         nothing = mean(self._validation(model, JUDGED), JUDGED)
-        rows = [Row("instruct, nothing merged", self._test(model), 0.0)]
+        rows = [ScoreRow("instruct, nothing merged", self._test(model), 0.0)]
         samples = [training_samples(name, self._tokenizer, SAMPLES, self._experts) for name in MERGED_SKILLS]
         merges = {name: [method(vector) for vector in vectors] for name, method in METHODS.items()}
         merges[WITHOUT_SAMPLES] = [regress(vectors)]
@@ -142,14 +142,14 @@ class _Job:
                 self._progress.advance(bar)
             scale = best_scale(curve)
             weights.apply([Term(vector, scale) for vector in weighted])
-            rows.append(Row(name, self._test(model), scale, _json_keys(curve)))
+            rows.append(ScoreRow(name, self._test(model), scale, _json_keys(curve)))
         return rows
 
-    def _forgetting(self, vector: TaskVector) -> list[Row]:
-        """The target itself, then each method at the scale that leaves the same residual of the unwanted skill on validation."""
+    def _forgetting(self, vector: TaskVector) -> list[ScoreRow]:
+        """Score the target itself, then each method at the scale that leaves ``RESIDUAL`` of the unwanted skill on validation."""
         model = load_causal_lm(str(self._model("target")))
         weights = Reweighting(model)
-        rows = [Row("target, nothing forgotten", self._test(model), 0.0)]
+        rows = [ScoreRow("target, nothing forgotten", self._test(model), 0.0)]
         bar = self._progress.add_task("forget to one residual", total=len(METHODS))
         for name, method in METHODS.items():
             weighted = method(vector)
@@ -158,22 +158,22 @@ class _Job:
                 weights.apply([Term(weighted, -scale)])
                 return self._validation(model, ["unwanted"])["unwanted"]
 
-            found, tried = scale_for_residual(residual_at, FORGET_SCALES, RESIDUAL)
-            if found is not None:
-                weights.apply([Term(weighted, -found)])
-            rows.append(Row(name, None if found is None else self._test(model), found, _json_keys(tried)))
+            scale, tried = scale_for_residual(residual_at, FORGET_SCALES, RESIDUAL)
+            if scale is not None:
+                weights.apply([Term(weighted, -scale)])
+            rows.append(ScoreRow(name, None if scale is None else self._test(model), scale, _json_keys(tried)))
             self._progress.advance(bar)
         return rows
 
-    def _write_models(self, vectors: Mapping[str, TaskVector], merges: Sequence[Row], forgetting: Sequence[Row]) -> None:
-        """As model directories: the LATA merge that is best on validation, and forgetting by the rule the paper uses for it."""
+    def _write_models(self, vectors: Mapping[str, TaskVector], merges: Sequence[ScoreRow], forgetting: Sequence[ScoreRow]) -> None:
+        """Write two models: the LATA merge that is best on validation, and the target after forgetting by the paper's rule for it."""
         models = self._directory / "models"
         best = max((row for row in merges if row.name in LATA_METHODS), key=lambda row: max((row.curve or {}).values()))
         method = METHODS[best.name]
         terms = [Term(method(vectors[name]), best.scale or 0.0) for name in MERGED_SKILLS]
         shutil.rmtree(models / "merged", ignore_errors=True)
         merge(self._model("instruct"), terms, models / "merged", command="lata quickstart")
-        # By threshold, unless no layer is aligned so little that any of the vector is left; then by the next rule that reached the residual.
+        # By threshold; if every layer is aligned too well for that, nothing would be subtracted, so the next rule that reached the residual is taken.
         reached = {row.name: row.scale for row in forgetting if row.scores is not None}
         name = next((name for name in reversed(LATA_METHODS) if name in reached), None)
         if name is not None:
@@ -182,14 +182,14 @@ class _Job:
             forget(self._model("target"), term, models / "forgotten", command="lata quickstart")
 
     def _write_data(self) -> None:
-        """The validation problems as JSONL, one file for each group of skills, for commands that need samples."""
+        """Write the validation problems as JSONL, one file for each group of skills, for commands that need samples."""
         data = self._directory / "data"
         data.mkdir(exist_ok=True)
-        for group, found in self._validation.exercises.items():
-            (data / f"{group}.jsonl").write_text("".join(json.dumps(exercise._asdict()) + "\n" for exercise in found), "utf-8")
+        for group, problems in self._validation.exercises.items():
+            (data / f"{group}.jsonl").write_text("".join(json.dumps(exercise._asdict()) + "\n" for exercise in problems), "utf-8")
 
     def _copy(self, shipped: Path, target: Path, tuned: Any = None) -> None:
-        """A shipped model directory, whole or not at all; with the weights of ``tuned`` if that is given."""
+        """Copy a shipped model directory atomically, with the weights of ``tuned`` if given."""
         if target.exists():
             return
         partial = target.with_name(f".{target.name}.partial")
@@ -214,16 +214,16 @@ class _Bar(pl.Callback):
         self._progress, self._title = progress, title
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Add the bar."""
+        """Add the progress bar."""
         self._task = self._progress.add_task(self._title, total=trainer.estimated_stepping_batches)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Move it."""
+        """Update the progress bar."""
         self._progress.update(self._task, completed=trainer.global_step)
 
 
 class _Quiet:
-    """Keeps the notices of Lightning and transformers off the screen, where the bars and tables of the job are to be seen."""
+    """Silences the notices of Lightning and transformers, so that only progress bars and tables are printed."""
 
     def __enter__(self) -> None:
         import logging

@@ -1,9 +1,9 @@
-"""Makes the two models the quickstart starts from, out of nothing but this machine's Python.
+"""Makes the two models that the quickstart starts from, using only this machine's Python.
 
     python -m lata_lightning.quickstart.make_checkpoints [--output DIR] [--seed N]
 
-``base`` is a raw language model of the standard library's text; ``instruct`` is made from it by fine-tuning on the
-instruct skills in chat format. Takes 20 to 30 minutes of one CPU core.
+``base`` is a raw language model of the standard library's text; ``instruct`` is made from it by fine-tuning on the instruct skills in chat format. This
+takes 20 to 30 minutes on one CPU core.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ BASE_STEPS, BASE_LEARNING_RATE = 2800, 4e-3
 INSTRUCT_STEPS, INSTRUCT_LEARNING_RATE, INSTRUCT_RAW_SHARE = 1800, 1.5e-3, 0.2
 TOKENS_PER_BATCH = 2048
 TRAIN_EXERCISES = 20_000
-# A skill with few problems cannot give as many.
+# These skills have fewer problems.
 TRAIN_EXERCISES_OF = {"next": 3_000, "larger": 4_000}
 TEST_EXERCISES = 400
 
 
 def make_tokenizer() -> Any:
-    """Byte-level tokenizer: 256 bytes and four marks; a token is a byte, and nothing is out of vocabulary."""
+    """Return a byte-level tokenizer: 256 bytes and four special tokens; nothing is out of vocabulary."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -70,7 +70,7 @@ def make_tokenizer() -> Any:
 
 
 def make_model(tokenizer: Any) -> Any:
-    """Untrained Llama of 8 blocks and 0.94 million parameters; its random weights depend on torch's global seed."""
+    """Return an untrained Llama of 8 blocks and 0.94 million parameters; its random weights depend on torch's global seed."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -80,7 +80,7 @@ def make_model(tokenizer: Any) -> Any:
             num_attention_heads=3,
             num_key_value_heads=3,
             max_position_embeddings=2 * CONTEXT_LENGTH,
-            # Untied, so that the quickstart's merges show both ends of the model on their own.
+            # Untied, so that the quickstart's merges show embedding and output head separately.
             tie_word_embeddings=False,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
@@ -90,7 +90,7 @@ def make_model(tokenizer: Any) -> Any:
 
 
 def train_base(tokenizer: Any, seed: int, steps: int = BASE_STEPS) -> CausalLMModule:
-    """Raw language model of this Python's standard library."""
+    """Train a raw language model on this Python's standard library."""
     seed_everything(seed)
     module = CausalLMModule(make_model(tokenizer), BASE_LEARNING_RATE, warmup_steps=steps // 20, final_learning_rate_share=0.02)
     data = RawTextDataModule(
@@ -106,7 +106,7 @@ def train_base(tokenizer: Any, seed: int, steps: int = BASE_STEPS) -> CausalLMMo
 
 
 def train_instruct(tokenizer: Any, base: Path, seed: int, steps: int = INSTRUCT_STEPS) -> CausalLMModule:
-    """The base model fine-tuned on every instruct skill, with raw text between."""
+    """Fine-tune the base model on every instruct skill, mixed with raw text."""
     seed_everything(seed)
     module = CausalLMModule(str(base), INSTRUCT_LEARNING_RATE, warmup_steps=steps // 20, final_learning_rate_share=0.02)
     data = ChatDataModule(
@@ -124,14 +124,14 @@ def train_instruct(tokenizer: Any, base: Path, seed: int, steps: int = INSTRUCT_
 
 
 def scores(model: Any, tokenizer: Any) -> dict[str, float]:
-    """Exact match of every skill on test problems, and perplexity per byte of the held-out text."""
-    found = {skill: ExactMatch(tokenizer, exercises(skill, "test", TEST_EXERCISES, seed=0))(model) for skill in SKILLS}
-    found["perplexity"] = Perplexity(tokenizer, held_out_text(), CONTEXT_LENGTH)(model)
-    return found
+    """Return the exact match of every skill on test problems, and the perplexity per byte of the held-out text."""
+    measured = {skill: ExactMatch(tokenizer, exercises(skill, "test", TEST_EXERCISES, seed=0))(model) for skill in SKILLS}
+    measured["perplexity"] = Perplexity(tokenizer, held_out_text(), CONTEXT_LENGTH)(model)
+    return measured
 
 
 def save(model: Any, tokenizer: Any, folder: Path, card: str) -> None:
-    """Writes a Hugging Face directory: weights in fp32, configuration, tokenizer and model card."""
+    """Write a Hugging Face directory: weights in fp32, configuration, tokenizer and model card."""
     model.eval()
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False, max_new_tokens=32
@@ -142,7 +142,7 @@ def save(model: Any, tokenizer: Any, folder: Path, card: str) -> None:
 
 
 def model_card(name: str, seed: int, steps: int, cpu_minutes: float, measured: dict[str, float], parameters: int) -> str:
-    """Model card with the scores just measured."""
+    """Return the model card, with the measured scores."""
     made = {
         "base": f"""A raw language model: trained from random weights on the sources of the standard library of Python
 {platform.python_version()} (without tests, codec tables and the modules held out for scoring), {steps} steps of
@@ -189,10 +189,10 @@ Foundation, under the PSF License Version 2 (`quickstart/text/LICENSE-PYTHON.txt
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Makes both checkpoints; the exit status.
+    """Make both checkpoints and return the exit status.
 
     Args:
-        arguments: Command line without the program's name; the process's own unless given.
+        arguments: Command line without the program's name; by default that of the process.
 
     Raises:
         OutputError: A folder to be written exists already.
@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     existing = [name for name in names if (output / name).exists()]
     if existing:
         raise OutputError(f"{output} already holds {' and '.join(existing)}; move it away or choose another --output")
-    # One thread: on small matrices more threads cost more than they bring, and results would depend on their number.
+    # One thread: more would be slower on small matrices, and the results would depend on their number.
     torch.set_num_threads(1)
     tokenizer = make_tokenizer()
     for name in names:
@@ -225,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{name}: {minutes:.1f} CPU minutes; " + " ".join(f"{k} {v:.3f}" for k, v in measured.items()) + "\n")
         card = model_card(name, options.seed, steps, minutes, measured, sum(p.numel() for p in module.model.parameters()))
         output.mkdir(parents=True, exist_ok=True)
-        # Under its final name only when complete.
+        # A directory gets its final name only when it is complete.
         with tempfile.TemporaryDirectory(dir=output) as temporary:
             save(module.model, tokenizer, Path(temporary) / name, card)
             (Path(temporary) / name).rename(output / name)

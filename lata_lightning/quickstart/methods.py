@@ -1,4 +1,4 @@
-"""The rows of the quickstart's tables: ways to weight one and the same task vector."""
+"""The methods in the quickstart's tables: ways to weight the same task vector."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _blocks_only(vector: TaskVector) -> TaskVector:
 
 
 def ranks_reversed(alignment: Alignment) -> dict[str, float]:
-    """The linear rule with its ranks turned round: the best aligned layer keeps most."""
+    """Return the coefficients of the linear rule with reversed ranks: the best aligned layer gets the largest one."""
     return linear_drop_by_rank({layer: -value for layer, value in alignment.values.items()})
 
 
@@ -31,12 +31,12 @@ METHODS: Mapping[str, Method] = {
     "LATA linear": _rule("linear"),
     "LATA log": _rule("log"),
     "LATA threshold": _rule("threshold"),
-    # Controls: what leaving out the tensors outside the blocks does by itself, and whether the order of the ranks matters.
+    # Controls: the effect of leaving out the tensors outside the blocks, and whether the order of the ranks matters.
     "control: blocks only": _blocks_only,
     "control: ranks reversed": _rule(ranks_reversed),
 }
 WITHOUT_SAMPLES = "lata regress, no samples"
-"""For merges only: it needs several vectors."""
+"""Only for merges, as it needs several vectors."""
 REGRESSION = "lata regress"
-"""For merges only: it needs several vectors, and samples of their tasks."""
+"""Only for merges, as it needs several vectors and samples of their tasks."""
 LATA_METHODS: dict[str, Weighting] = {"LATA linear": "linear", "LATA log": "log", "LATA threshold": "threshold"}

@@ -1,4 +1,4 @@
-"""What came out of the quickstart: one JSON file, and the tables made from it."""
+"""The results of the quickstart: one JSON file, and tables."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _HEADINGS = ("math", "string", "instruct", "unwanted", "perplexity")
 
 
 @dataclass(frozen=True)
-class Row:
+class ScoreRow:
     """Test scores of one model.
 
     Attributes:
-        name: The model or method.
-        scores: By group; None if the method did not reach what it was compared at.
-        scale: Chosen on validation; None where there is none.
-        curve: Validation score (or residual) by scale, for every scale tried.
+        name: Name of the model or method.
+        scores: Score by group; None if forgetting did not reach the residual of the comparison.
+        scale: The scale chosen on validation; None where there is none.
+        curve: Validation score (or residual) at every scale that was tried.
     """
 
     name: str
@@ -39,13 +39,13 @@ class Row:
 class Results:
     """All rows: single models, merges of the two experts, and the target before and after forgetting."""
 
-    models: list[Row]
-    merges: list[Row]
-    forgetting: list[Row]
+    models: list[ScoreRow]
+    merges: list[ScoreRow]
+    forgetting: list[ScoreRow]
     residual: float
 
     def save(self, directory: Path) -> None:
-        """Write ``results.json`` and the tables as text; the JSON last, as its presence says that the run is complete."""
+        """Write the tables as text and then ``results.json``, whose presence says that the run is complete."""
         text = StringIO()
         show(*self.tables(), file=text)
         (directory / TABLES_NAME).write_text(text.getvalue(), "utf-8")
@@ -55,16 +55,16 @@ class Results:
 
     @classmethod
     def load(cls, directory: Path) -> Results | None:
-        """The results of a finished run; None if there is none."""
+        """Read the results of a finished run; None if there are none."""
         path = directory / RESULTS_NAME
         if not path.is_file():
             return None
         data = json.loads(path.read_text("utf-8"))
-        models, merges, forgetting = ([Row(**row) for row in data[key]] for key in ("models", "merges", "forgetting"))
+        models, merges, forgetting = ([ScoreRow(**row) for row in data[key]] for key in ("models", "merges", "forgetting"))
         return cls(models, merges, forgetting, data["residual"])
 
     def tables(self) -> list[Table]:
-        """The tables of held-out scores, in percent exact match, perplexity per byte."""
+        """Return the tables of test scores: exact match in percent, and perplexity per byte."""
         return [
             _table(
                 "Single models, test scores (exact match in %; perplexity per byte of unseen text, lower is better)",
@@ -86,12 +86,12 @@ class Results:
         ]
 
 
-def _table(title: str, rows: Sequence[Row], first: Sequence[str], mean_of: Sequence[str] = ()) -> Table:
+def _table(title: str, rows: Sequence[ScoreRow], first: Sequence[str], mean_of: Sequence[str] = ()) -> Table:
     means = [f"mean of {' + '.join(mean_of)}"] if mean_of else []
     return plain_table([*first, *_HEADINGS, *means], (list(_cells(row, "scale" in first, mean_of)) for row in rows), title)
 
 
-def _cells(row: Row, with_scale: bool, mean_of: Sequence[str]) -> Iterable[str]:
+def _cells(row: ScoreRow, with_scale: bool, mean_of: Sequence[str]) -> Iterable[str]:
     yield row.name
     if with_scale:
         yield "–" if row.scale is None else f"{row.scale:.3g}"

@@ -1,4 +1,4 @@
-"""How the quickstart scores a model: math, string skill, instruct skills, unwanted skill, perplexity of base text."""
+"""Scoring a model in the quickstart: math, string, instruct and unwanted skills, and perplexity of raw text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Size:
-    """Problems per split: of an expert's skill, and of each of the instruct skills."""
+    """Number of problems in a split: of an expert's skill, and of each instruct skill."""
 
     expert: int
     instruct: int
@@ -34,14 +34,14 @@ SIZES: Mapping[Split, Size] = {"validation": Size(200, 40), "test": Size(400, 60
 
 
 class Scoring:
-    """Scores of one split, prepared once for many models.
+    """Scores models on one split, prepared once for many models.
 
     Args:
-        tokenizer: Of the models.
+        tokenizer: Tokenizer of the models.
         split: ``validation`` to choose by, ``test`` to report.
 
     Attributes:
-        exercises: What is asked, by group of skills.
+        exercises: The exercises of each group of skills.
     """
 
     def __init__(self, tokenizer: Any, split: Split) -> None:
@@ -49,16 +49,16 @@ class Scoring:
             group: [exercise for skill in skills for exercise in exercises(skill, split, _size(split, group), _SEED)]
             for group, skills in GROUPS.items()
         }
-        self._matches = {group: ExactMatch(tokenizer, found) for group, found in self.exercises.items()}
+        self._matches = {group: ExactMatch(tokenizer, problems) for group, problems in self.exercises.items()}
         self._perplexity = Perplexity(tokenizer, held_out_text(), max_tokens=_PERPLEXITY_TOKENS)
 
     def __call__(self, model: Any, groups: Sequence[str] = (*GROUPS, PERPLEXITY)) -> dict[str, float]:
-        """Exact match in [0, 1] by group of skills, and perplexity per byte of text that no model was trained on."""
+        """Return exact match in [0, 1] by group of skills, and perplexity per byte of text that no model was trained on."""
         return {group: self._perplexity(model) if group == PERPLEXITY else self._matches[group](model) for group in groups}
 
 
 def mean(scores: Mapping[str, float], groups: Sequence[str]) -> float:
-    """Plain mean of some scores."""
+    """Return the mean of some scores."""
     return sum(scores[group] for group in groups) / len(groups)
 
 

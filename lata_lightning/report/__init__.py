@@ -1,1 +1,1 @@
-"""Figures and facts about runs and task vectors in one page that needs no network."""
+"""One HTML page with figures and facts about runs and task vectors, which loads nothing from the network."""

@@ -1,46 +1,26 @@
-"""What a report says: its cards, sections and provenance, as plain data."""
+"""The contents of a report, as plain data: its cards, and its sections with charts and tables."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lata_lightning.alignment import Alignment, alignment_of
 from lata_lightning.display.charts import Chart, as_text
 from lata_lightning.errors import BaseMismatchError
-from lata_lightning.moments import Moments, total
+from lata_lightning.moments import Moments
 from lata_lightning.report import figures
-from lata_lightning.report.measuring import Measured, measure_together
+from lata_lightning.report.cards import Card, card
+from lata_lightning.report.measuring import PairwiseMoments, measure_together
+from lata_lightning.report.provenance import Facts, provenance
 from lata_lightning.report.reading import Subject, open_subjects
-from lata_lightning.store.directories import MANIFEST_NAME
 from lata_lightning.store.writer import Progress
 from lata_lightning.vectors.aligning import check_same_start
-from lata_lightning.vectors.inspection import describe
-from lata_lightning.vectors.manifest import Identity, Manifest, read_manifest
 from lata_lightning.vectors.task_vector import TaskVector
 
 _MOST_IN_TITLE = 4
-
-
-class Card(NamedTuple):
-    """One run or vector at a glance; ``colour`` is the number of its line in every chart."""
-
-    label: str
-    colour: int
-    kind: str
-    figures: list[tuple[str, str]]
-    warning: str | None
-
-
-class Facts(NamedTuple):
-    """A table of words and values under a heading."""
-
-    title: str
-    heads: list[str]
-    rows: list[list[str]]
 
 
 class Section(NamedTuple):
@@ -59,10 +39,10 @@ class Report:
     """Everything on the page.
 
     Attributes:
-        title: Of the page.
+        title: Title of the page.
         cards: One for each run or vector.
-        notices: What a reader has to know before comparing.
-        sections: In order.
+        notices: Warnings to read before comparing.
+        sections: The sections in order.
     """
 
     title: str
@@ -79,32 +59,32 @@ class Report:
 def build(
     paths: Sequence[str | Path], instruction: str | Path | None = None, *, check_base: bool = True, progress: Progress | None = None
 ) -> Report:
-    """Read runs and vectors, measure the vectors, and put together what there is to show.
+    """Read runs and vectors, measure the vectors, and collect the contents of a report.
 
     Args:
         paths: Output directories of runs, saved vectors, or files with a scale curve (see ``open_subjects``).
-        instruction: A saved instruction vector to measure the vectors along.
+        instruction: A saved instruction vector to measure the alignment with.
         check_base: Refuse an instruction vector that is known to belong to other weights.
         progress: Called while tensors are read.
 
     Returns:
-        The report, the same for the same input.
+        The report; the same input gives the same report.
 
     Raises:
-        LataError: As ``open_subjects`` and ``measure_together``.
+        LataError: As for ``open_subjects`` and ``measure_together``.
     """
     subjects = open_subjects(paths)
     direction = None if instruction is None else TaskVector.open(instruction)
-    holding = [(number, subject, subject.vector) for number, subject in enumerate(subjects) if subject.vector is not None]
-    vectors = [vector for _, _, vector in holding]
+    saved = [(number, subject, subject.vector) for number, subject in enumerate(subjects) if subject.vector is not None]
+    vectors = [vector for _, _, vector in saved]
     measured = measure_together(vectors, direction, check_base=check_base, progress=progress)
-    tables = {number: table for (number, _, _), table in zip(holding, measured.tables, strict=True)}
-    last = {number: found for number, subject in enumerate(subjects) if (found := _last(subject, tables.get(number))) is not None}
+    tables = {number: table for (number, _, _), table in zip(saved, measured.tables, strict=True)}
+    last = {number: final for number, subject in enumerate(subjects) if (final := _last(subject, tables.get(number))) is not None}
     histories = [(number, subject.label, subject.history) for number, subject in enumerate(subjects) if subject.history]
     shown = [(number, subjects[number].label, alignment) for number, alignment in last.items()]
     return Report(
         title=_title([subject.label for subject in subjects]),
-        cards=[_card(subject, number, last.get(number), tables.get(number)) for number, subject in enumerate(subjects)],
+        cards=[card(subject, number, last.get(number), tables.get(number)) for number, subject in enumerate(subjects)],
         notices=_notices(vectors),
         sections=[
             section
@@ -112,12 +92,12 @@ def build(
                 _training(histories),
                 _growth(histories),
                 _layers(shown),
-                _parts([(number, subject.label, vector) for number, subject, vector in holding], tables, direction is not None),
-                _pairs([subject.label for _, subject, _ in holding], measured, vectors),
-                _conflicts([(number, subject.label, vector) for number, subject, vector in holding]),
+                _parts([(number, subject.label, vector) for number, subject, vector in saved], tables, direction is not None),
+                _pairs([subject.label for _, subject, _ in saved], measured, vectors),
+                _conflicts([(number, subject.label, vector) for number, subject, vector in saved]),
                 _models(subjects),
                 _scales(subjects),
-                _provenance([(subject.label, subject.vector_path) for _, subject, _ in holding]),
+                _provenance([(subject.label, subject.vector_path) for _, subject, _ in saved]),
             )
             if section is not None
         ],
@@ -133,52 +113,13 @@ def _title(labels: Sequence[str]) -> str:
 
 
 def _last(subject: Subject, table: Mapping[str, Moments] | None) -> Alignment | None:
-    """The layers as they ended: as the vector stores them, as they were measured now, or as the history ends."""
+    """Return the final alignment of each layer: stored with the vector, measured now, or the last entry of the history."""
     vector = subject.vector
     if vector is None or table is None:
         return subject.history[-1].layers if subject.history else None
     manifest = vector.manifest
     # Stored coefficients belong to the stored alignment.
     return manifest.alignment or alignment_of(table, vector.layers, manifest.level, manifest.start)
-
-
-def _card(subject: Subject, number: int, last: Alignment | None, table: Mapping[str, Moments] | None) -> Card:
-    end = subject.history[-1] if subject.history else None
-    whole = None if table is None else total(table.values())
-    alignment = whole.alignment if whole is not None and whole.alignment is not None else end.alignment if end else None
-    relative = whole.relative_norm if whole is not None and whole.relative_norm is not None else end.relative_norm if end else None
-    norm = whole.task_norm if whole is not None else end.task_norm if end else None
-    spread = last.spread if last is not None and last.values else None
-    stats = (
-        ("alignment", alignment, ".4f"),
-        ("relative norm", relative, ".4f"),
-        ("norm", norm, ".4g"),
-        ("spread of the layers", spread, ".4f"),
-    )
-    known = [(name, as_text(value, form)) for name, value, form in stats if value is not None]
-    cautions = [] if last is None else last.cautions()
-    return Card(subject.label, number, _kind(subject), known, " ".join(cautions) or None)
-
-
-def _kind(subject: Subject) -> str:
-    manifest = None if subject.vector is None else subject.vector.manifest
-    words = []
-    if subject.history:
-        count = len(subject.history)
-        words += [f"run, {count} measurement{'' if count == 1 else 's'}", f"step {subject.history[-1].step}"]
-        if manifest is None:
-            words.append("no vector yet")
-    elif manifest is not None:
-        words += [f"{manifest.kind} vector", *([] if manifest.step is None else [f"step {manifest.step}"])]
-    if manifest is not None and manifest.kind == "task":
-        words.append(f"started from {manifest.start}")
-    if subject.terms:
-        words.append(f"merged model, {len(subject.terms)} vector{'' if len(subject.terms) == 1 else 's'}")
-    elif subject.scores and not words:
-        words.append("scores")
-    if subject.scales is not None:
-        words.append(f"chosen: {subject.scales.chosen}" if subject.scales.chosen else "scales tried")
-    return " · ".join(words)
 
 
 def _notices(vectors: Sequence[TaskVector]) -> list[str]:
@@ -222,7 +163,7 @@ def _layers(shown: Sequence[tuple[int, str, Alignment]]) -> Section | None:
         [
             label,
             name,
-            # A tensor that did not move says nothing: its alignment of 1 would look like a finding.
+            # The alignment of a tensor that did not change is 1, which would be misleading.
             as_text(stats.alignment if stats.task_norm else None, ".4f"),
             as_text(stats.relative_norm if stats.task_norm else None, ".4f"),
             as_text(stats.task_norm or None, ".4g"),
@@ -243,28 +184,26 @@ def _layers(shown: Sequence[tuple[int, str, Alignment]]) -> Section | None:
     )
 
 
-def _parts(holding: Sequence[tuple[int, str, TaskVector]], tables: Mapping[int, Mapping[str, Moments]], along: bool) -> Section:
+def _parts(saved: Sequence[tuple[int, str, TaskVector]], tables: Mapping[int, Mapping[str, Moments]], along: bool) -> Section:
     charts = []
-    if holding:
-        charts = figures.by_part([(number, label, tables[number]) for number, label, _ in holding], holding[0][2].layers)
+    if saved:
+        charts = figures.by_part([(number, label, tables[number]) for number, label, _ in saved], saved[0][2].layers)
     lead = "Attention, MLP, norms and the rest of each block. All vectors share a colour scale."
     if charts and not along:
         lead += " With --instruction VECTOR relative norm and alignment are shown as well."
-    empty = (
-        "" if charts else "No tensor belongs to a block." if holding else "This needs a saved vector: a run writes it when training ends."
-    )
+    empty = "" if charts else "No tensor belongs to a block." if saved else "This needs a saved vector: a run writes it when training ends."
     return Section("parts", "Parts", lead, charts, empty=empty)
 
 
-def _pairs(labels: Sequence[str], measured: Measured, vectors: Sequence[TaskVector]) -> Section:
+def _pairs(labels: Sequence[str], measured: PairwiseMoments, vectors: Sequence[TaskVector]) -> Section:
     lead = "Do the vectors point the same way? Near 0 they can be added without disturbing each other; near 1 they learned the same."
     if len(vectors) < 2:
         return Section("pairs", "Pairs", lead, [], empty="Name a second run or vector to compare this one with.")
     return Section("pairs", "Pairs", lead, figures.pairwise(labels, measured, vectors[0].layers))
 
 
-def _conflicts(holding: Sequence[tuple[int, str, TaskVector]]) -> Section | None:
-    made = [(number, label, vector.manifest.derivation) for number, label, vector in holding if vector.manifest.derivation is not None]
+def _conflicts(saved: Sequence[tuple[int, str, TaskVector]]) -> Section | None:
+    made = [(number, label, vector.manifest.derivation) for number, label, vector in saved if vector.manifest.derivation is not None]
     charts = figures.interference([(number, label, derivation) for number, label, derivation in made if derivation is not None])
     lead = (
         "Which layers of which vectors get into each other's way: the share of what a vector does on its own inputs, as these show in its weights, that "
@@ -281,7 +220,7 @@ def _scales(subjects: Sequence[Subject]) -> Section | None:
 
 
 def _models(subjects: Sequence[Subject]) -> Section | None:
-    """What merged models are made of, and every score of every model."""
+    """Return the scores of all models, and the vectors of which merged models are made."""
     terms = [
         [
             subject.label if number == 0 else "",
@@ -313,45 +252,5 @@ def _models(subjects: Sequence[Subject]) -> Section | None:
 
 
 def _provenance(vectors: Sequence[tuple[str, Path | None]]) -> Section | None:
-    tables = [Facts(label, [], _facts(path)) for label, path in vectors if path is not None]
+    tables = [provenance(label, path) for label, path in vectors if path is not None]
     return Section("provenance", "Provenance", "What the manifests say of where each vector comes from.", [], tables) if tables else None
-
-
-def _facts(path: Path) -> list[list[str]]:
-    manifest, loss = read_manifest(path), None
-    if manifest.precision_loss is not None:
-        loss = f"{manifest.precision_loss.zero_fraction:.2%} became zero, cosine {as_text(manifest.precision_loss.cosine, '.6f')}"
-    flat = None if manifest.alignment is None else "yes" if manifest.alignment.flat else "no"
-    stored = json.loads((path / MANIFEST_NAME).read_text("utf-8")).get("versions")
-    facts: dict[str, Any] = {
-        "path": str(path),
-        **_sides(manifest),
-        **{name: value for name, value in describe(path).items() if name not in ("holds", "start", "tuned")},
-        "too flat to rank": flat,
-        "threshold": manifest.threshold if manifest.weighting == "threshold" else None,
-        "coefficient outside": None if manifest.coefficients is None else manifest.outside,
-        "precision loss": loss,
-        "versions": stored if isinstance(stored, dict) else None,
-    }
-    return [[name, text] for name, value in facts.items() if (text := _text(value))]
-
-
-def _sides(manifest: Manifest) -> dict[str, str]:
-    found = {"start": f"{manifest.start}: {_identity(manifest.start_identity)}", "tuned": _identity(manifest.tuned_identity)}
-    if manifest.instruction_identity is not None:
-        base, instruct = manifest.instruction_identity
-        found["instruction vector"] = f"{_identity(instruct)} − {_identity(base)}"
-    return found
-
-
-def _identity(identity: Identity) -> str:
-    words = [identity.location or "weights in memory", *([f"revision {identity.revision}"] if identity.revision else [])]
-    return f"{', '.join(words)} ({identity.content_hash or 'not hashed'})"
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_text(entry)}" for name, entry in value.items())
-    if isinstance(value, int):
-        return f"{value:,}"
-    return "" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""The charts of a report, each from what it shows."""
+"""The charts of a report."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from lata_lightning.display.charts import (
 )
 from lata_lightning.layers import LayerMap
 from lata_lightning.moments import Moments, total
-from lata_lightning.report.measuring import Measured
-from lata_lightning.report.reading import Measurement, ScaleCurves
+from lata_lightning.report.measuring import PairwiseMoments
+from lata_lightning.report.reading import HistoryEntry, ScaleCurves
 from lata_lightning.vectors.manifest import OUTSIDE, Derivation
 
-Histories = Sequence[tuple[int, str, Sequence[Measurement]]]
-"""Number, label and measurements of each run; the number decides its colour."""
+Histories = Sequence[tuple[int, str, Sequence[HistoryEntry]]]
+"""Number, label and history of each run; the number decides its colour."""
 
 
 def alignment_heat_maps(histories: Histories) -> list[HeatMap]:
-    """A heat map for each run that knows its alignment, all under one colour scale."""
+    """Return a heat map for each run with a known alignment, all with one colour scale."""
     measured = {number: [(row.step, row.epoch, row.layers) for row in rows] for number, _, rows in histories}
     known = [value for rows in measured.values() for _, _, alignment in rows for value in alignment.values.values()]
     bounds = (min(known), max(known)) if known else None
@@ -40,7 +40,7 @@ def alignment_heat_maps(histories: Histories) -> list[HeatMap]:
 
 
 def growth(histories: Histories) -> list[Lines]:
-    """How norm, relative norm and alignment of the whole model went over the steps; those that no run knows are left out."""
+    """Return charts of norm, relative norm and alignment of the whole model over the steps; those that no run has are left out."""
     return [
         chart
         for chart in (
@@ -53,7 +53,7 @@ def growth(histories: Histories) -> list[Lines]:
 
 
 def by_layer(alignments: Sequence[tuple[int, str, Alignment]]) -> list[Lines]:
-    """Coefficient, alignment, relative norm and norm by layer; vectors that have the same layers share a chart.
+    """Return charts of coefficient, alignment, relative norm and norm by layer; vectors that have the same layers share a chart.
 
     Args:
         alignments: Number, label and last measurement of each vector.
@@ -63,9 +63,9 @@ def by_layer(alignments: Sequence[tuple[int, str, Alignment]]) -> list[Lines]:
         if entry[2].layers:
             groups.setdefault(tuple(entry[2].layers), []).append(entry)
     charts = []
-    for place, (layers, members) in enumerate(groups.items(), start=1):
+    for group, (layers, members) in enumerate(groups.items(), start=1):
         where = "" if len(groups) == 1 else ": " + ", ".join(label for _, label, _ in members)
-        ending = "" if len(groups) == 1 else f"-{place}"
+        ending = "" if len(groups) == 1 else f"-{group}"
         for key, title, y_title, form, of, ranked in _LAYER_FIGURES:
             chart = _over_layers(layers, members, f"{key}{ending}", f"{title} by layer{where}", y_title, form, of, ranked)
             if chart is not None:
@@ -74,23 +74,23 @@ def by_layer(alignments: Sequence[tuple[int, str, Alignment]]) -> list[Lines]:
 
 
 def by_part(vectors: Sequence[tuple[int, str, Mapping[str, Moments]]], layers: LayerMap) -> list[HeatMap]:
-    """Norm, and where the instruction vector is known relative norm and alignment, of attention, MLP, norms and so on in each block.
+    """Return heat maps of norm, relative norm and alignment by part of the block; the last two only where the instruction vector is known.
 
     Args:
         vectors: Number, label and moments by tensor of each vector; the charts of one measure share a colour scale.
-        layers: LayerPosition of every tensor.
+        layers: The layer of every tensor.
     """
     tensors = layers.layers("submodule")
     parts = list(dict.fromkeys(name.rpartition(".")[2] for name in tensors))
     ticks, prefix = short_names(layers.blocks)
     charts = []
     for key, title, form, of in _PART_FIGURES:
-        found = {
-            number: {name: of(total(table[tensor] for tensor in held)) for name, held in tensors.items()} for number, _, table in vectors
+        by_vector = {
+            number: {part: of(total(table[name] for name in names)) for part, names in tensors.items()} for number, _, table in vectors
         }
-        every = [value for values in found.values() for value in values.values() if value is not None]
+        every = [value for values in by_vector.values() for value in values.values() if value is not None]
         for number, label, _ in vectors:
-            known = {name: value for name, value in found[number].items() if value is not None}
+            known = {name: value for name, value in by_vector[number].items() if value is not None}
             if known:
                 charts.append(
                     HeatMap(
@@ -113,10 +113,10 @@ def by_part(vectors: Sequence[tuple[int, str, Mapping[str, Moments]]], layers: L
 
 
 def interference(derivations: Sequence[tuple[int, str, Derivation]]) -> list[HeatMap]:
-    """How far the vectors that were made into one get into each other's way, by layer: one heat map for each vector that was made so.
+    """Return a heat map, by layer, of the interference between the vectors from which another vector was derived; one for each derived vector.
 
     Args:
-        derivations: Number and label of each derived vector, and how it was made.
+        derivations: Number, label and derivation of each derived vector.
     """
     charts = []
     for number, label, made in derivations:
@@ -147,8 +147,8 @@ def interference(derivations: Sequence[tuple[int, str, Derivation]]) -> list[Hea
     return charts
 
 
-def pairwise(labels: Sequence[str], measured: Measured, layers: LayerMap) -> list[Chart]:
-    """Cosines of every two vectors: over all tensors, and by block."""
+def pairwise(labels: Sequence[str], measured: PairwiseMoments, layers: LayerMap) -> list[Chart]:
+    """Return heat maps of the cosine of every two vectors: over all tensors, and by block."""
     count = len(labels)
     whole = [[measured.cosine(one, other, measured.tables[one]) for other in range(count)] for one in range(count)]
     known = {f"{labels[one]} and {labels[other]}": value for one, other in measured.pairs if (value := whole[one][other]) is not None}
@@ -203,7 +203,7 @@ def pairwise(labels: Sequence[str], measured: Measured, layers: LayerMap) -> lis
 
 
 def scale_curve(number: int, label: str, scales: ScaleCurves) -> Lines:
-    """Every score over the scale."""
+    """Return a chart of every score over the scale."""
     tried = sorted({scale for curve in scales.curves.values() for scale in curve})
     words = [f"{len(tried)} scales from {tried[0]:g} to {tried[-1]:g}."]
     if scales.chosen:
@@ -217,12 +217,12 @@ def scale_curve(number: int, label: str, scales: ScaleCurves) -> Lines:
         summary=" ".join(words),
         x_title="scale",
         y_title=scales.metric,
-        series=tuple(Series(name, place, dict(curve.items())) for place, (name, curve) in enumerate(scales.curves.items())),
+        series=tuple(Series(name, index, dict(curve.items())) for index, (name, curve) in enumerate(scales.curves.items())),
     )
 
 
 def _over_steps(
-    histories: Histories, key: str, title: str, y_title: str, form: str, of: Callable[[Measurement], float | None]
+    histories: Histories, key: str, title: str, y_title: str, form: str, of: Callable[[HistoryEntry], float | None]
 ) -> Lines | None:
     series = []
     for number, label, rows in histories:
@@ -252,13 +252,13 @@ def _over_layers(
     of: Callable[[LayerStats], float | None],
     ranked: bool,
 ) -> Lines | None:
-    found: dict[str, dict[float | str, float | None]] = {
+    by_label: dict[str, dict[float | str, float | None]] = {
         label: {layer: of(alignment.layers[layer]) for layer in layers} for _, label, alignment in members
     }
     series = [
-        Series(label, number, found[label], muted=ranked and alignment.flat)
+        Series(label, number, by_label[label], muted=ranked and alignment.flat)
         for number, label, alignment in members
-        if any(value is not None for value in found[label].values())
+        if any(value is not None for value in by_label[label].values())
     ]
     if not series:
         return None

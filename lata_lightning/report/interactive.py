@@ -1,4 +1,4 @@
-"""Charts as plotly figures; the page gives them their colours, which follow its theme."""
+"""Charts as plotly figures; the page sets the colours of lines and text, which follow its theme."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from plotly.colors import sample_colorscale, unlabel_rgb
 
 from lata_lightning.display.charts import Chart, HeatMap, Lines, ink_on
 
-# Name of a colour scale and the part of it that is used: the ends of the diverging one are nearly black, and greys stay pale.
+# Name of a colour scale and the range of it that is used: the ends of the diverging scale are nearly black, and greys stay pale.
 _COLOURS = {"rising": ("Viridis", (0.0, 1.0)), "diverging": ("PuOr", (0.1, 0.9)), "muted": ("Greys", (0.1, 0.5))}
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
 _MOST_ROWS, _MOST_NUMBERS = 24, 8
-"""Rows and columns up to which cells have gaps between them, and numbers in them."""
+"""Largest numbers of rows or columns with gaps between the cells, and of columns with numbers in the cells."""
 
 
 def plotly_figure(chart: Chart) -> go.Figure:
-    """The chart for plotly, every value in it as it is; ``meta`` says which colours of the page each trace takes."""
+    """Return the chart as a plotly figure with unrounded values; ``meta`` says which colours of the page each trace uses."""
     figure = _heat_map(chart) if isinstance(chart, HeatMap) else _lines(chart)
     figure.update_layout(template="none", margin={"l": 8, "r": 8, "t": 8, "b": 8}, dragmode=False, autosize=True)
     figure.update_layout(hovermode="closest" if isinstance(chart, HeatMap) else "x unified")
@@ -30,9 +30,9 @@ def plotly_figure(chart: Chart) -> go.Figure:
 
 
 def plotly_json(chart: Chart) -> str:
-    """Data and layout for a script element: no character in it can end the element."""
-    found: dict[str, Any] = json.loads(plotly_figure(chart).to_json())
-    text = json.dumps({"data": found["data"], "layout": found["layout"]}, allow_nan=False)
+    """Return data and layout as JSON for a script element, escaped so that nothing in it can end the element."""
+    figure: dict[str, Any] = json.loads(plotly_figure(chart).to_json())
+    text = json.dumps({"data": figure["data"], "layout": figure["layout"]}, allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
@@ -56,7 +56,7 @@ def _heat_map(chart: HeatMap) -> go.Figure:
         colorbar={"thickness": 10, "outlinewidth": 0, "xpad": 6, "ticklen": 3, "nticks": 5},
         meta={"colours": name},
     )
-    # Rows of a finger's width as long as there are few, thinner ones on a figure that still fits a screen.
+    # Few rows are as high as a finger is wide; many rows are thinner, so that the figure fits a screen.
     height = max(26 * len(rows), 96) if len(rows) <= 16 else min(320 + 6 * len(rows), 720)
     figure = go.Figure(trace, {"height": height + 64})
     if len(columns) <= _MOST_NUMBERS and len(rows) <= _MOST_ROWS:
@@ -85,9 +85,9 @@ def _heat_map(chart: HeatMap) -> go.Figure:
 def _lines(chart: Lines) -> go.Figure:
     figure = go.Figure(layout={"height": 320})
     for line in chart.series:
-        places = list(line.points)
+        points = list(line.points)
         figure.add_scatter(
-            x=_shown([str(place) for place in places]) if chart.ticks else places,
+            x=_shown([str(point) for point in points]) if chart.ticks else points,
             y=list(line.points.values()),
             name=_literal(line.name),
             mode="lines+markers",
@@ -107,7 +107,7 @@ def _lines(chart: Lines) -> go.Figure:
 
 
 def _names(names: tuple[str, ...], ticks: tuple[str, ...], title: str) -> dict[str, Any]:
-    """An axis of names. The page leaves out labels that do not fit."""
+    """Return an axis of names. The page leaves out labels that do not fit."""
     return {
         "type": "category",
         "tickmode": "array",
@@ -122,5 +122,5 @@ def _shown(names: Iterable[str]) -> list[str]:
 
 
 def _literal(text: str) -> str:
-    """Text as plotly has to be given it: it reads tags in every text, formulas between dollars, and variables of a template after ``%{``."""
+    """Escape a text for plotly, which interprets tags, formulas between dollars, and template variables after ``%{``."""
     return html.escape(text, quote=False).replace("$", "&#36;").replace("%{", "%&#123;")

@@ -1,4 +1,4 @@
-"""Sums over the tensors of several vectors, all taken in one pass over their files."""
+"""Measuring several vectors and their inner products in one pass over their files."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from lata_lightning.vectors.task_vector import TaskVector
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Moments of every vector, and inner products of every two of them.
+class PairwiseMoments:
+    """Moments of every vector, and inner products of all pairs.
 
     Attributes:
         tables: Moments by tensor name, for each vector.
-        pairs: Inner product by tensor name, for the numbers of two vectors, the smaller first.
+        pairs: Inner product by tensor name, for each pair of numbers of vectors, the smaller first.
     """
 
     tables: tuple[Mapping[str, Moments], ...]
     pairs: Mapping[tuple[int, int], Mapping[str, float]]
 
     def cosine(self, one: int, other: int, names: Iterable[str]) -> float | None:
-        """Cosine of two vectors over some tensors, in [-1, 1]; None where one of them is zero."""
+        """Return the cosine of two vectors over some tensors, in [-1, 1]; None where one of them is zero."""
         names = list(names)
         first, second = (total(self.tables[index][name] for name in names) for index in (one, other))
         if first.task == 0 or second.task == 0:
@@ -40,23 +40,23 @@ class Measured:
 
 def measure_together(
     vectors: Sequence[TaskVector], instruction: TaskVector | None = None, *, check_base: bool = True, progress: Progress | None = None
-) -> Measured:
-    """Moments of each vector along the instruction vector, and inner products of all pairs; one tensor of each is in memory at a time.
+) -> PairwiseMoments:
+    """Measure the moments of each vector with the instruction vector, and the inner products of all pairs, one tensor at a time.
 
     Args:
-        vectors: Task vectors or instruction vectors. Of one that started from base the instruction vector is taken off first.
-        instruction: Instruct minus base; without one the moments hold the norms of the task vectors alone.
+        vectors: Task vectors or instruction vectors. From one that started from base the instruction vector is subtracted first.
+        instruction: Instruct minus base; without it the moments hold the norms of the task vectors only.
         check_base: Refuse an instruction vector that is known to belong to other weights.
-        progress: Called after each tensor with the bytes read so far and those in all, as of float32.
+        progress: Called after each tensor with the bytes read so far and in all, counted as float32.
 
     Returns:
         Sums in float64. No vector changes.
 
     Raises:
-        LayoutMismatchError: The vectors do not hold the same tensors in the same blocks.
+        LayoutMismatchError: The vectors do not have the same tensors in the same blocks.
         BaseMismatchError: The instruction vector belongs to other weights.
         LataError: A vector started from base and there is no instruction vector.
-        CorruptFileError: NaN or infinite weights.
+        CorruptFileError: Weights are NaN or infinite.
     """
     for vector in vectors:
         _check(vector, vectors[0], instruction, check_base)
@@ -79,7 +79,7 @@ def measure_together(
         done += sizes[name]
         if progress is not None:
             progress(done, size)
-    return Measured(tuple(tables), pairs)
+    return PairwiseMoments(tuple(tables), pairs)
 
 
 def _check(vector: TaskVector, first: TaskVector, instruction: TaskVector | None, check_base: bool) -> None:

@@ -1,4 +1,4 @@
-"""The page: one file that holds its figures, its style and what draws them, and asks the network for nothing."""
+"""The page: one file with its figures, style and scripts, which loads nothing from the network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GENERATOR = '<meta name="generator" content="lata_lightning">'
 
 
 def check_extra(*modules: str) -> None:
-    """Refuse to begin without the libraries of the extra ``report``.
+    """Raise a LataError unless the libraries of the extra ``report`` are installed.
 
     Raises:
         LataError: One of them is not installed.
@@ -31,10 +31,10 @@ def check_extra(*modules: str) -> None:
 
 
 def check_output(path: str | Path) -> None:
-    """Refuse to write over anything but an earlier report.
+    """Refuse to overwrite anything but an earlier report.
 
     Raises:
-        OutputError: The path is a directory, or a file that is no report.
+        OutputError: The path is a directory, or a file that is not a report.
     """
     target = Path(path)
     if not target.exists():
@@ -48,7 +48,7 @@ def check_output(path: str | Path) -> None:
 
 
 def render(report: Report) -> str:
-    """The whole page as text; everything that comes from files is escaped. The same report gives the same page.
+    """Return the page as text; everything that comes from files is escaped. The same report gives the same page.
 
     Raises:
         LataError: The extra ``report`` is not installed.
@@ -66,7 +66,7 @@ def render(report: Report) -> str:
         generator=GENERATOR,
         style=_asset("page.css"),
         scripts=scripts,
-        # The browser unpacks it: three times smaller, and the policy still allows nothing but this script.
+        # The browser decompresses it: the page is three times smaller, and the policy still allows only this script.
         plotly=base64.b64encode(packed).decode(),
         policy=_policy(list(scripts.values())),
         figures={chart.key: plotly_json(chart) for chart in report.charts},
@@ -77,10 +77,10 @@ def render(report: Report) -> str:
 
 
 def write(report: Report, path: str | Path) -> None:
-    """Write the page; it appears whole or not at all.
+    """Write the page atomically.
 
     Raises:
-        OutputError: The path is taken by something else, or cannot be written.
+        OutputError: The path holds something else, or cannot be written.
         LataError: The extra ``report`` is not installed.
     """
     check_output(path)
@@ -102,6 +102,6 @@ def _asset(name: str) -> str:
 
 
 def _policy(scripts: Sequence[str]) -> str:
-    """Nothing is fetched, and no script runs but those of the page: what a name in a file might smuggle in stays text."""
+    """Return a content security policy: nothing is loaded, and only the page's own scripts run, so that names from files cannot inject any."""
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts)
     return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"

@@ -1,4 +1,4 @@
-"""What a report is about: the output of runs, saved vectors, scale curves."""
+"""Opening the inputs of a report: output of runs, saved vectors, merged models and scale curves."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lata_lightning.errors import CorruptFileError, LataError, SourceError, firs
 from lata_lightning.store.directories import MERGE_RECORD, SCORES_NAME, holds_vector, read_object
 from lata_lightning.vectors.task_vector import TaskVector
 
-# As in callbacks/lata.py, which imports Lightning; a test holds both together.
+# As in callbacks/lata.py, which imports Lightning; a test checks that both agree.
 VECTOR_NAME = "task_vector"
 TUNE_NAME = "tune.json"
 CALLBACK_FOLDER = "lata"
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """One line of a history: of the whole model what is known, and every layer."""
+class HistoryEntry:
+    """One line of a history: the figures of the whole model, and of every layer."""
 
     step: int
     epoch: int
@@ -35,12 +35,12 @@ class Measurement:
 
 @dataclass(frozen=True)
 class ScaleCurves:
-    """What scales scored.
+    """Scores by scale.
 
     Attributes:
-        curves: Score by rising scale, by the name of what was scored and, where there are several, of the rule.
-        metric: What a score is.
-        chosen: The point that was chosen, in words; empty where the file says none.
+        curves: Score by ascending scale, for each file and, where there are several, for each rule.
+        metric: Name of the metric.
+        chosen: The chosen point in words; empty where the file names none.
     """
 
     curves: Mapping[str, Mapping[float, float]]
@@ -54,19 +54,19 @@ class Subject:
 
     Attributes:
         label: Short name, unique in the report.
-        path: As it was given.
-        history: The measurements of a run, oldest first.
-        vector: The task vector, opened.
-        vector_path: Where it lies.
-        scales: What was tried on it.
-        terms: Of a merged model, what its merge record says of each vector.
-        onto: Of a merged model, what the vectors were added to.
-        scores: What ``lata evaluate`` measured, by data set and measure.
+        path: The path as given.
+        history: The history of a run, oldest first.
+        vector: The task vector.
+        vector_path: Directory of the task vector.
+        scales: The scale curves of the vector.
+        terms: For a merged model, the entry of each vector in its merge record.
+        onto: For a merged model, the model that the vectors were added to.
+        scores: Scores by ``lata evaluate``, by data set and metric.
     """
 
     label: str
     path: str
-    history: tuple[Measurement, ...] = ()
+    history: tuple[HistoryEntry, ...] = ()
     vector: TaskVector | None = None
     vector_path: Path | None = None
     scales: ScaleCurves | None = None
@@ -76,14 +76,14 @@ class Subject:
 
 
 def open_subjects(paths: Sequence[str | Path]) -> list[Subject]:
-    """What lies at each path, tensors unread.
+    """Open what is at each path, without reading tensors.
 
     A path is the output directory of a run (``history.jsonl``, ``task_vector``, ``tune.json``, whichever of them are there), a saved vector, a
     ``tune.json``, a merged model, or a directory that ``lata evaluate --output`` wrote to.
 
     Raises:
         SourceError: A path holds none of them, or no measurement yet.
-        CorruptFileError: A file cannot be understood.
+        CorruptFileError: A file cannot be parsed.
         LataError: A path is given twice.
     """
     twice = {str(path) for path in paths if [Path(other).resolve() for other in paths].count(Path(path).resolve()) > 1}
@@ -95,13 +95,13 @@ def open_subjects(paths: Sequence[str | Path]) -> list[Subject]:
 
 
 def read_scales(path: Path) -> ScaleCurves:
-    """Scores by scale, from ``{"points": [{"scale": 0.5, "scores": {"math": 0.61}}]}``.
+    """Read scores by scale, from ``{"points": [{"scale": 0.5, "scores": {"math": 0.61}}]}``.
 
-    A point may also have ``weighting``, the rule it was tried under, and ``control``, scores of what must not suffer; the file may have ``metric``
-    and ``best``, the scale and weighting that were chosen.
+    A point may also have ``weighting``, its rule, and ``control``, its scores on control data; the file may have ``metric``, and ``best`` with the chosen
+    scale and weighting.
 
     Raises:
-        CorruptFileError: The file is not of this form, holds no score, or a number that is not finite.
+        CorruptFileError: The file does not have this form, holds no score, or holds a number that is not finite.
     """
     try:
         data = json.loads(path.read_text("utf-8"))
@@ -137,7 +137,7 @@ def _open(path: Path, given: str, label: str) -> Subject:
     subject = Subject(
         label,
         given,
-        history=_measurements(history),
+        history=_history(history),
         vector=TaskVector.open(vector) if holds_vector(vector) else None,
         vector_path=vector if holds_vector(vector) else None,
         scales=read_scales(tuned) if tuned.is_file() else None,
@@ -152,7 +152,7 @@ def _open(path: Path, given: str, label: str) -> Subject:
 
 def _name(path: Path) -> str:
     whole = path.resolve()
-    # A run is known by the folder that the callback's own lies in.
+    # A run is named after the folder that contains the callback's folder.
     return whole.parent.name if whole.name in (VECTOR_NAME, TUNE_NAME, CALLBACK_FOLDER) else whole.name or str(whole)
 
 
@@ -164,7 +164,7 @@ def _hint(path: Path) -> str:
 
 
 def _merge(path: Path) -> tuple[str | None, tuple[Mapping[str, Any], ...]]:
-    """What vectors were added to, and the vectors, by the record of a merge."""
+    """Read from the record of a merge what the vectors were added to, and the entry of each vector."""
     if not path.is_file():
         return None, ()
     record = read_object(path)
@@ -176,7 +176,7 @@ def _merge(path: Path) -> tuple[str | None, tuple[Mapping[str, Any], ...]]:
 
 
 def _scores(path: Path) -> Mapping[str, Mapping[str, float | None]]:
-    """Scores by data set and measure; none where there is no such file."""
+    """Read scores by data set and metric; empty where there is no such file."""
     if not path.is_file():
         return {}
     try:
@@ -188,21 +188,21 @@ def _scores(path: Path) -> Mapping[str, Mapping[str, float | None]]:
         raise CorruptFileError(f"{path} holds no scores of lata evaluate ({error!r})") from error
 
 
-def _measurements(path: Path) -> tuple[Measurement, ...]:
-    found = []
+def _history(path: Path) -> tuple[HistoryEntry, ...]:
+    entries = []
     for number, row in enumerate(read_history(path), start=1):
         try:
-            found.append(_measurement(row))
+            entries.append(_entry(row))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptFileError(f"line {number} of {path} is no measurement ({error!r}). Was it changed by hand?") from error
-    return tuple(found)
+    return tuple(entries)
 
 
-def _measurement(row: Mapping[str, Any]) -> Measurement:
+def _entry(row: Mapping[str, Any]) -> HistoryEntry:
     alignment = Alignment.from_json(row)
     figures = [row["task_norm"], row.get("alignment"), row.get("relative_norm")]
     for stats in (*alignment.layers.values(), *alignment.outside.values()):
         figures += [stats.alignment, stats.relative_norm, stats.task_norm, stats.instruction_norm, stats.coefficient]
     if not all(value is None or math.isfinite(value) for value in figures):
         raise ValueError("a value that is not finite")
-    return Measurement(int(row["step"]), int(row["epoch"]), float(figures[0]), figures[1], figures[2], alignment)
+    return HistoryEntry(int(row["step"]), int(row["epoch"]), float(figures[0]), figures[1], figures[2], alignment)
