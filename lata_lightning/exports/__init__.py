@@ -1,4 +1,4 @@
-"""Handing vectors over: a pure vector, a model directory, a peft adapter, mergekit's input, a table of coefficients."""
+"""Exporting vectors: as a pure vector, a model directory, a peft adapter, mergekit's input, or a table of coefficients."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ def export_to(
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Path:
-    """Write vectors in the form another tool reads.
+    """Write vectors in a form that another tool reads.
 
     Args:
-        kind: ``"pure"``, ``"hf"``, ``"peft"``, ``"mergekit"`` or ``"coefficients"``; see the function of each for what comes out.
+        kind: ``"pure"``, ``"hf"``, ``"peft"``, ``"mergekit"`` or ``"coefficients"``; see the function of each for its output.
         terms: The vectors, each with its scale; stored coefficients weight the layers.
-        output: A directory that does not exist yet; it appears complete or not at all.
-        onto: The start model, where it is not at the location that the first vector records.
-        dtype: ``float32``, ``bfloat16`` or ``float16``; by default what each kind says.
-        rank: For ``"peft"``: singular values to keep of each dense matrix; 16 if no energy is given either.
+        output: A directory that does not exist yet; written atomically.
+        onto: The start model, if it is not at the location that the first vector records.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; the default depends on the kind.
+        rank: For ``"peft"``: number of singular values to keep of each dense matrix; 16 if no energy is given either.
         energy: For ``"peft"``: share of ‖τ‖² to keep of each dense matrix, in (0, 1].
-        check_base: Refuse a start model that is known to be another than the one the vectors started from.
-        command: Recorded in the card as how the output was made.
+        check_base: Refuse a start model that is known to differ from the one that the vectors started from.
+        command: The command that makes the output, recorded in its card.
         progress: Called after each tensor with the bytes written so far and the bytes in all.
-        note: For ``"peft"``: called with each sentence about an adapter that is large beside the model, or loses much of the vectors.
+        note: For ``"peft"``: called with a sentence if the adapter is large compared with the model, or loses much of the vectors.
 
     Returns:
         The output directory. Nothing else changes.
 
     Raises:
-        LataError: The kind is unknown, has no use for an option that is given, or what it raises itself.
+        LataError: The kind is unknown, or does not use an option that is given; or as the function of the kind raises.
     """
     if kind not in EXPORTS:
         raise LataError(f"unknown export {kind!r}; choose one of {', '.join(EXPORTS)}")
@@ -65,7 +65,7 @@ def export_to(
         if scaled or onto is not None:
             what = f"a scale ({scaled[0].scale:g} of {scaled[0].vector.label})" if scaled else "a start model"
             raise LataError(f"the export {kind!r} has no place for {what}: give it where the vector is merged")
-    # One heavy import each: whoever exports a table needs no peft.
+    # Imported here, as each kind needs other libraries.
     if kind == "pure":
         from lata_lightning.exports.pure import export_pure
 

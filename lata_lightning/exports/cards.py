@@ -1,4 +1,4 @@
-"""Cards of what is handed over, and the figures they tell."""
+"""Model cards of exports, and the reconstruction errors in them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ RECONSTRUCTION = "reconstruction.json"
 def reconstruction(
     figures: Mapping[str, tuple[str, int | None, float, float]], layers: LayerMap, truncation: Truncation, dtype: str | None
 ) -> dict[str, Any]:
-    """What the adapter adds beside what it should add, as plain types.
+    """Return the reconstruction errors of an adapter, as plain types.
 
     Args:
-        figures: By tensor: ``factors`` (exact but for rounding), ``cut`` (down to a rank) or ``whole``; its rank; ‖error‖² and ‖τ‖².
-        layers: LayerPosition of the tensors.
-        truncation: What dense differences were cut down to.
-        dtype: Of the adapter; None for the defaults.
+        figures: For each tensor, how it is stored: ``factors`` (exact up to rounding), ``cut`` (truncated to a rank) or ``whole``; its rank; ‖error‖² and
+            ‖τ‖².
+        layers: The layer of each tensor.
+        truncation: How dense differences were truncated.
+        dtype: Dtype of the adapter; None for the defaults.
 
     Returns:
-        ``all``, ``layers`` (by block), ``outside`` and ``tensors`` with relative errors ‖τ − added‖ / ‖τ‖ as float64; null for what is zero.
+        ``all``, ``layers`` (by block), ``outside`` and ``tensors`` with relative errors ‖τ − added‖ / ‖τ‖ as float64; null where τ is zero.
     """
     blocks: dict[str, list[float]] = {block: [0.0, 0.0] for block in layers.blocks}
     outside = {}
@@ -41,10 +42,10 @@ def reconstruction(
         "energy": truncation.energy,
         "dtype": dtype,
         "all": relative(sum(error for _, _, error, _ in figures.values()), sum(norm for *_, norm in figures.values())),
-        "layers": {block: relative(*found) for block, found in blocks.items()},
+        "layers": {block: relative(*sums) for block, sums in blocks.items()},
         "outside": outside,
         "tensors": {
-            name: {"held": held, "rank": rank, "error": relative(error, norm)} for name, (held, rank, error, norm) in figures.items()
+            name: {"held": storage, "rank": rank, "error": relative(error, norm)} for name, (storage, rank, error, norm) in figures.items()
         },
     }
 
@@ -52,11 +53,11 @@ def reconstruction(
 def adapter_card(
     name: str, location: str | None, revision: str | None, terms: Sequence[Term], record: Mapping[str, Any], command: str | None
 ) -> str:
-    """Card of an adapter: its start model, the vectors in it, and what it leaves out of them."""
+    """Return the card of an adapter: its start model, its vectors, and its reconstruction errors."""
     lines = front_matter([location], "peft", ["lora", "task-arithmetic", "lata"])
     at = "" if revision is None else f" at `{revision}`"
-    held = [tensor["held"] for tensor in record["tensors"].values()]
-    kept = f"the smallest rank that keeps {record['energy']:g} of ‖τ‖²" if record["energy"] is not None else f"rank {record['rank']}"
+    storage = [tensor["held"] for tensor in record["tensors"].values()]
+    rank = f"the smallest rank that keeps {record['energy']:g} of ‖τ‖²" if record["energy"] is not None else f"rank {record['rank']}"
     lines += [
         f"# {name}",
         "",
@@ -66,8 +67,8 @@ def adapter_card(
         "|---|---|---|",
         *(f"| {term.vector.label} | {term.scale:g} | {term.vector.manifest.weighting} |" for term in terms),
         "",
-        f"{held.count('factors')} tensors are held in the factors they were trained in; {held.count('cut')} are dense differences cut down to "
-        f"{kept}; {held.count('whole')} are stored whole, rounded as in any model of that precision.",
+        f"{storage.count('factors')} tensors are stored as the factors they were trained in; {storage.count('cut')} are dense differences truncated to "
+        f"{rank}; {storage.count('whole')} are stored whole, rounded as in any model of that precision.",
         "",
         "What the adapter adds differs from the weighted vector τ by (‖τ − added‖ / ‖τ‖, measured in float64; by tensor in "
         f"`{RECONSTRUCTION}`):",
@@ -84,12 +85,12 @@ def adapter_card(
 
 
 def mergekit_card(name: str, location: str, models: Sequence[tuple[Term, str, bool]], record: Mapping[str, Any]) -> str:
-    """Card of an input for mergekit: the command that runs it, and how its result compares with that of ``lata merge``.
+    """Return the card of an input for mergekit: the command that runs it, and how its result compares with that of ``lata merge``.
 
     Args:
-        name: Title.
+        name: Title of the card.
         location: The start model.
-        models: The terms, where the model of each lies, and whether it was written here.
+        models: The terms, the path of the model of each, and whether it was written here.
         record: ``dtype`` of the written models and ``out_dtype`` of the result.
     """
     lines = front_matter([location], "mergekit", ["merge", "task-arithmetic", "lata"])
@@ -110,13 +111,14 @@ def mergekit_card(name: str, location: str, models: Sequence[tuple[Term, str, bo
             for term, path, written in models
         ),
         "",
-        "What comes out is what `lata merge` writes, up to rounding. A tensor of which all weights are 0 is that of the start, entry by entry. "
+        "The result is what `lata merge` writes, up to rounding. A tensor whose weights are all 0 equals that of the start. "
         "All others mergekit subtracts, multiplies and adds in float32, where `lata merge` does so in float64 and rounds once:",
         "",
     ]
     if record["out_dtype"] in ("bfloat16", "float16"):
         lines += [
-            f"the error of float32 is far below one rounding to {record['out_dtype']}, so nearly all entries are equal and others neighbours.",
+            f"the error of float32 is far below one rounding to {record['out_dtype']}, so nearly all entries are equal, and the others differ by one "
+            "unit in the last place.",
             "",
         ]
     else:

@@ -1,4 +1,4 @@
-"""The coefficients of vectors, with the alignments behind them, as JSON and as a table for a spreadsheet."""
+"""Exporting the coefficients and alignments of vectors, as JSON and as a table for a spreadsheet."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ def export_coefficients(vectors: Sequence[TaskVector], output: str | Path) -> Pa
     """Write ``coefficients.json`` and ``coefficients.csv`` of one or several vectors.
 
     The JSON holds ``level``, ``outside``, ``weighting``, ``threshold`` (null for rules without one) and ``vectors``: for each its label, its
-    coefficients by layer and its alignment (null if none is stored). A vector that no rule was applied to has coefficient 1 everywhere and the
-    weighting ``none``. The CSV has one row for each layer and, with ``ranked`` false, one for each tensor outside the layers; what was not
-    measured is an empty field there.
+    coefficient by layer and its alignment (null if none is stored). An unweighted vector has coefficient 1 everywhere and the weighting ``none``. The
+    CSV has one row for each layer and, with ``ranked`` false, one for each tensor outside the layers; fields that were not measured are empty.
 
     Raises:
-        LataError: The vectors are not all weighted by one rule.
+        LataError: The vectors are weighted by different rules.
         OutputError: The output exists, or cannot be written.
     """
     rules = [_rule(vector) for vector in vectors]
@@ -69,9 +68,9 @@ def _coefficients(vector: TaskVector) -> dict[str, float]:
 
 def _rows(vector: TaskVector) -> Iterator[tuple[Any, ...]]:
     alignment, outside = vector.manifest.alignment, _rule(vector)["outside"]
-    for ranked, found in ((True, _coefficients(vector)), (False, dict.fromkeys(vector.layers.outside(), outside))):
+    for ranked, by_layer in ((True, _coefficients(vector)), (False, dict.fromkeys(vector.layers.outside(), outside))):
         measured = {} if alignment is None else alignment.layers if ranked else alignment.outside
-        for layer, coefficient in found.items():
+        for layer, coefficient in by_layer.items():
             stats = measured.get(layer)
             figures = (None,) * 4 if stats is None else (stats.alignment, stats.relative_norm, stats.task_norm, stats.instruction_norm)
             yield (vector.label, layer, "true" if ranked else "false", *figures, coefficient)

@@ -1,4 +1,4 @@
-"""Sums of differences as one pair of factors: exact for what is low-rank already, truncated for what is dense."""
+"""Sums of differences as one pair of low-rank factors: exact for low-rank differences, truncated for dense ones."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from lata_lightning.exports.remarks import ENOUGH
 from lata_lightning.numerics.low_rank import Factors, LowRank
 
 DEFAULT_RANK = 16
-Part = tuple["Tensor | LowRank", float]
-"""A difference, dense or low-rank, and the factor it comes with."""
+Scaled = tuple["Tensor | LowRank", float]
+"""A difference, dense or low-rank, and its multiplier."""
 
 
 @dataclass(frozen=True)
 class Truncation:
-    """How far dense differences are cut down.
+    """How dense differences are truncated.
 
     Attributes:
-        rank: Singular values to keep of each matrix, if no energy is given.
-        energy: Share of ‖τ‖² to keep of each matrix, in (0, 1]: the smallest rank that keeps it.
+        rank: Number of singular values to keep of each matrix, if no energy is given.
+        energy: Share of ‖τ‖² to keep of each matrix, in (0, 1]; the smallest rank that keeps it is taken.
 
     Raises:
-        LataError: Both are given, or one is out of its range.
+        LataError: Both are given, or one is out of range.
     """
 
     rank: int | None = None
@@ -42,12 +42,12 @@ class Truncation:
         if self.energy is not None and not 0 < self.energy <= 1:
             raise LataError(f"the energy is a share in (0, 1], got {self.energy}")
 
-    def kept(self, squares: Tensor) -> int:
-        """How many of the squared singular values to keep; they come in descending order, in float64."""
+    def rank_for(self, squares: Tensor) -> int:
+        """Return the number of singular values to keep, from their squares in descending order, float64."""
         if self.energy is None:
             return min(self.rank or DEFAULT_RANK, len(squares))
         sums = squares.cumsum(0)
-        # Values that are rounding errors of zeros are no energy to be kept.
+        # Rounding errors of zeros do not count as energy.
         enough = self.energy * sums[-1] * (1 - len(squares) * torch.finfo(torch.float64).eps)
         return int((sums < enough).sum()) + 1
 
@@ -57,10 +57,10 @@ class Factored:
     """A tensor as scale · left @ right, its first axis rows and the others columns.
 
     Attributes:
-        shape: Of the tensor.
-        left, right: In the dtype they are stored in.
-        scale: The multiplier that the adapter's configuration stands for.
-        enough: Where a part of it was cut down, the smallest rank of that part that keeps ``ENOUGH`` of its squared norm; None for exact ones.
+        shape: Shape of the tensor.
+        left, right: The factors, in the dtype of the file.
+        scale: The multiplier in the adapter's configuration.
+        enough: The smallest rank that would keep ``ENOUGH`` of the squared norm of the truncated part; None if nothing was truncated.
     """
 
     shape: tuple[int, ...]
@@ -71,54 +71,53 @@ class Factored:
 
     @property
     def cut(self) -> bool:
-        """Whether a part of it was cut down."""
+        """Whether a part of it was truncated."""
         return self.enough is not None
 
     @property
     def rank(self) -> int:
-        """Columns of ``left``."""
+        """Number of columns of ``left``."""
         return self.left.shape[1]
 
     @property
     def low_rank(self) -> LowRank:
-        """The tensor that the stored factors make."""
+        """The product of the stored factors."""
         return LowRank(self.shape, (Factors(self.left, self.right, self.scale),))
 
     def padded(self, rank: int) -> Factored:
-        """The same tensor with zeros up to a rank."""
+        """Return the same tensor with factors padded with zeros to a rank."""
         more = rank - self.rank
         left = torch.cat([self.left, self.left.new_zeros(self.left.shape[0], more)], dim=1)
         return replace(self, left=left, right=torch.cat([self.right, self.right.new_zeros(more, self.right.shape[1])], dim=0))
 
 
 def common_scale(tensors: Iterable[LowRank]) -> float:
-    """The scale that all parts share; 1 where they have several, or where there are none."""
-    found = {part.scale for held in tensors for part in held.parts}
-    return found.pop() if len(found) == 1 else 1.0
+    """Return the scale that all parts share; 1 where they have different ones, or where there are none."""
+    scales = {part.scale for tensor in tensors for part in tensor.parts}
+    return scales.pop() if len(scales) == 1 else 1.0
 
 
 def factored(
     shape: tuple[int, ...],
-    parts: Sequence[Part],
+    differences: Sequence[Scaled],
     truncation: Truncation,
     *,
     scale: float,
     scaled_side: Literal["left", "right"],
     dtype: torch.dtype,
 ) -> Factored:
-    """Σ factor · part as one product of factors.
+    """Return Σ multiplier · difference as one product of factors.
 
-    Low-rank parts lie side by side, so their sum is exact; of each only one side is multiplied, and only if factor and scale ask for it. The sum of
-    the dense parts is cut down to the singular vectors of its largest singular values, which leaves the smallest error there is for their number;
-    the square root of each value goes to either side.
+    The factors of low-rank differences are concatenated, so their sum is exact; only one side of each is multiplied. The sum of the dense differences is
+    truncated to its largest singular values, which is the best approximation of that rank; the square root of each value goes to either side.
 
     Args:
-        shape: Of the tensor; at least two axes.
-        parts: At least one.
-        truncation: For the dense parts.
-        scale: Not zero; the result is divided by it, as the adapter multiplies by it.
-        scaled_side: Which side takes the factors: that of lora_B.
-        dtype: Of the result.
+        shape: Shape of the tensor; at least two axes.
+        differences: At least one.
+        truncation: How to truncate the dense ones.
+        scale: The scale of the adapter, not zero; the result is divided by it, because peft multiplies by it.
+        scaled_side: The side that is multiplied: that of lora_B.
+        dtype: Dtype of the factors.
 
     Raises:
         CorruptFileError: A factor does not fit the dtype, or a difference is not finite.
@@ -127,10 +126,10 @@ def factored(
     """
     lefts: list[Tensor] = []
     rights: list[Tensor] = []
-    dense = [(held, factor) for held, factor in parts if isinstance(held, Tensor)]
-    for held, factor in parts:
-        if isinstance(held, LowRank):
-            for part in held.parts:
+    dense = [(difference, factor) for difference, factor in differences if isinstance(difference, Tensor)]
+    for difference, factor in differences:
+        if isinstance(difference, LowRank):
+            for part in difference.parts:
                 multiplier = factor * (part.scale / scale)
                 left, right = part.left.double(), part.right.double()
                 lefts.append(left * multiplier if scaled_side == "left" else left)
@@ -138,7 +137,7 @@ def factored(
     enough = None
     if dense:
         left, right, enough = _truncated(_sum(dense).reshape(shape[0], -1), truncation)
-        # Where one vector acts, its factor is applied here and not to every entry.
+        # The multiplier of a single dense difference is applied to the factors and not to every entry.
         multiplier = (dense[0][1] if len(dense) == 1 else 1.0) / scale
         lefts.append(left * multiplier if scaled_side == "left" else left)
         rights.append(right * multiplier if scaled_side == "right" else right)
@@ -148,18 +147,18 @@ def factored(
     return Factored(shape, left, right, scale, enough)
 
 
-def squares(parts: Sequence[Part], added: Iterable[tuple[int, int, Tensor]]) -> tuple[float, float]:
-    """‖Σ factor · part − added‖² and ‖Σ factor · part‖², in float64.
+def squares(differences: Sequence[Scaled], added: Iterable[tuple[int, int, Tensor]]) -> tuple[float, float]:
+    """Return ‖Σ multiplier · difference − added‖² and ‖Σ multiplier · difference‖², in float64.
 
     Args:
-        parts: What was to be added.
-        added: What was, in the blocks of rows of ``LowRank.rows`` or ``rows_between``.
+        differences: What the adapter should add.
+        added: What it adds, in the blocks of rows of ``LowRank.rows`` or ``rows_between``.
     """
-    streams = [held.rows() if isinstance(held, LowRank) else _rows(held) for held, _ in parts]
+    streams = [difference.rows() if isinstance(difference, LowRank) else _rows(difference) for difference, _ in differences]
     error = norm = 0.0
     for _, _, values in added:
         total = torch.zeros_like(values)
-        for stream, (_, factor) in zip(streams, parts, strict=True):
+        for stream, (_, factor) in zip(streams, differences, strict=True):
             total += next(stream)[2] * factor
         error += (total - values).square().sum().item()
         norm += total.square().sum().item()
@@ -167,7 +166,7 @@ def squares(parts: Sequence[Part], added: Iterable[tuple[int, int, Tensor]]) -> 
 
 
 def rows_between(before: Tensor, after: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """The blocks of rows of a difference, in float64."""
+    """Yield after − before in blocks of rows, in float64."""
     for (begin, end, one), (_, _, other) in zip(_rows(before), _rows(after), strict=True):
         yield begin, end, other - one
 
@@ -179,22 +178,22 @@ def _rows(tensor: Tensor) -> Iterator[tuple[int, int, Tensor]]:
 
 
 def _sum(dense: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """The only tensor as it is, or the weighted sum of several, in float64."""
+    """Return a single tensor unchanged and unscaled, or the weighted sum of several in float64."""
     if len(dense) == 1:
         return dense[0][0]
     total = torch.zeros(dense[0][0].shape, dtype=torch.float64)
-    for held, factor in dense:
-        total += held.double() * factor
+    for difference, factor in dense:
+        total += difference.double() * factor
     return total
 
 
 def _truncated(matrix: Tensor, truncation: Truncation) -> tuple[Tensor, Tensor, int]:
-    """Left and right factor of the best approximation of a rank, in float64, and the rank that would be enough."""
+    """Return left and right factor of the best low-rank approximation, in float64, and the rank that would keep ``ENOUGH``."""
     turned = matrix.shape[0] < matrix.shape[1]
     tall = matrix.T if turned else matrix
     blocks = torch.split(tall, max(1, tall.shape[1]))
-    # The eigenvectors of MᵀM are the right singular vectors of M. In float64 they are exact far beyond the float32 the factors are stored in, at
-    # less time than a decomposition of M in float32 takes, and without a copy of M in float64.
+    # The eigenvectors of the Gram matrix MᵀM are the right singular vectors of M. In float64 they are far more exact than the float32 of the factors. This
+    # is faster than decomposing M in float32, and needs no copy of M in float64.
     gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64)
     for block in blocks:
         wide = block.double()
@@ -203,15 +202,15 @@ def _truncated(matrix: Tensor, truncation: Truncation) -> tuple[Tensor, Tensor, 
         raise CorruptFileError("NaN or infinite values")
     values, vectors = torch.linalg.eigh(gram)
     squared = values.flip(0).clamp_min(0.0)
-    short = vectors.flip(1)[:, : truncation.kept(squared)]
+    short = vectors.flip(1)[:, : truncation.rank_for(squared)]
     long = torch.cat([block.double() @ short for block in blocks])
     norms = long.norm(dim=0)
     roots = norms.sqrt()
     long, short = torch.where(norms > 0, long / roots, 0.0), short * roots
-    enough = Truncation(energy=ENOUGH).kept(squared)
+    enough = Truncation(energy=ENOUGH).rank_for(squared)
     return (short, long.T, enough) if turned else (long, short.T, enough)
 
 
 def relative(error: float, norm: float) -> float | None:
-    """‖error‖ / ‖norm‖ from their squares; None where there is nothing to be wrong about."""
+    """Return ‖error‖ / ‖τ‖ from their squares; None where τ is zero."""
     return None if norm == 0 else math.sqrt(error / norm)

@@ -1,4 +1,4 @@
-"""A complete model directory for transformers."""
+"""Exporting a complete model directory for transformers."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def export_hf(
     Args:
         terms: The vectors, each with its scale.
         output: A directory that does not exist yet.
-        onto: The start model, where it is not at the location that the first vector records.
-        dtype: Of all tensors; by default each keeps that of the start.
-        check_base: Refuse a start that is known to be another than the one a vector comes from.
-        command: Recorded in the card.
+        onto: The start model, if it is not at the location that the first vector records.
+        dtype: Dtype of all tensors; by default each keeps that of the start.
+        check_base: Refuse a start model that is known to differ from the one that a vector started from.
+        command: The command that makes the output, recorded in its card.
         progress: Called after each tensor.
 
     Raises:
-        BaseMismatchError: The start is another than the one a vector comes from.
-        LataError: It is not known where the start lies, or what ``merge`` raises.
+        BaseMismatchError: A vector started from another model.
+        LataError: The location of the start is not known, or as for ``merge``.
     """
     return merge(
         start_of(terms, onto),

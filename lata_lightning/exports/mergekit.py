@@ -1,4 +1,4 @@
-"""A directory that mergekit merges from: its configuration, and the models it needs beside the start."""
+"""Exporting a directory for mergekit: its configuration, and the models it needs besides the start."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lata_lightning.store.sources import TensorSource
 from lata_lightning.store.writer import Progress, atomic_directory, check_free_directory
 from lata_lightning.vectors.task_vector import TaskVector
 
-# A plus means an adapter to mergekit, an at sign a revision.
+# In a path, mergekit takes a plus for an adapter and an at sign for a revision.
 _SPLITS = "+@"
 
 
@@ -34,22 +34,22 @@ def export_mergekit(
 ) -> Path:
     """Write ``merge.yaml`` with the exact weight of every tensor, and one model for each vector: start + 1 · vector.
 
-    Where the tuned model still lies where the vector records it, and its difference to the start is the vector bit for bit, the configuration names it
-    and nothing is written. ``mergekit-yaml merge.yaml OUTPUT`` runs in the directory.
+    If the tuned model of a vector is still at its recorded location, and its difference to the start is the vector bit for bit, the configuration names
+    that model and none is written. ``mergekit-yaml merge.yaml OUTPUT`` runs in the directory.
 
     Args:
         terms: The vectors, each with its scale.
-        output: A directory that does not exist yet; it appears complete or not at all.
-        onto: The start model, where it is not at the location that the first vector records; a model directory or a hub id.
-        dtype: Of the models that are written.
-        check_base: Refuse a start that is known to be another than the one a vector comes from.
+        output: A directory that does not exist yet; written atomically.
+        onto: The start model, if it is not at the location that the first vector records; a model directory or a hub id.
+        dtype: Dtype of the models that are written.
+        check_base: Refuse a start model that is known to differ from the one that a vector started from.
         progress: Called while models are written.
 
     Raises:
-        LataError: The start is no model directory, a path has a character that mergekit takes for something else, or experts that mergekit merges
+        LataError: The start is not a model directory, a path contains a character with a special meaning for mergekit, or experts that mergekit merges
             as one tensor have different weights.
-        BaseMismatchError: The start is another than the one a vector comes from.
-        LayoutMismatchError, CorruptFileError, OutputError: As ``merge``.
+        BaseMismatchError: A vector started from another model.
+        LayoutMismatchError, CorruptFileError, OutputError: As for ``merge``.
     """
     target = Path(output)
     check_free_directory(target)
@@ -88,36 +88,36 @@ def export_mergekit(
 
 
 def start_for_mergekit(source: TensorSource) -> str:
-    """The start model as mergekit's configuration names it.
+    """Return the name of the start model for mergekit's configuration.
 
     Raises:
-        LataError: It is no model directory, or its path has a character that mergekit takes for something else.
+        LataError: It is not a model directory, or its path contains a character with a special meaning for mergekit.
     """
     if source.directory is None or source.config is None:
         raise LataError(
             f"mergekit reads model directories with a config.json only, and {source.label} is none: name one (onto=…, --onto MODEL)"
         )
-    # A hub id stays one, as mergekit has its own way to it.
+    # A hub id is kept, as mergekit downloads it itself.
     return str(source.location) if source.revision is not None else _path(source.directory)
 
 
 def _weights(term: Term, factors_of: Mapping[str, float], structure: Structure | None) -> dict[str, float]:
-    """The factor of every tensor, also by the names its module has in transformers, which mergekit uses where a checkpoint has others."""
-    found = dict(factors_of)
-    for held in () if structure is None else structure.by_name.values():
-        factors = {found[piece] for piece in held.pieces if piece in found}
+    """Return the factor of every tensor, by its name in the checkpoint and by its name in transformers, which mergekit may use instead."""
+    weights = dict(factors_of)
+    for tensor in () if structure is None else structure.by_name.values():
+        factors = {weights[name] for name in tensor.stored_names if name in weights}
         if len(factors) > 1:
             raise LataError(
-                f"mergekit merges {held.names[0]} as one tensor, and {term.vector.label} has {len(factors)} weights for its parts, "
-                f"{first_three(held.pieces)}. Measure the alignment by block or submodule, or use lata merge."
+                f"mergekit merges {tensor.names[0]} as one tensor, and {term.vector.label} has {len(factors)} weights for its parts, "
+                f"{first_three(tensor.stored_names)}. Measure the alignment by block or submodule, or use lata merge."
             )
-        for name in held.names if factors else ():
-            found.setdefault(name, *factors)
-    return found
+        for name in tensor.names if factors else ():
+            weights.setdefault(name, *factors)
+    return weights
 
 
 def _model(path: str, weights: dict[str, float]) -> list[str]:
-    """The entry of one model, with a filter for each tensor: mergekit takes the first that is part of a tensor's name."""
+    """Return the entry of one model, with a filter for each tensor: mergekit takes the first filter that is part of a tensor's name."""
     lines = [f"  - model: {json.dumps(path)}", "    parameters:", "      weight:"]
     for name in sorted(weights, key=lambda name: (-len(name), name)):
         lines += [f"        - filter: {json.dumps(name)}", f"          value: {_number(weights[name])}"]
@@ -125,7 +125,7 @@ def _model(path: str, weights: dict[str, float]) -> list[str]:
 
 
 def _number(value: float) -> str:
-    """A number in YAML, in which 1e-05 would be a text and 1.0e-05 is none."""
+    """Format a number for YAML, which reads 1e-05 as a text but 1.0e-05 as a number."""
     text = repr(value)
     return text.replace("e", ".0e") if "e" in text and "." not in text else text
 
@@ -140,13 +140,13 @@ def _path(directory: Path) -> str:
 
 
 def _tuned(vector: TaskVector, start: TensorSource) -> str | None:
-    """Path of the tuned model of a vector, if it is there and its difference to the start is this very vector."""
+    """Return the path of the tuned model of a vector, if it exists and its difference to the start is exactly this vector."""
     location = vector.manifest.tuned_identity.location
     if location is None or not (Path(location) / "config.json").is_file() or set(_SPLITS) & set(str(Path(location).resolve())):
         return None
     try:
-        found = TaskVector.between(start, open_source(location))
+        difference = TaskVector.between(start, open_source(location))
     except LataError:
         return None
-    same = set(found) == set(vector) and all(torch.equal(found[name], vector[name]) for name in vector)
+    same = set(difference) == set(vector) and all(torch.equal(difference[name], vector[name]) for name in vector)
     return _path(Path(location)) if same else None

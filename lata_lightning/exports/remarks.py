@@ -1,4 +1,4 @@
-"""What a user should know of an adapter before using it: how large it is, and how much of the vectors it lost."""
+"""Warnings about an adapter: that it is large, or has lost much of the vectors."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from typing import Any
 from lata_lightning.errors import first_three
 
 ENOUGH = 0.99
-"""Share of the squared norm of a matrix that a suggested rank keeps: a tenth of the norm is lost."""
+"""Share of the squared norm of a matrix that a suggested rank keeps, so that the relative error is a tenth."""
 _LOST = 0.1
 
 
 def loss_remark(record: Mapping[str, Any], ranks: Mapping[str, int]) -> str | None:
-    """Say how much an adapter lost, and which rank would do; None if it lost less than a tenth of the norm.
+    """Return a sentence that says how much an adapter lost, and which rank would be enough; None if it lost less than a tenth of the norm.
 
     Args:
-        record: What ``reconstruction`` gives.
-        ranks: By tensor that was cut down, the smallest rank that keeps ``ENOUGH`` of its squared norm.
+        record: The result of ``reconstruction``.
+        ranks: For each truncated tensor, the smallest rank that keeps ``ENOUGH`` of its squared norm.
     """
     lost = record["all"]
     if lost is None or lost <= _LOST or not ranks:
         return None
-    kept = f"rank {record['rank']}" if record["energy"] is None else f"{record['energy']:.3g} of the squared norm"
+    truncation = f"rank {record['rank']}" if record["energy"] is None else f"{record['energy']:.3g} of the squared norm"
     return (
-        f"at {kept} the adapter loses {lost:.0%} of the norm of the vectors: they are of no low rank. To lose about a tenth, --energy {ENOUGH} needs "
-        f"ranks up to {max(ranks.values())}; a merged model (--to hf) loses nothing"
+        f"at {truncation} the adapter loses {lost:.0%} of the norm of the vectors: they are of no low rank. To lose about a tenth, --energy {ENOUGH} "
+        f"needs ranks up to {max(ranks.values())}; a merged model (--to hf) loses nothing"
     )
 
 
 def size_remark(size: int, model_size: int, whole: Mapping[str, int]) -> str | None:
-    """Say that an adapter is large; None if it takes less than half of what the model takes.
+    """Return a sentence that says that an adapter is large; None if it is at most half as large as the model.
 
     Args:
         size: Bytes of the adapter.
         model_size: Bytes of the start model.
-        whole: Bytes by module that is stored whole.
+        whole: Bytes of each module that is stored whole.
     """
     if size <= model_size / 2:
         return None

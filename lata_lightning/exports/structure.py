@@ -1,4 +1,4 @@
-"""Which module holds a tensor of a checkpoint, and what peft can do with that module."""
+"""The modules that the tensors of a checkpoint belong to, and how peft can adapt them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lata_lightning.store.meta_model import meta_model
 from lata_lightning.store.names import differing_prefixes
 from lata_lightning.store.sources import TensorSource
 
-Form = Literal["linear", "turned", "embedding", "convolution"]
+AdapterForm = Literal["linear", "turned", "embedding", "convolution"]
 
 
 @dataclass(frozen=True)
-class Held:
+class ModelTensor:
     """One tensor of a model.
 
     Attributes:
-        names: Every name it has in the module; several where weights are tied.
-        pieces: The names a checkpoint stores it under; several where it is made of several tensors, as the experts of a mixture are.
-        plain: Whether the only piece is the tensor itself, in its own shape.
+        names: All its names in the model; several where weights are tied.
+        stored_names: Its names in a checkpoint; several where it is stored as several tensors, such as the experts of a mixture.
+        plain: Whether it is stored as one tensor of its own shape.
     """
 
     names: tuple[str, ...]
@@ -34,17 +34,17 @@ class Held:
 
     @property
     def owners(self) -> tuple[str, ...]:
-        """Paths of the modules that hold it."""
+        """Paths of the modules that it belongs to."""
         return tuple(name.rpartition(".")[0] for name in self.names)
 
 
 class Structure:
-    """The empty model of a config, with the way from checkpoint names to modules.
+    """The meta model of a config, and the modules that the tensors of a checkpoint belong to.
 
     Attributes:
         module: The model, with meta tensors.
-        by_name: What the model holds, by every name in the module.
-        by_piece: The same, by every name in a checkpoint.
+        by_name: The tensors of the model, by each of their names in the model.
+        by_stored_name: The same, by each of their names in a checkpoint.
 
     Raises:
         LataError: The start has no config, or transformers cannot build the model it describes.
@@ -68,72 +68,74 @@ class Structure:
         for name, tensor in module.state_dict(keep_vars=True).items():
             names.setdefault(id(tensor), []).append(name)
             tensors[id(tensor)] = tensor
-        self.by_name: dict[str, Held] = {}
-        self.by_piece: dict[str, Held] = {}
+        self.by_name: dict[str, ModelTensor] = {}
+        self.by_stored_name: dict[str, ModelTensor] = {}
         saved_as = {key: [under_checkpoint_names(module, {name: tensor}) for name in names[key]] for key, tensor in tensors.items()}
-        every = {piece for saved in saved_as.values() for pieces in saved for piece in pieces}
-        # The start may be a bare model, whose names lack the prefix that the model with a head has.
+        every = {name for saved in saved_as.values() for parts in saved for name in parts}
+        # The start may be a model without a head, whose names lack the prefix of the model with a head.
         self._prefix, self._missing = differing_prefixes(source.names, every, source.label)
         for key, tensor in tensors.items():
-            saved = [{self._stored(piece): part for piece, part in pieces.items()} for pieces in saved_as[key]]
-            # Of tied names a checkpoint may store any.
-            pieces = next((pieces for pieces in saved if self._available.issuperset(pieces)), saved[0])
-            first = next(iter(pieces.values()))
+            saved = [{self._stored(name): part for name, part in parts.items()} for parts in saved_as[key]]
+            # A checkpoint may store a tied tensor under any of its names.
+            parts = next((parts for parts in saved if self._available.issuperset(parts)), saved[0])
+            first = next(iter(parts.values()))
             # A transposed view has other strides.
-            plain = len(pieces) == 1 and (first.shape, first.stride()) == (tensor.shape, tensor.stride())
-            held = Held(tuple(names[key]), tuple(pieces), plain)
-            self.by_name |= dict.fromkeys(names[key], held)
-            self.by_piece |= {piece: held for pieces in saved for piece in pieces}
+            plain = len(parts) == 1 and (first.shape, first.stride()) == (tensor.shape, tensor.stride())
+            entry = ModelTensor(tuple(names[key]), tuple(parts), plain)
+            self.by_name |= dict.fromkeys(names[key], entry)
+            self.by_stored_name |= {name: entry for parts in saved for name in parts}
 
-    def _stored(self, piece: str) -> str:
-        """Name in the start of what a checkpoint of the model calls so."""
-        return self._prefix + piece.removeprefix(self._missing)
+    def _stored(self, name: str) -> str:
+        """Return the name in the start of a tensor, from its name in a checkpoint of the model."""
+        return self._prefix + name.removeprefix(self._missing)
 
-    def form(self, path: str) -> Form | None:
-        """How peft factors the weight of a module; None if it cannot, or not so that forward and merged weights agree."""
+    def form(self, path: str) -> AdapterForm | None:
+        """Return how peft factors the weight of a module; None if it cannot, or if its forward pass would differ from the merged weights."""
         from transformers.pytorch_utils import Conv1D
 
         module = self.module.get_submodule(path)
         if isinstance(self.module.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention):
             return None
-        forms: dict[type[nn.Module], Form] = {Conv1D: "turned", nn.Linear: "linear", nn.Embedding: "embedding"}
+        forms: dict[type[nn.Module], AdapterForm] = {Conv1D: "turned", nn.Linear: "linear", nn.Embedding: "embedding"}
         for kind, form in forms.items():
             if isinstance(module, kind):
-                # peft adds to what its own class makes of the input, not to what a child makes of it.
+                # peft calls the forward method of the class it knows, not that of a subclass.
                 return form if type(module).forward is kind.forward else None
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            # peft hands on stride and padding of a convolution, and nothing else.
+            # peft copies stride and padding of a convolution, and nothing else.
             simple = module.groups == 1 and set(module.dilation) == {1} and module.padding_mode == "zeros"
             return "convolution" if simple else None
         return None
 
-    def missing(self, held: Held) -> set[str]:
-        """Pieces of a tensor that the start does not hold."""
-        return set(held.pieces) - self._available
+    def missing(self, tensor: ModelTensor) -> set[str]:
+        """Return the stored names of a tensor that the start lacks."""
+        return set(tensor.stored_names) - self._available
 
-    def tensor(self, held: Held, read: Callable[[str], Tensor]) -> Tensor:
-        """A tensor of the model, put together from the pieces a checkpoint has.
+    def read(self, tensor: ModelTensor, read: Callable[[str], Tensor]) -> Tensor:
+        """Return a tensor of the model, assembled from the tensors of a checkpoint.
 
         Args:
-            held: Which one.
-            read: Reads a piece.
+            tensor: The tensor.
+            read: Reads a tensor of the checkpoint.
 
         Raises:
-            LataError: The pieces do not make up the tensor.
+            LataError: The tensors of the checkpoint do not make up the whole tensor.
         """
-        if held.plain:
-            return read(held.pieces[0])
-        shape = self.module.state_dict()[held.names[0]].shape
-        # Where each entry goes is asked of the conversion itself: it is given the entries' positions to convert.
+        if tensor.plain:
+            return read(tensor.stored_names[0])
+        shape = self.module.state_dict()[tensor.names[0]].shape
+        # The conversion is applied to the indices of the entries, which then say where each stored entry goes.
         positions = torch.arange(shape.numel(), dtype=torch.int64).reshape(shape)
         whole: Tensor | None = None
         filled = 0
-        for piece, places in under_checkpoint_names(self.module, {held.names[0]: positions}).items():
-            values = read(self._stored(piece))
+        for name, indices in under_checkpoint_names(self.module, {tensor.names[0]: positions}).items():
+            values = read(self._stored(name))
             if whole is None:
                 whole = torch.empty(shape, dtype=values.dtype)
-            whole.view(-1)[places.reshape(-1)] = values.reshape(-1).to(whole.dtype)
-            filled += places.numel()
+            whole.view(-1)[indices.reshape(-1)] = values.reshape(-1).to(whole.dtype)
+            filled += indices.numel()
         if whole is None or filled != shape.numel():
-            raise LataError(f"{held.names[0]} cannot be put together from the tensors of a checkpoint: {first_three(held.pieces)}")
+            raise LataError(
+                f"{tensor.names[0]} cannot be put together from the tensors of a checkpoint: {first_three(tensor.stored_names)}"
+            )
         return whole

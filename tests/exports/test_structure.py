@@ -96,7 +96,7 @@ def test_experts_are_put_together_as_transformers_does(tmp_path):
     found = Structure(source)
 
     for name, tensor in loaded("mixtral", models["start"]).state_dict().items():
-        assert torch.equal(found.tensor(found.by_name[name], source.read), tensor), name
+        assert torch.equal(found.read(found.by_name[name], source.read), tensor), name
 
 
 def test_pieces_that_do_not_make_up_their_tensor_are_refused(tmp_path, monkeypatch):
@@ -106,7 +106,7 @@ def test_pieces_that_do_not_make_up_their_tensor_are_refused(tmp_path, monkeypat
     whole = structures.under_checkpoint_names
     monkeypatch.setattr(structures, "under_checkpoint_names", lambda *given: dict(list(whole(*given).items())[1:]))
     with pytest.raises(LataError, match=r"gate_up_proj cannot be put together from the tensors of a checkpoint: 8: \["):
-        found.tensor(found.by_name["model.layers.0.mlp.experts.gate_up_proj"], source.read)
+        found.read(found.by_name["model.layers.0.mlp.experts.gate_up_proj"], source.read)
 
 
 BARE = {
