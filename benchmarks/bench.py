@@ -1,4 +1,4 @@
-"""What the benchmarks share: models of a size, whole processes with their peak memory, floors, and a table of results."""
+"""Shared code of the benchmarks: models of a given size, processes with their peak memory, lower bounds, and pages of results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BLOCK = 1 << 22
 MIB = 1 << 20
 
 
-# A process begins with the peak memory of the one that starts it, so a small one has to.
+# The peak memory of a new process starts at that of its parent, so a small process starts it.
 _LAUNCHER = """
 import json, os, subprocess, sys, time
 log, *command = sys.argv[1:]
@@ -35,7 +35,7 @@ print(json.dumps([child.returncode, seconds, usage.ru_utime + usage.ru_stime, us
 
 
 class Run(NamedTuple):
-    """One process: seconds on the wall, seconds of processor time, peak resident memory in bytes."""
+    """Wall time and processor time of one process in seconds, and its peak resident memory in bytes."""
 
     seconds: float
     cpu: float
@@ -43,10 +43,10 @@ class Run(NamedTuple):
 
 
 def process(command: Sequence[str | Path], cwd: Path | None = None) -> Run:
-    """Run a command to its end.
+    """Run a command and return its time and memory.
 
     Raises:
-        RuntimeError: It failed; the message holds the end of what it printed.
+        RuntimeError: The command failed; the message holds the end of its output.
     """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
     log = Path(os.environ.get("TMPDIR", "/tmp")) / f"benchmark-{os.getpid()}.log"  # noqa: S108
@@ -61,21 +61,21 @@ def process(command: Sequence[str | Path], cwd: Path | None = None) -> Run:
 
 
 def lata(*arguments: str | Path) -> list[str | Path]:
-    """The command line of lata in a process of its own."""
+    """Return the command that runs lata in a separate process."""
     return [sys.executable, "-m", "lata_lightning", *arguments]
 
 
 def in_turn(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:
-    """What each side returns, the sides taking turns, so that what slows the machine slows all of them."""
-    found: dict[str, list[Any]] = {name: [] for name in sides}
+    """Run the sides in turn, so that other load on the machine slows all of them, and return the results of each."""
+    results: dict[str, list[Any]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, work in sides.items():
-            found[name].append(work())
-    return found
+            results[name].append(work())
+    return results
 
 
 def seconds_of(work: Callable[[], Any]) -> Callable[[], float]:
-    """The same work, returning the time it took."""
+    """Return a function that does the work and returns the seconds it took."""
 
     def timed() -> float:
         began = time.perf_counter()
@@ -86,32 +86,32 @@ def seconds_of(work: Callable[[], Any]) -> Callable[[], float]:
 
 
 def median(values: Sequence[float]) -> float:
-    """The middle of the values."""
+    """Return the median of some values."""
     return statistics.median(values)
 
 
 def middle(runs: Sequence[Run]) -> Run:
-    """Median of each figure over several runs."""
+    """Return the median of each figure over several runs."""
     return Run(*(statistics.median(figures) for figures in zip(*runs, strict=True)))
 
 
 def llama_shapes(parameters: float) -> dict[str, tuple[int, ...]]:
-    """Tensors of a Llama of about that many parameters; 1.1e9 gives the shape of TinyLlama."""
+    """Return the shapes of a Llama of about that many parameters; 1.1e9 gives TinyLlama."""
     hidden, blocks = {0.1e9: (768, 8), 0.5e9: (1536, 14), 1.1e9: (2048, 22), 2e9: (2560, 27), 4e9: (3072, 37)}[parameters]
     inner, vocabulary = hidden * 11 // 4, 32000
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
     for index in range(blocks):
         block = f"model.layers.{index}"
-        found |= {f"{block}.self_attn.{name}_proj.weight": (hidden, hidden) for name in "qo"}
-        found |= {f"{block}.self_attn.{name}_proj.weight": (256, hidden) for name in "kv"}
-        found |= {f"{block}.mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
-        found[f"{block}.mlp.down_proj.weight"] = (hidden, inner)
-        found |= {f"{block}.{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
-    return found | {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
+        shapes |= {f"{block}.self_attn.{name}_proj.weight": (hidden, hidden) for name in "qo"}
+        shapes |= {f"{block}.self_attn.{name}_proj.weight": (256, hidden) for name in "kv"}
+        shapes |= {f"{block}.mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
+        shapes[f"{block}.mlp.down_proj.weight"] = (hidden, inner)
+        shapes |= {f"{block}.{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
 
 
 def llama_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The config.json that goes with those tensors."""
+    """Return the config.json for these tensors."""
     vocabulary, hidden = shapes["model.embed_tokens.weight"]
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -128,7 +128,7 @@ def llama_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 
 def write_llama(directory: Path, parameters: float, seed: int, shard_bytes: int = 1 << 30) -> Path:
-    """A sharded bfloat16 model of random weights; models of other seeds differ from the one of seed 0 by a small random amount."""
+    """Write a sharded bfloat16 model of random weights; other seeds differ from seed 0 by a small random amount."""
     import torch
 
     from lata_lightning.store.writer import ShardWriter
@@ -149,7 +149,7 @@ def write_llama(directory: Path, parameters: float, seed: int, shard_bytes: int 
 
 
 def weight_files(*directories: Path) -> list[Path]:
-    """The safetensors files of some directories."""
+    """Return the safetensors files of some directories."""
     return [file for directory in directories for file in sorted(directory.glob("*.safetensors"))]
 
 
@@ -163,7 +163,7 @@ def read_all(files: Sequence[Path]) -> None:
 
 
 def copy_floor(read: Sequence[Path], written: Path, target: Path) -> None:
-    """``cp`` of a model, after the other files have been read once: the bytes a merge has to read and write, and nothing else."""
+    """Read the other files once and copy a model with ``cp``: the bytes that a merge must read and write, and nothing else."""
     rest = [file for file in read if file.parent != written]
     subprocess.run(["cat", *map(str, rest)], stdout=subprocess.DEVNULL, check=True)
     subprocess.run(["cp", "-r", str(written), str(target)], check=True)
@@ -175,7 +175,7 @@ def remove(path: Path) -> None:
 
 
 def machine() -> str:
-    """What the figures were measured on."""
+    """Describe the machine and the library versions."""
     from lata_lightning.vectors.manifest import library_versions
 
     versions = library_versions()
@@ -186,13 +186,13 @@ def machine() -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """A Markdown table."""
+    """Return the lines of a Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
 
 
 def publish(name: str, title: str, lines: Sequence[str], record: Mapping[str, Any]) -> None:
-    """Print the page and write it beside the figures, as ``results/NAME.md`` and ``.json``."""
+    """Print a page of results, and write it and the record as ``results/NAME.md`` and ``.json``."""
     page = [f"# {title}", "", f"Measured on {machine()}. Made by `python -m benchmarks.{name}`.", "", *lines]
     print("\n".join(page))
     RESULTS.mkdir(exist_ok=True)

@@ -1,19 +1,17 @@
-"""What LATACallback costs a training run: time against the epoch, and memory by way of keeping the start weights.
+"""The cost of LATACallback in a training run: time per epoch, and memory for each way of storing the start weights.
 
     python -m benchmarks.callback [--hidden 768] [--blocks 8]
 
-Time: the quickstart's math expert is trained for two epochs; what the callback's measurements take is compared with the epochs they follow, and with a
-plain sum over the same tensors. Memory: a larger model takes two steps in a process of its own for each way of keeping the start weights, and the
-peak resident memory is compared with that of the run without the callback; so is that of Lightning's EMAWeightAveraging and, where trl is
-installed, of its BEMACallback under the Trainer of transformers. Writes benchmarks/results/callback.json and .md.
+Time: the quickstart's math expert is trained; the time of the callback's measurements is compared with that of the epochs before them, and with a plain
+sum over the same tensors. Memory: a larger model is trained for two steps, in one process for each way of storing the start weights, and the peak
+resident memory is compared with that of a run without the callback. The same is done for Lightning's EMAWeightAveraging and, where trl is installed, for
+its BEMACallback with the Trainer of transformers. Writes benchmarks/results/callback.json and .md.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -24,12 +22,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.bench import publish, table
+
 PROVIDERS = ("memory", "spill", "source", "lora")
 
 
 def training(directory: Path) -> dict[str, float]:
-    """Seconds of an epoch, of the measurement after it, and of a plain sum over the tensors it reads."""
+    """Return the seconds of an epoch, of the measurement after it, and of a plain sum over the tensors it reads."""
     import lightning.pytorch as pl
     import torch
 
@@ -71,7 +70,7 @@ def training(directory: Path) -> dict[str, float]:
 
 
 def peak(directory: Path, provider: str, hidden: int, blocks: int) -> None:
-    """Train two steps and print the peak resident memory in bytes; runs in a process of its own."""
+    """Train for two steps and print the peak resident memory in bytes; runs in a separate process."""
     import lightning.pytorch as pl
     import torch
     from lightning.pytorch.callbacks import EMAWeightAveraging
@@ -122,7 +121,7 @@ def peak(directory: Path, provider: str, hidden: int, blocks: int) -> None:
 
 
 def _under_trainer(directory: Path, provider: str, model: Any) -> None:
-    """The same two steps by the Trainer of transformers, without and with trl's callback, which keeps the start weights and an average."""
+    """Train the same two steps with the Trainer of transformers, without or with trl's callback, which stores the start weights and an average."""
     import torch
     from transformers import Trainer, TrainingArguments
 
@@ -141,7 +140,7 @@ def _under_trainer(directory: Path, provider: str, model: Any) -> None:
 
 
 def measured_peak(directory: Path, provider: str, options: argparse.Namespace) -> int:
-    """Peak resident memory of a run in a process of its own, in bytes."""
+    """Return the peak resident memory, in bytes, of a run in a separate process."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.callback", "--provider", provider, "--directory", str(directory)]
     command += ["--hidden", str(options.hidden), "--blocks", str(options.blocks)]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True)
@@ -149,7 +148,7 @@ def measured_peak(directory: Path, provider: str, options: argparse.Namespace) -
 
 
 def main() -> None:
-    """Run all comparisons, or with --provider one of the processes they start."""
+    """Run all comparisons, or with --provider one of their processes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--blocks", type=int, default=8)
@@ -162,7 +161,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
         seconds = training(Path(folder))
-        # The first run writes the start model, so that all that count find it.
+        # This run writes the start model, so that it exists in all measured runs.
         measured_peak(Path(folder), "without", options)
         cases = ["without", "without-lora", *PROVIDERS, "ema"]
         if find_spec("trl") is not None:
@@ -173,27 +172,28 @@ def main() -> None:
 
 
 def report(seconds: dict[str, float], peaks: dict[str, int], size: int) -> None:
-    """Print the tables and write them as JSON and Markdown."""
-    from lata_lightning.vectors.manifest import library_versions
-
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, one torch thread, Python {platform.python_version()}"
-    versions = library_versions()
+    """Publish the tables."""
     share, ratio = seconds["measurement"] / seconds["epoch"], seconds["measurement"] / seconds["plain sum"]
     lines = [
-        f"{machine}, torch {versions.get('torch')}, lightning {versions.get('lightning')}. Made by `python -m benchmarks.callback`.",
+        "One torch thread.",
         "",
-        "| quickstart, math expert, one epoch of 75 steps | |",
-        "|---|---|",
-        f"| epoch | {seconds['epoch']:.2f} s |",
-        f"| measurement at its end, logging and history included | {seconds['measurement'] * 1000:.1f} ms, {share:.2%} of the epoch |",
-        f"| plain float32 sum over live, start and instruction tensors | {seconds['plain sum'] * 1000:.1f} ms |",
-        f"| measurement / plain sum | {ratio:.1f} |",
+        *table(
+            ["quickstart, math expert, one epoch of 75 steps", ""],
+            [
+                ["epoch", f"{seconds['epoch']:.2f} s"],
+                [
+                    "measurement at its end, logging and history included",
+                    f"{seconds['measurement'] * 1000:.1f} ms, {share:.2%} of the epoch",
+                ],
+                ["plain float32 sum over live, start and instruction tensors", f"{seconds['plain sum'] * 1000:.1f} ms"],
+                ["measurement / plain sum", f"{ratio:.1f}"],
+            ],
+        ),
         "",
         f"Peak resident memory of a run of two steps, {size / 4e6:.0f} M parameters in float32 ({size / 2**20:.0f} MiB):",
         "",
-        "| start weights | more than without the callback | per trainable parameter |",
-        "|---|---|---|",
     ]
+    rows = []
     named = {
         **{provider: provider for provider in PROVIDERS},
         "ema": "beside it: EMAWeightAveraging of Lightning",
@@ -204,13 +204,9 @@ def report(seconds: dict[str, float], peaks: dict[str, int], size: int) -> None:
             without = {"lora": "without-lora", "trainer-bema": "trainer"}.get(provider, "without")
             extra = peaks[provider] - peaks[without]
             each = "–" if provider == "lora" else f"{extra / (size / 4):.2f} bytes"
-            lines.append(f"| {name} | {extra / 2**20:+.0f} MiB | {each} |")
-    text = "\n".join(lines) + "\n"
-    print(text)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "callback.md").write_text("# Cost of the callback\n\n" + text, "utf-8")
-    record = {"machine": machine, "versions": versions, "seconds": seconds, "peak_bytes": peaks, "model_bytes": size}
-    (RESULTS / "callback.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+            rows.append([name, f"{extra / 2**20:+.0f} MiB", each])
+    lines += table(["start weights", "more than without the callback", "per trainable parameter"], rows)
+    publish("callback", "Cost of the callback", lines, {"seconds": seconds, "peak_bytes": peaks, "model_bytes": size})
 
 
 if __name__ == "__main__":

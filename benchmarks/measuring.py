@@ -1,9 +1,9 @@
-"""Extract, align and the epoch-end measurement, beside reading or summing the same bytes once.
+"""Extract, align and the epoch-end measurement, compared with reading or summing the same bytes once.
 
     python -m benchmarks.measuring [--parameters 0.5e9] [--rounds 5] [--directory DIR]
 
-Extract and align run as whole processes and, without the start of Python and torch, as calls; the floor reads every byte once (and for extract
-writes as many). The epoch-end measurement runs in memory on one thread beside ``tensor.sum()`` over the tensors it reads. Writes
+Extract and align run as whole processes and, without the start-up of Python and torch, as calls; the lower bound reads every byte once (and for extract
+writes as many). The epoch-end measurement runs in memory on one thread, compared with ``tensor.sum()`` over the tensors it reads. Writes
 benchmarks/results/measuring.json and .md.
 """
 
@@ -41,7 +41,7 @@ RANK = 16
 
 
 def in_memory(rounds: int) -> list[tuple[str, float, float]]:
-    """Measurement and floor of one epoch end, in seconds."""
+    """Return the seconds of the measurement at an epoch's end, and of a plain sum over the same tensors."""
     shapes = {name: shape for name, shape in llama_shapes(0.1e9).items() if len(shape) == 2}
     torch.set_num_threads(1)
     start = {name: torch.randn(shape) * 0.02 for name, shape in shapes.items()}
@@ -76,13 +76,13 @@ def in_memory(rounds: int) -> list[tuple[str, float, float]]:
     }
     rows = []
     for name, (work, least) in cases.items():
-        found = in_turn({"ours": seconds_of(work), "floor": seconds_of(least)}, rounds + 1)
-        rows.append((name, median(found["ours"][1:]), median(found["floor"][1:])))
+        times = in_turn({"ours": seconds_of(work), "floor": seconds_of(least)}, rounds + 1)
+        rows.append((name, median(times["ours"][1:]), median(times["floor"][1:])))
     return rows
 
 
 def on_disk(directory: Path, parameters: float, rounds: int) -> tuple[list[list[object]], list[dict[str, object]]]:
-    """Extract and align as processes and as calls, beside their floors."""
+    """Time extract and align as processes and as calls, and their lower bounds."""
     onto, tuned = (write_llama(directory / f"model-{seed}", parameters, seed) for seed in range(2))
     for dtype in ("bfloat16", "float32"):
         process(lata("extract", onto, tuned, "--output", directory / f"vector-{dtype}", "--dtype", dtype))
@@ -114,8 +114,8 @@ def on_disk(directory: Path, parameters: float, rounds: int) -> tuple[list[list[
             lambda: read_all(weight_files(vector, vector)),
         ),
     ):
-        found = in_turn({"call": seconds_of(call), "floor": seconds_of(least), "process": whole}, rounds)
-        run, mine, floor = middle(found["process"]), median(found["call"]), median(found["floor"])
+        times = in_turn({"call": seconds_of(call), "floor": seconds_of(least), "process": whole}, rounds)
+        run, mine, floor = middle(times["process"]), median(times["call"]), median(times["floor"])
         rows.append([name, f"{floor:.2f}", f"{mine:.2f}", f"{mine / floor:.2f}", f"{run.seconds:.2f}", f"{run.peak / MIB:,.0f}"])
         record.append({"name": name, "floor": floor, "call": mine, "process": run._asdict()})
     return rows, record
@@ -147,8 +147,10 @@ def main() -> None:
         f"With a dense instruction vector LoRA costs {2 * RANK} operations per entry of that vector, which no longer is the speed of the memory; with "
         "one in factors the cost grows with the rank and the sum of both sides, not with their product.",
     ]
-    kept = [{"name": name, "measurement": ours, "plain sum": least} for name, ours, least in kernel]
-    publish("measuring", "Measuring", lines, {"parameters": options.parameters, "rounds": options.rounds, "files": record, "memory": kept})
+    memory = [{"name": name, "measurement": ours, "plain sum": least} for name, ours, least in kernel]
+    publish(
+        "measuring", "Measuring", lines, {"parameters": options.parameters, "rounds": options.rounds, "files": record, "memory": memory}
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""A merge as a whole process, beside mergekit, FusionBench, a loop over transformers models, and cp of the bytes that have to be read and written.
+"""A merge as a whole process, compared with mergekit, FusionBench, a loop over transformers models, and cp of the bytes to read and write.
 
     python -m benchmarks.merging [--parameters 1.1e9] [--rounds 3] [--mergekit PATH/TO/mergekit-yaml] [--fusion-bench PATH/TO/python] [--directory DIR]
 
 Onto and two tuned models in bfloat16, sharded, page cache warm. Writes benchmarks/results/merging.json and .md. ``make parity`` makes an environment
-with mergekit in it: --mergekit .venv-parity/bin/mergekit-yaml. FusionBench is taken from the environment of the python that is given; it has one scale for
-all vectors, which changes nothing in what is to be read, computed and written.
+with mergekit: --mergekit .venv-parity/bin/mergekit-yaml. FusionBench runs in the environment of the given python; it has one scale for all vectors, which
+does not change what is read, computed and written.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def compare(directory: Path, options: argparse.Namespace) -> None:
     scales = [str(scale) for scale in SCALES]
 
     def prepared(*given: Path) -> None:
-        """No output, nothing left to write, and the inputs in the page cache, which the system may have taken back meanwhile."""
+        """Remove the output, flush writes, and read the inputs into the page cache again."""
         remove(output)
         os.sync()
         read_all(weight_files(onto, *given))
@@ -126,10 +126,10 @@ def compare(directory: Path, options: argparse.Namespace) -> None:
         sides["mergekit-yaml, two tuned models"] = by_mergekit
     if options.fusion_bench:
         sides["FusionBench, two tuned models"] = by_fusion_bench
-    found = in_turn(sides, options.rounds)
-    floors = sorted(found.pop("cp of the same bytes"))
+    results = in_turn(sides, options.rounds)
+    floors = sorted(results.pop("cp of the same bytes"))
     least = floors[len(floors) // 2]
-    runs = {name: middle(values) for name, values in found.items()}
+    runs = {name: middle(values) for name, values in results.items()}
     best = runs["lata merge, two tuned models"]
     rows: list[list[object]] = [["cp of the same bytes", f"{least:.1f}", "–", "–", "1.0", "–"]]
     for name, run in runs.items():
@@ -148,7 +148,7 @@ def compare(directory: Path, options: argparse.Namespace) -> None:
         "rounds": options.rounds,
         "bytes": {"read": read, "written": written},
         "cp": floors,
-        "runs": {name: [run._asdict() for run in values] for name, values in found.items()},
+        "runs": {name: [run._asdict() for run in values] for name, values in results.items()},
     }
     publish("merging", "Merging", lines, record)
 

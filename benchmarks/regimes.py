@@ -2,12 +2,12 @@
 
     python -m benchmarks.regimes [--steps 60] [--start-steps 90]
 
-The start is the shipped instruct model after a few steps on both tasks, so that it has a part of each skill, which can be lost as well as gained.
-Each task is then fine-tuned from it under the three regimes, on the same batches for as many steps; the learning rate of a regime is the one of a small
-grid, the same for all, whose single-task models are best on validation. The linearised regime trains f(x; θ0) + J (θ − θ0) by forward-mode
-differentiation. Each regime runs in a process of its own. Writes benchmarks/results/regimes.json and .md.
+The start is the shipped instruct model after a few steps on both tasks, so that it has some of each skill, which can be lost as well as gained. Each task
+is then fine-tuned from it under the three regimes, on the same batches for the same number of steps. The learning rate of each regime is chosen from one
+small grid by the validation scores of its single-task models. The linearised regime trains f(x; θ0) + J (θ − θ0) by forward-mode differentiation. Each
+regime runs in a separate process. Writes benchmarks/results/regimes.json and .md.
 
-TensorSource of the comparison: arXiv:2407.07089 and arXiv:2305.12827.
+Source of the comparison: arXiv:2407.07089 and arXiv:2305.12827.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import argparse
 import json
 import logging
 import os
-import platform
 import resource
 import shutil
 import subprocess
@@ -35,6 +34,7 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoTokenizer
 
+from benchmarks.bench import publish, table
 from lata_lightning import AttentionOnlyFinetuning
 from lata_lightning.evaluation.accuracy import ExactMatch
 from lata_lightning.evaluation.disentanglement import disentanglement_error
@@ -43,9 +43,7 @@ from lata_lightning.evaluation.protocols import addition, negation
 from lata_lightning.quickstart.exercises import INSTRUCT_SKILLS, exercises
 from lata_lightning.quickstart.experts import INSTRUCT, Expert, FineTune, fine_tune
 from lata_lightning.rows.tokens import chat_rows, collate
-from lata_lightning.vectors.manifest import library_versions
 
-RESULTS = Path(__file__).parent / "results"
 REGIMES = ("full", "attention-only", "linearised")
 TASKS = ("reverse", "encode")
 CONTROL = "instruct"
@@ -57,7 +55,7 @@ XI_PROBLEMS = 60
 
 
 class Linearised(nn.Module):
-    """A model's first-order expansion around the weights it has now: f(x; θ0) + J (θ − θ0), θ the parameters of ``model``."""
+    """A model's first-order expansion around its present weights: f(x; θ0) + J (θ − θ0), with θ the parameters of ``model``."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -65,24 +63,24 @@ class Linearised(nn.Module):
         self.start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **_: Any) -> SimpleNamespace:
-        """Logits, and the loss where there are labels."""
+        """Return logits, and the loss where there are labels."""
         moved = {name: parameter - self.start[name] for name, parameter in self.model.named_parameters()}
 
         def logits(weights: dict[str, Tensor]) -> Tensor:
-            found: Tensor = functional_call(self.model, weights, kwargs={"input_ids": input_ids, "use_cache": False}).logits
-            return found
+            outputs: Tensor = functional_call(self.model, weights, kwargs={"input_ids": input_ids, "use_cache": False}).logits
+            return outputs
 
-        # The only attention kernel of torch that can be differentiated forwards.
+        # Only this attention kernel of torch supports forward-mode differentiation.
         with sdpa_kernel(SDPBackend.MATH):
             before, first_order = jvp(logits, (self.start,), (moved,))[:2]
-        found, loss = before + first_order, None
+        expanded, loss = before + first_order, None
         if labels is not None:
-            loss = nn.functional.cross_entropy(found[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        return SimpleNamespace(logits=found, loss=loss)
+            loss = nn.functional.cross_entropy(expanded[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return SimpleNamespace(logits=expanded, loss=loss)
 
 
 class Scores:
-    """Exact match on tasks and control of one split."""
+    """Exact match on the tasks and the control of one split."""
 
     def __init__(self, tokenizer: Any, split: Any) -> None:
         self._matches = {task: ExactMatch(tokenizer, exercises(task, split, PROBLEMS[split], 0)) for task in TASKS}
@@ -90,12 +88,12 @@ class Scores:
         self._matches[CONTROL] = ExactMatch(tokenizer, control)
 
     def __call__(self, model: nn.Module, *groups: str) -> dict[str, float]:
-        """Accuracy by group."""
+        """Return the accuracy by group."""
         return {group: self._matches[group](model) for group in groups}
 
 
 def prepared(start: Path, skills: tuple[str, ...], steps: int, learning_rate: float, regime: str) -> FineTune:
-    """A fine-tune that has not begun."""
+    """Return a fine-tune that is ready to run."""
     expert = Expert(skills, learning_rate=learning_rate, epochs=1, batches_per_epoch=steps, seed=len(skills))
     pl.seed_everything(0, verbose=False)
     ready = fine_tune("expert", start, {"expert": expert})
@@ -105,7 +103,7 @@ def prepared(start: Path, skills: tuple[str, ...], steps: int, learning_rate: fl
 
 
 def train(start: Path, skills: tuple[str, ...], steps: int, learning_rate: float, regime: str = "full") -> tuple[nn.Module, float]:
-    """A fine-tuned model, and the seconds of the processor its training took."""
+    """Train a model, and return it with the processor seconds of its training."""
     module, data, options = prepared(start, skills, steps, learning_rate, regime)
     callbacks = [AttentionOnlyFinetuning()] if regime == "attention-only" else []
     began = time.process_time()
@@ -114,17 +112,17 @@ def train(start: Path, skills: tuple[str, ...], steps: int, learning_rate: float
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of a model's parameters."""
+    """Return copies of a model's parameters."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def run_regime(regime: str, start_directory: Path, steps: int) -> dict[str, Any]:
-    """Everything about one regime."""
+    """Return all results of one regime."""
     tokenizer = AutoTokenizer.from_pretrained(start_directory)
     validation, test = Scores(tokenizer, "validation"), Scores(tokenizer, "test")
     model: nn.Module = prepared(start_directory, TASKS, 1, 0.0, regime).module.model.eval()
     start = weights_of(model)
-    held, seconds, searched = peak_memory(), {}, {}
+    before, seconds, searched = peak_memory(), {}, {}
     models: dict[float, dict[str, nn.Module]] = {}
     trained_peak = 0
     for rate in LEARNING_RATES:
@@ -132,7 +130,7 @@ def run_regime(regime: str, start_directory: Path, steps: int) -> dict[str, Any]
         for task in TASKS:
             models[rate][task], taken = train(start_directory, (task,), steps, rate, regime)
             spent.append(taken)
-        # Before anything is scored, so that only training counts.
+        # Taken before anything is scored, so that only training counts.
         trained_peak = trained_peak or peak_memory()
         seconds[rate] = sum(spent) / len(spent)
         searched[rate] = sum(validation(model, task)[task] for task, model in models[rate].items()) / len(TASKS)
@@ -159,8 +157,8 @@ def run_regime(regime: str, start_directory: Path, steps: int) -> dict[str, Any]
     for task in TASKS:
 
         def both(scale: float, scores: Scores, task: str = task) -> tuple[float, float]:
-            found = scores(at({task: -scale}), task, CONTROL)
-            return found[task], found[CONTROL]
+            values = scores(at({task: -scale}), task, CONTROL)
+            return values[task], values[CONTROL]
 
         outcome = negation(lambda scale: both(scale, validation), lambda scale: both(scale, test))
         negated[task] = outcome._asdict()
@@ -170,7 +168,7 @@ def run_regime(regime: str, start_directory: Path, steps: int) -> dict[str, Any]
         at({}), [vectors[task] for task in TASKS], data, scales_1=XI_SCALES, scales_2=XI_SCALES, outputs=_answer_logits
     )
     inner = [index for index, scale in enumerate(XI_SCALES) if 0 <= scale <= 1]
-    # Of the network itself along the vector, whichever way that was trained.
+    # The linearisation error is that of the network itself, whichever way the vector was trained.
     network = model.model if isinstance(model, Linearised) else model
     at({})
     linearisation = {}
@@ -182,7 +180,7 @@ def run_regime(regime: str, start_directory: Path, steps: int) -> dict[str, Any]
         "searched": searched,
         "trained_parameters": sum(int(any(vectors[task][name].any() for task in TASKS)) * start[name].numel() for name in start),
         "seconds": seconds[rate],
-        "memory_bytes": trained_peak - held,
+        "memory_bytes": trained_peak - before,
         "start": start_scores,
         "single": single["test"],
         "addition": added._asdict(),
@@ -199,14 +197,14 @@ def run_regime(regime: str, start_directory: Path, steps: int) -> dict[str, Any]
 
 
 def processor_seconds() -> float:
-    """Seconds of the processor that this process and those it started have taken: others may be at work on the machine."""
+    """Return the processor seconds of this process and its children, which other load on the machine does not change."""
     return sum(
         usage.ru_utime + usage.ru_stime for usage in (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     )
 
 
 def peak_memory() -> int:
-    """Peak resident memory of this process so far, in bytes."""
+    """Return the peak resident memory of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -216,27 +214,27 @@ def _answers(tokenizer: Any, task: str) -> dict[str, Tensor]:
 
 
 def _answer_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Logits at the places where a token of the answer, or its end, is predicted: each is a sample."""
+    """Return the logits at the positions that predict a token of the answer or its end; each is one sample."""
     logits: Tensor = model(input_ids=batch["input_ids"], use_cache=False).logits
     return logits[:, :-1][batch["labels"][:, 1:] != -100]
 
 
 def make_start(directory: Path, steps: int) -> None:
-    """The instruct model after some steps on both tasks, as a model directory."""
+    """Train the instruct model for some steps on both tasks, and write it as a model directory."""
     model, _ = train(INSTRUCT, TASKS, steps, 1.5e-3)
     shutil.copytree(INSTRUCT, directory)
     model.save_pretrained(directory)
 
 
 def in_a_process(*arguments: str) -> str:
-    """What this module prints for other arguments, in a process of its own."""
+    """Run this module with other arguments in a separate process, and return the last line it prints."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.regimes", *arguments]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, check=True)
     return done.stdout.splitlines()[-1] if done.stdout else ""
 
 
 def main() -> None:
-    """Run all regimes, or with --regime one of the processes they take."""
+    """Run all regimes, or with --regime one of their processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--start-steps", type=int, default=90)
@@ -255,18 +253,16 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             start = str(Path(folder) / "start")
             in_a_process("--regime", "start", "--directory", start, "--start-steps", str(options.start_steps))
-            found = {}
+            by_regime = {}
             for regime in REGIMES:
-                found[regime] = json.loads(in_a_process("--regime", regime, "--directory", start, "--steps", str(options.steps)))
+                by_regime[regime] = json.loads(in_a_process("--regime", regime, "--directory", start, "--steps", str(options.steps)))
                 sys.stderr.write(f"{regime}: done after {time.perf_counter() - began:.0f} s\n")
-        report(found, options, processor_seconds())
+        report(by_regime, options, processor_seconds())
 
 
-def report(found: dict[str, Any], options: argparse.Namespace, seconds: float) -> None:
-    """Print the table and write it as JSON and Markdown."""
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, one torch thread, Python {platform.python_version()}"
-    versions = library_versions()
-    start = found[REGIMES[0]]["start"]
+def report(by_regime: dict[str, Any], options: argparse.Namespace, seconds: float) -> None:
+    """Publish the table."""
+    start = by_regime[REGIMES[0]]["start"]
     rows = {
         "learning rate, chosen on validation": lambda each: f"{each['learning_rate']:g}",
         "trained parameters": lambda each: f"{each['trained_parameters']:,}",
@@ -289,32 +285,23 @@ def report(found: dict[str, Any], options: argparse.Namespace, seconds: float) -
         "peak memory of training, above before it": lambda each: f"{each['memory_bytes'] / 2**20:.0f} MiB",
     }
     lines = [
-        f"{machine}, torch {versions.get('torch')}, lightning {versions.get('lightning')}. "
-        f"Made by `python -m benchmarks.regimes` in {seconds / 60:.0f} minutes of one core.",
+        f"One torch thread; {seconds / 60:.0f} minutes of one core.",
         "",
         f"Start: the shipped instruct model (0.94 M parameters) after {options.start_steps} steps on both tasks; on test it answers "
         + ", ".join(f"{start[group]:.3f} of {group}" for group in (*TASKS, CONTROL))
         + f" exactly. Each fine-tune: {options.steps} steps of 1024 tokens, one seed. Test: {PROBLEMS['test']} problems a task, "
         f"{CONTROL_PROBLEMS['test']} of each of {len(INSTRUCT_SKILLS)} control skills; the sampling error of an accuracy is up to 0.025.",
         "",
-        "| | " + " | ".join(REGIMES) + " |",
-        "|---|" + "---|" * len(REGIMES),
-        *(f"| {title} | " + " | ".join(cell(found[regime]) for regime in REGIMES) + " |" for title, cell in rows.items()),
+        *table(["", *REGIMES], [[title, *(cell(by_regime[regime]) for regime in REGIMES)] for title, cell in rows.items()]),
     ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "regimes.md").write_text("# Three regimes of fine-tuning\n\n" + text, "utf-8")
     record = {
-        "machine": machine,
-        "versions": versions,
         "processor_seconds": seconds,
         "steps": options.steps,
         "start_steps": options.start_steps,
         "learning_rates": LEARNING_RATES,
-        "regimes": found,
+        "regimes": by_regime,
     }
-    (RESULTS / "regimes.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    publish("regimes", "Three regimes of fine-tuning", lines, record)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""One matrix of a model of 8 B parameters, made of those of two vectors without samples: seconds, peak memory and precision.
+"""Merging one matrix of an 8 B model from two vectors without samples: seconds, peak memory and precision.
 
     python -m benchmarks.regression [--rows 4096] [--columns 14336]
 
-Each way runs once, in a process of its own, on one thread; the peak memory is that of the process, the seconds are of the solve alone. The floor is one
-product τᵀτ of the same matrix in float64, and reading the bytes of both vectors once. Then, on small layers trained by gradient descent, whether matrices
-that are stored as one (q, k and v; gate and up) are better solved together or apart. Writes benchmarks/results/regression.json and .md.
+Each method runs once, in a separate process, on one thread; the peak memory is that of the process, the seconds are those of the solve alone. The lower
+bound is one product τᵀτ of the same matrix in float64, and reading the bytes of both vectors once. A second part tests, on small layers trained by
+gradient descent, whether matrices that are stored as one (q, k and v; gate and up) are better solved together or separately. Writes
+benchmarks/results/regression.json and .md.
 """
 
 from __future__ import annotations
@@ -26,26 +27,26 @@ from lata_lightning.numerics.matrix_regression import Figures, Operand, Settings
 from lata_lightning.numerics.singular import tsv_m
 
 RANK = 256
-"""Of the signal in a matrix, whose singular values fall as 1/k; beside it there is noise."""
+"""Rank of the signal in a matrix, whose singular values fall as 1/k; noise is added to it."""
 SEEDS = 20
 WAYS = ("product", "regression", "regression in float32", "TSV-M")
 
 
 def matrices(rows: int, columns: int) -> list[Tensor]:
-    """Two float32 matrices of falling singular values, which share half of their directions."""
+    """Return two float32 matrices with falling singular values, which share half of their directions."""
     generator = torch.Generator().manual_seed(0)
     shared = torch.randn(RANK // 2, columns, generator=generator)
     weights = (1 / torch.arange(1, RANK + 1)).sqrt()
-    found = []
+    drawn = []
     for _ in range(2):
         right = torch.cat([shared, torch.randn(RANK // 2, columns, generator=generator)])
         left = torch.randn(rows, RANK, generator=generator)
-        found.append(1e-5 * (left * weights) @ right + 1e-5 * torch.randn(rows, columns, generator=generator))
-    return found
+        drawn.append(1e-5 * (left * weights) @ right + 1e-5 * torch.randn(rows, columns, generator=generator))
+    return drawn
 
 
 def solved(taus: Sequence[Tensor], precision: torch.dtype = torch.float64) -> tuple[Tensor, Figures]:
-    """The regression of matrices, and what was found out."""
+    """Return the merged matrix and its figures."""
     figures = Figures.empty(len(taus))
     operands = [Operand(tensor_chunks(tau), tensor_chunks(tau)) for tau in taus]
     shape = (taus[0].shape[0], taus[0].shape[1])
@@ -53,36 +54,36 @@ def solved(taus: Sequence[Tensor], precision: torch.dtype = torch.float64) -> tu
 
 
 def one(way: str, rows: int, columns: int, output: Path) -> None:
-    """Run one way in this process, and write what came out."""
+    """Run one method in this process, and write its result."""
     torch.set_num_threads(1)
     taus = matrices(rows, columns)
     figures: Figures | None = None
     began = time.perf_counter()
     if way == "product":
         wide = taus[0].double()
-        found = wide.T @ wide
+        result = wide.T @ wide
     elif way == "TSV-M":
-        found = tsv_m([tau.double() for tau in taus]).float()
+        result = tsv_m([tau.double() for tau in taus]).float()
     else:
-        found, figures = solved(taus, torch.float32 if way.endswith("32") else torch.float64)
+        result, figures = solved(taus, torch.float32 if way.endswith("32") else torch.float64)
     seconds = time.perf_counter() - began
-    torch.save(found if way != "product" else None, output.with_suffix(".pt"))
+    torch.save(result if way != "product" else None, output.with_suffix(".pt"))
     condition = None if figures is None else figures.condition
     interference = None if figures is None else [(lost / own) ** 0.5 for lost, own in zip(figures.lost, figures.own, strict=True)]
     output.write_text(json.dumps({"seconds": seconds, "condition": condition, "interference": interference}), "utf-8")
 
 
 def trained(inputs: Tensor, aims: Tensor, steps: int) -> Tensor:
-    """A matrix that gradient descent on the squared error reaches from zero."""
-    found = torch.zeros(aims.shape[0], inputs.shape[1], dtype=torch.float64)
+    """Return the matrix that gradient descent on the squared error reaches from zero."""
+    matrix = torch.zeros(aims.shape[0], inputs.shape[1], dtype=torch.float64)
     rate = 1 / torch.linalg.matrix_norm(inputs, 2).square()
     for _ in range(steps):
-        found += rate * (aims - found @ inputs.T) @ inputs
-    return found
+        matrix += rate * (aims - matrix @ inputs.T) @ inputs
+    return matrix
 
 
 def together_or_apart(seed: int) -> tuple[float, float, float]:
-    """Error on the inputs of both tasks of three matrices of one layer: solved as one, one by one, and with the inputs themselves."""
+    """Return the error on the inputs of both tasks for three matrices of a layer: solved together, separately, and from the inputs themselves."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -107,12 +108,12 @@ def together_or_apart(seed: int) -> tuple[float, float, float]:
 
 
 def compared() -> list[tuple[float, ...]]:
-    """The errors of ``together_or_apart`` over all seeds: their mean, and in how many seeds solving apart was better."""
+    """Return the errors of ``together_or_apart`` for all seeds."""
     return [together_or_apart(seed) for seed in range(SEEDS)]
 
 
 def main() -> None:
-    """Run every way in turn and publish."""
+    """Run every method and publish the results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--columns", type=int, default=14336)

@@ -1,9 +1,9 @@
-"""Time and memory of a merge over the size of the model and the number of vectors: both should be straight lines.
+"""Time and memory of a merge by model size and number of vectors; the time should grow linearly.
 
     python -m benchmarks.scaling [--parameters 0.1e9 0.5e9 1.1e9 2e9 4e9] [--vectors 1 2 4 8] [--directory DIR]
 
-Each size with two saved bfloat16 vectors, each number of vectors at the smallest but one size; whole processes. Writes benchmarks/results/scaling.json and
-.md.
+Each size runs with two saved bfloat16 vectors, each number of vectors at the second smallest size, as whole processes. Writes
+benchmarks/results/scaling.json and .md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from benchmarks.bench import MIB, Run, lata, middle, process, publish, remove, t
 
 
 def merged(directory: Path, parameters: float, count: int, rounds: int) -> tuple[Run, int]:
-    """A merge of so many vectors: its figures, and the bytes read and written."""
+    """Merge ``count`` vectors; return time and memory, and the bytes read and written."""
     onto = write_llama(directory / "onto", parameters, 0)
     vectors = []
     for seed in range(1, count + 1):
@@ -35,7 +35,7 @@ def merged(directory: Path, parameters: float, count: int, rounds: int) -> tuple
 
 
 def main() -> None:
-    """Merge in all sizes and numbers."""
+    """Merge at all sizes and numbers of vectors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=float, nargs="+", default=[0.1e9, 0.5e9, 1.1e9, 2e9, 4e9])
     parser.add_argument("--vectors", type=int, nargs="+", default=[1, 2, 4, 8])

@@ -1,4 +1,4 @@
-"""How long the commands take before they do anything.
+"""The start-up time of the commands.
 
     python -m benchmarks.startup [--rounds 7]
 
@@ -33,8 +33,8 @@ def main() -> None:
             "import lightning.pytorch": [sys.executable, "-c", "import lightning.pytorch"],
             "import lightning.pytorch, lata_lightning": [sys.executable, "-c", "import lightning.pytorch, lata_lightning"],
         }
-        found = in_turn({name: lambda command=command: process(command) for name, command in sides.items()}, options.rounds + 1)
-    runs = {name: middle(values[1:]) for name, values in found.items()}
+        runs_of = in_turn({name: lambda command=command: process(command) for name, command in sides.items()}, options.rounds + 1)
+    runs = {name: middle(values[1:]) for name, values in runs_of.items()}
     rows = [[f"`{name}`", f"{run.seconds:.2f}", f"{run.cpu:.2f}"] for name, run in runs.items()]
     lines = [f"Whole processes, median of {options.rounds} rounds in turn.", "", *table(["", "seconds", "processor seconds"], rows)]
     publish("startup", "Start-up", lines, {"rounds": options.rounds, "runs": {name: run._asdict() for name, run in runs.items()}})
