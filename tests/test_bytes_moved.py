@@ -94,7 +94,7 @@ def test_aligning_and_verifying_read_the_vectors_once(tmp_path, models, moved):
     assert moved["read"] == 4 * SIZE
 
 
-def test_the_result_does_not_depend_on_the_number_of_workers_or_the_size_of_pieces(tmp_path, models, monkeypatch):
+def test_the_result_does_not_depend_on_the_number_of_workers_or_the_size_of_chunks(tmp_path, models, monkeypatch):
     onto, *tuned = models
     results = []
     for number, (workers, piece) in enumerate([(1, CHUNK), (2, CHUNK), (5, CHUNK), (1, 4096), (3, 70_001)]):
@@ -148,7 +148,7 @@ def test_at_least_one_worker_is_needed():
 
 @pytest.mark.parametrize("in_factors", ["task", "instruction"])
 @pytest.mark.parametrize("start", ["instruct", "base"])
-def test_aligning_a_vector_in_factors_reads_the_dense_one_once_and_piece_by_piece(tmp_path, models, moved, in_factors, start):
+def test_aligning_a_vector_in_factors_reads_the_dense_one_once_and_chunk_by_chunk(tmp_path, models, moved, in_factors, start):
     dense = TaskVector.between(models[0], models[1]).save(tmp_path / "dense")
     factors = random_factors(large(0), NAMES[:1])
     low = vector_in_factors(tmp_path / "low", large(0), factors)
@@ -164,7 +164,7 @@ def test_aligning_a_vector_in_factors_reads_the_dense_one_once_and_piece_by_piec
     assert found.layers[NAMES[0]].alignment == pytest.approx(expected, abs=1e-9)
 
 
-def test_merging_a_vector_in_factors_reads_the_start_once_and_piece_by_piece(tmp_path, models, moved):
+def test_merging_a_vector_in_factors_reads_the_start_once_and_chunk_by_chunk(tmp_path, models, moved):
     low = vector_in_factors(tmp_path / "low", large(0), random_factors(large(0), NAMES[:1]))
     moved.update(read=0, written=0, largest=0)
     merge(models[0], [Term(low)], tmp_path / "merged", check_base=False)

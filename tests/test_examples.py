@@ -37,7 +37,7 @@ def test_a_plain_trainer_leaves_a_vector_and_its_history_can_be_drawn(tmp_path):
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_rule_of_ones_own_names_the_layers(tmp_path):
+def test_a_custom_rule_names_the_layers(tmp_path):
     printed = run("custom_layers.py", cwd=tmp_path)
     # The stage that moved most is the least aligned, and gets the whole of its vector.
     assert "stage3" in printed.splitlines()[2]
@@ -55,7 +55,7 @@ def test_attention_only_trains_four_tensors_a_block_and_learns(tmp_path):
     assert all(("self_attn" in name) == (name not in vector.unchanged) for name in vector)
 
 
-def test_a_run_that_broke_off_ends_like_the_uninterrupted_one(tmp_path):
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path):
     printed = run("resume.py", "out", cwd=tmp_path)
     assert "broken off: power cut" in printed
     assert "same vector: True, same history: True" in printed
@@ -83,7 +83,7 @@ def test_a_module_without_a_transformer_has_its_repeated_children_as_layers(tmp_
     assert {"stem.weight", "head.bias"} <= set(vector)
 
 
-def test_a_rule_of_ones_own_weights_the_layers_of_a_merge(tmp_path):
+def test_a_custom_rule_weights_the_layers_of_a_merge(tmp_path):
     printed = run("own_weighting.py", "out", cwd=tmp_path)
     own = {layer: float(value) for layer, value in re.findall(r"^(model\.layers\.\d): by relative norm (\d\.\d+)", printed, re.MULTILINE)}
     assert max(own.values()) == 1

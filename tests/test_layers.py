@@ -283,7 +283,7 @@ def test_a_mixture_of_experts_in_its_older_checkpoint_names_keeps_every_expert_i
     assert layer_map(names, structure=empty_model(*ARCHITECTURES["mixtral"][:3])) == by_names
 
 
-def test_checkpoint_names_that_the_module_does_not_have_are_placed_by_names_alone():
+def test_checkpoint_names_that_the_module_lacks_get_their_layer_from_the_name_alone():
     names = [
         f"vit.encoder.layer.{layer}.{tail}" for layer in range(2) for tail in ("attention.attention.query.weight", "output.dense.weight")
     ]
@@ -412,7 +412,7 @@ def test_where_names_tell_nothing_the_class_of_the_module_does():
     assert found.outside() == {"table.weight": "embedding", "last.weight": "final_norm", "last.bias": "final_norm"}
 
 
-def test_a_model_without_any_repeated_part_stands_wholly_outside():
+def test_a_model_without_any_repeated_part_has_no_layers():
     model = nn.Linear(3, 2)
     found = layer_map(["weight", "bias"], structure=model)
     assert found.blocks == ()
@@ -450,7 +450,7 @@ def test_a_rule_may_join_tensors_whose_names_do_not_begin_with_the_block():
     assert found.positions["a_1.attn"].part == "attention"
 
 
-def test_a_rule_that_places_nothing_is_refused_with_the_names_it_saw():
+def test_a_rule_that_matches_no_tensor_is_refused_with_the_names_it_saw():
     with pytest.raises(LataError, match=r"places none of the tensors .* 4: \['body.first.w'.*…\]"):
         layer_map(NAMES, rule=lambda name: None)
     with pytest.raises(LataError, match="places none of the tensors"):

@@ -42,7 +42,7 @@ def test_every_part_is_listed():
     assert {part_of(file) for file in files()} == set(PARTS)
 
 
-def test_few_modules_stand_beside_the_packages():
+def test_few_modules_are_beside_the_packages():
     assert len([file for file in files() if file.parent == PACKAGE]) <= MODULES_BESIDE_THE_PACKAGES
 
 
@@ -74,7 +74,7 @@ def test_nothing_below_the_callbacks_imports_lightning():
     assert importing == []
 
 
-def test_the_package_imports_nothing_that_stands_beside_it():
+def test_the_package_imports_nothing_from_outside_it():
     assert [(str(file), module) for file in files() for module in imports(file) if module.split(".")[0] in OUTSIDE] == []
 
 

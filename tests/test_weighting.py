@@ -183,7 +183,7 @@ def test_a_function_without_a_name_of_its_own_is_refused():
         ({"a": None, "b": "0.5"}, r"it does not in 2: \['a', 'b'\]"),
     ],
 )
-def test_a_rule_of_ones_own_must_give_one_finite_number_for_each_layer(given, message):
+def test_a_custom_rule_must_give_one_finite_number_for_each_layer(given, message):
     def own(alignment):
         return given
 

@@ -247,7 +247,7 @@ def test_without_matplotlib_the_heat_map_says_what_to_install(monkeypatch):
         (STEPS, SAMPLES, {"start": {"v": torch.ones(())}}, LayoutMismatchError, "the start weights must hold parameters"),
     ],
 )
-def test_what_has_no_meaning_is_refused(vectors, data, options, error, message):
+def test_invalid_arguments_are_refused(vectors, data, options, error, message):
     with pytest.raises(error, match=message):
         disentanglement_error(Slope(), vectors, data, **options)
 
@@ -270,6 +270,6 @@ def test_a_model_whose_output_is_no_tensor_needs_a_function():
         ((0, 0, 0, torch.eye(2), torch.eye(3)), LayoutMismatchError, r"one shape, got \(2, 2\) and \(3, 3\)"),
     ],
 )
-def test_an_update_that_has_no_place_is_refused(arguments, error, message):
+def test_an_update_outside_the_grid_is_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         DisentanglementError([0.0], [0.0, 1.0]).update(*arguments)

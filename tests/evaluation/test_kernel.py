@@ -106,6 +106,6 @@ def test_the_model_is_left_as_it_was_and_the_start_may_be_given():
         ({"c": torch.ones(1)}, [torch.ones(1)], {}, LayoutMismatchError, "the task vector must hold parameters of the model"),
     ],
 )
-def test_what_has_no_meaning_is_refused(vector, data, options, error, message):
+def test_invalid_arguments_are_refused(vector, data, options, error, message):
     with pytest.raises(error, match=message):
         linearisation_error(Quadratic(), vector, data, **options)

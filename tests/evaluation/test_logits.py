@@ -138,7 +138,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_wide_vocabulary_takes_no_more_memory_than_a_piece_of_logits(tied):
+def test_a_wide_vocabulary_takes_no_more_memory_than_a_chunk_of_logits(tied):
     width = 2**18
     model = LlamaForCausalLM(LlamaConfig(**{**SMALL_CONFIG, "vocab_size": width, "hidden_size": 8}, tie_word_embeddings=tied)).eval()
     ids = torch.randint(3, width, (4, 256))

@@ -142,7 +142,7 @@ def test_a_score_that_is_no_number_is_left_out_and_never_chosen(model, vector):
     assert found.best.scale == 0.5
 
 
-def test_the_curve_is_kept_in_the_form_that_reports_read(model, vector, tmp_path):
+def test_the_curve_has_the_form_that_reports_read(model, vector, tmp_path):
     found = tune(model, {"none": [vector]}, {"skill": along(model, lambda distance: distance)}, grid=(0.5,))
     data = found.to_json()
     assert data["best"] == {
@@ -191,7 +191,7 @@ def test_progress_counts_every_point(model, vector):
         ({"none": [1]}, {"skill": 1}, {"control_share": 0}, r"must lie in \(0, 1\], got 0"),
     ],
 )
-def test_settings_without_meaning_are_refused(model, rules, data, more, message):
+def test_invalid_settings_are_refused(model, rules, data, more, message):
     with pytest.raises(LataError, match=message):
         tune(model, rules, data, **more)
 

@@ -45,7 +45,7 @@ def weighted(models, label, level="tensor"):
 @pytest.mark.parametrize(("name", "tied"), [("llama", False), ("llama", True), ("gpt2", True), ("t5", True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("written", [False, True])
-def test_mergekit_makes_of_it_what_a_merge_makes(tmp_path, name, tied, dtype, written):
+def test_mergekit_computes_what_a_merge_computes(tmp_path, name, tied, dtype, written):
     models = save_family(tmp_path, name, tied=tied, dtype=dtype)
     terms = [Term(weighted(models, "tuned-1"), 0.37), Term(weighted(models, "tuned-2"), -0.8)]
     if written:

@@ -346,7 +346,7 @@ def test_an_export_draws_no_random_numbers(tmp_path, llama):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_start_in_memory_takes_the_place_of_one_on_disk(tmp_path, llama):
+def test_a_start_in_memory_replaces_one_on_disk(tmp_path, llama):
     vector = TaskVector.between(loaded("llama", llama["start"]), loaded("llama", llama["tuned-1"]))
     export_peft([Term(vector)], tmp_path / "adapter", onto=loaded("llama", llama["start"]))
     export_peft([Term(between(llama))], tmp_path / "other")

@@ -107,7 +107,7 @@ def test_a_start_that_has_changed_is_refused_unless_the_check_is_off(tmp_path, m
     export_to("hf", [term], tmp_path / "out", check_base=False)
 
 
-def test_a_start_of_unknown_place_must_be_named(tmp_path):
+def test_a_start_of_unknown_location_must_be_named(tmp_path):
     vector = TaskVector.between(weights(0), weights(1))
     refused(tmp_path, LataError, "does not record where its start model lies: name it", "hf", [Term(vector)])
     export_to("hf", [Term(vector)], tmp_path / "out", onto=weights(0))
@@ -205,7 +205,7 @@ def test_a_vector_from_base_with_coefficients_is_refused(models):
         ("peft", {"rank": 4, "energy": 0.5}, "not both"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(tmp_path, models, kind, options, message):
+def test_options_that_a_kind_does_not_use_are_refused(tmp_path, models, kind, options, message):
     refused(tmp_path, LataError, message, kind, [Term(vector_of(models))], **options)
 
 

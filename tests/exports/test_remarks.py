@@ -70,7 +70,7 @@ def test_nothing_is_said_of_a_lora_vector(tmp_path, models):
     assert said == []
 
 
-def test_the_command_says_it_on_standard_error(tmp_path, models, capsys):
+def test_the_command_prints_the_sentence_on_standard_error(tmp_path, models, capsys):
     dense(models).save(tmp_path / "vector")
     assert main(["export", str(tmp_path / "vector"), "--to", "peft", "--rank", "1", "--output", str(tmp_path / "adapter")]) == 0
     said = capsys.readouterr()

@@ -99,7 +99,7 @@ def test_experts_are_put_together_as_transformers_does(tmp_path):
         assert torch.equal(found.read(found.by_name[name], source.read), tensor), name
 
 
-def test_pieces_that_do_not_make_up_their_tensor_are_refused(tmp_path, monkeypatch):
+def test_stored_tensors_that_do_not_make_up_the_whole_are_refused(tmp_path, monkeypatch):
     models = save_family(tmp_path, "mixtral")
     source = open_source(models["start"])
     found = Structure(source)

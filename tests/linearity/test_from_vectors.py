@@ -185,7 +185,7 @@ def test_merges_by_singular_vectors_take_the_matrices_of_the_blocks_and_the_mean
 
 
 @pytest.mark.parametrize("method", ["regression", "tsv", "iso"])
-def test_threads_shards_and_pieces_change_no_bit(method, tmp_path):
+def test_threads_shards_and_chunks_change_no_bit(method, tmp_path):
     vectors = vectors_of()
     found = merge_matrices(vectors, method)
     found.save(tmp_path / "one", workers=1)

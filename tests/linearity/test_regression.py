@@ -467,7 +467,7 @@ def test_every_stage_is_told_once_and_nothing_runs_behind_the_last():
     assert len(logits) == 2
 
 
-def test_what_was_done_stands_beside_the_vector(tmp_path):
+def test_the_manifest_records_how_the_vector_was_made(tmp_path):
     start = llama()
     start.save_pretrained(tmp_path / "start")
     vectors = [
@@ -508,7 +508,7 @@ def refused(start, error, match, *, models=None, samples=None, **options):
         regress(vectors, start, of_chain([rows(2)] * len(vectors)) if samples is None else samples, **options)
 
 
-def test_requests_that_make_no_sense_are_refused():
+def test_invalid_requests_are_refused():
     start = Chain()
     refused(start, LataError, "got 2 sets for 1 vectors", samples=of_chain([rows(1)] * 2))
     refused(start, LataError, "there are none for", samples=[[]])

@@ -131,7 +131,7 @@ def test_every_vector_is_measured_on_its_own_samples():
     assert [round(done / size * 20) for done, size in seen] == list(range(1, 21))
 
 
-def test_requests_that_make_no_sense_are_refused():
+def test_invalid_requests_are_refused():
     start = Chain()
     vectors = vectors_of(start, [tuned(start)])
     with pytest.raises(LataError, match="per block or per submodule, not per tensor"):

@@ -52,7 +52,7 @@ def test_what_is_saved_under_other_names_or_in_other_pieces_finds_its_place(mode
     assert all(names.values())
 
 
-def test_experts_are_stored_in_pieces():
+def test_experts_are_stored_as_several_tensors():
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**SMALL, num_local_experts=2))
     names = Shell(copy_without_weights(model)).stored_names(["model.layers.1.mlp.experts.gate_up_proj"])
     assert names["model.layers.1.mlp.experts.gate_up_proj"] == {

@@ -357,7 +357,7 @@ def refused(start, error, match, *, models=None, samples=None, **options):
         )
 
 
-def test_requests_that_make_no_sense_are_refused():
+def test_invalid_requests_are_refused():
     start = Chain()
     refused(start, LataError, "per block or per submodule, not per tensor", level="tensor")
     refused(start, LataError, "got 2 sets for 1 vectors", samples=[[{"hidden": rows(1)}]] * 2)
@@ -420,7 +420,7 @@ def test_vectors_from_different_starts_are_refused_unless_told_otherwise(tmp_pat
     assert solve_coefficients(start, vectors, [[{"hidden": rows(1)}]] * 2, check_base=False).vectors
 
 
-def test_products_add_up_over_pieces():
+def test_products_add_up_over_chunks():
     changes = torch.randn(2, 3000, 3, generator=torch.Generator().manual_seed(0))
     whole, pieces = Products(2), Products(2)
     whole.add(0, changes)

@@ -161,7 +161,7 @@ def test_padding_is_no_token_and_never_makes_a_model_larger(tmp_path, vocabulary
 
 
 @pytest.mark.parametrize(("onto_rows", "tuned_rows"), [(32, 32), (32, 25), (32, 64)])
-def test_a_token_that_takes_the_place_of_padding_is_new(tmp_path, onto_rows, tuned_rows):
+def test_a_token_in_a_row_of_padding_is_new(tmp_path, onto_rows, tuned_rows):
     onto, tuned = save(tmp_path / "onto", 0, rows=onto_rows), save(tmp_path / "tuned", 1, ["<call>"], rows=tuned_rows)
     shared = [row for row in range(min(onto_rows, tuned_rows)) if row != 24]
     merge(onto, [term(onto, tuned, 0.5)], tmp_path / "union", vocabulary="union")

@@ -141,7 +141,7 @@ def test_the_instruction_vector_that_was_measured_with_stays_on_record():
     assert weigh(vector, "log").manifest.instruction_identity == known
 
 
-def test_a_rule_of_ones_own_is_recorded_by_its_name_and_merged(tmp_path):
+def test_a_custom_rule_is_recorded_by_its_name_and_merged(tmp_path):
     alignment = measured(STEEP, norms=(0.25, 2.0))
     start = write_model(tmp_path / "start", weights(0))
     merge(start, [Term(weigh(task(), by_norm, alignment=alignment), 0.5)], tmp_path / "out")
@@ -152,7 +152,7 @@ def test_a_rule_of_ones_own_is_recorded_by_its_name_and_merged(tmp_path):
     torch.testing.assert_close(merged[name].double(), one + 0.5 * 2.0 * (other - one), rtol=1e-6, atol=1e-6)
 
 
-def test_a_rule_of_ones_own_survives_saving(tmp_path):
+def test_a_custom_rule_survives_saving(tmp_path):
     for name, vector in {
         "rule": task().weighted(measured(STEEP), by_norm),
         "numbers": task().with_coefficients(dict.fromkeys(BLOCKS, 0.125), weighting="by-hand.2"),

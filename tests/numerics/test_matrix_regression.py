@@ -174,7 +174,7 @@ def test_values_that_are_not_finite_are_refused(shape, value):
         ({"prior": "most"}, "unknown prior 'most'; choose one of sum, mean"),
     ],
 )
-def test_settings_without_meaning_are_refused(options, message):
+def test_invalid_settings_are_refused(options, message):
     with pytest.raises(LataError, match=message):
         Settings(**options)
 

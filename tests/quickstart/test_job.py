@@ -75,7 +75,7 @@ def test_a_finished_run_is_shown_again_instead_of_repeated(finished, capsys):
     assert "results of an earlier run" in shown.err
 
 
-def test_a_broken_off_run_goes_on_after_its_last_finished_fine_tune(finished, monkeypatch):
+def test_an_interrupted_run_continues_after_its_last_finished_fine_tune(finished, monkeypatch):
     directory, results, _ = finished
     (directory / "two/results.json").unlink()
     trained = []

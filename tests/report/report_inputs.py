@@ -76,3 +76,16 @@ def table_of(page, key):
         [html.unescape(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line, re.DOTALL)]
         for line in re.findall(r"<tr>(.*?)</tr>", body, re.DOTALL)
     ]
+
+
+def charts(report):
+    return {chart.key: chart for chart in report.charts}
+
+
+def write_model(directory, vectors, scores=None):
+    directory.mkdir()
+    terms = [{"vector": vector, "scale": scale, "weighting": "none"} for vector, scale in vectors.items()]
+    (directory / "merge.json").write_text(json.dumps({"onto": {"location": "models/instruct"}, "terms": terms}))
+    if scores is not None:
+        (directory / "scores.json").write_text(json.dumps({"model": directory.name, "scores": scores}))
+    return directory

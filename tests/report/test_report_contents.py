@@ -4,27 +4,19 @@ import shutil
 
 import pytest
 import torch
-from report_inputs import row, write_run, write_vectors
+from report_inputs import charts, row, write_model, write_run
 
 from lata_lightning import regress
 from lata_lightning.callbacks.handover import VECTOR_NAME
 from lata_lightning.display.charts import HeatMap
-from lata_lightning.errors import BaseMismatchError, CorruptFileError, LataError, LayoutMismatchError, SourceError
+from lata_lightning.errors import LataError
 from lata_lightning.layers import layer_map
 from lata_lightning.moments import Moments
-from lata_lightning.report import figures, reading
+from lata_lightning.report import figures
 from lata_lightning.report.contents import build
-from lata_lightning.report.measuring import measure_together
 from lata_lightning.vectors.task_vector import TaskVector
 
 BLOCKS = ("model.layers.0", "model.layers.1")
-
-
-@pytest.fixture(scope="module")
-def vectors(tmp_path_factory):
-    """The directory of the vectors and the differences they hold."""
-    directory = tmp_path_factory.mktemp("vectors")
-    return directory, write_vectors(directory)
 
 
 def flat(difference, inside=""):
@@ -35,19 +27,12 @@ def cosine(one, other):
     return (torch.dot(one, other) / one.norm() / other.norm()).item()
 
 
-def charts(report):
-    return {chart.key: chart for chart in report.charts}
-
-
 def section(report, key):
     return next(section for section in report.sections if section.key == key)
 
 
 def facts(report, label):
     return dict(next(table.rows for table in section(report, "provenance").tables if table.title == label))
-
-
-# --- figures -------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_heat_map_of_a_run_holds_the_alignments_of_its_history_layer_by_step(tmp_path):
@@ -152,14 +137,6 @@ def test_a_vector_that_started_from_base_is_shown_without_the_instruction_vector
         build([tmp_path / "whole"])
 
 
-def test_cosines_of_a_zero_vector_are_undefined(vectors, tmp_path):
-    directory, differences = vectors
-    TaskVector.between(differences["math"], differences["math"]).save(tmp_path / "zero")
-    found = charts(build([tmp_path / "zero", directory / "math"]))
-    assert found["pairs-whole"].values[0] == (None, None)
-    assert "no cosine is defined" in found["pairs-whole"].summary
-
-
 def test_interference_is_a_heat_map_for_each_vector_that_was_made_of_several(vectors, tmp_path):
     directory, _ = vectors
     one = regress([TaskVector.open(directory / name) for name in ("math", "string")]).save(tmp_path / "one")
@@ -236,9 +213,6 @@ def test_tensors_of_no_block_are_listed_and_need_no_chart(tmp_path):
     assert [chart.key for chart in section(report, "pairs").charts] == ["pairs-whole"]
 
 
-# --- cards, notices and provenance ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("last", "warned"), [(0.84, True), (0.7, False)])
 def test_the_card_warns_where_alignments_are_too_flat_to_rank(tmp_path, last, warned):
     card = build([write_run(tmp_path / "run", [row(10, {"h.0": 0.8, "h.1": last})])]).cards[0]
@@ -288,15 +262,6 @@ def test_a_run_with_its_vector_is_shown_as_both(vectors, tmp_path):
     assert set(charts(report)["coefficients"].ticks) == set(BLOCKS)
 
 
-def test_the_name_of_the_vector_in_a_run_is_that_of_the_callback():
-    assert reading.VECTOR_NAME == VECTOR_NAME
-
-
-def test_labels_are_the_last_component_or_the_whole_path_where_those_are_equal(tmp_path):
-    paths = [write_run(tmp_path / name, [row(1, {"h.0": 0.5})]) for name in ("a/math", "b/math", "c/string")]
-    assert [card.label for card in build(paths).cards] == [str(paths[0]), str(paths[1]), "string"]
-
-
 def test_a_long_title_is_cut(tmp_path):
     paths = [write_run(tmp_path / str(number), [row(1, {"h.0": 0.5})]) for number in range(6)]
     assert build(paths).title == "0, 1, 2, 3 and 2 more"
@@ -325,115 +290,11 @@ def test_a_run_without_instruction_vector_says_what_to_pass(tmp_path):
     assert "a run writes it when training ends" in section(found, "parts").empty
 
 
-# --- refusals ------------------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_path_that_is_nothing_is_refused(tmp_path):
-    with pytest.raises(
-        SourceError, match="is no run, vector or merged model: it holds no task_vector, history.jsonl.*There is nothing at this path"
-    ):
-        build([tmp_path / "none"])
-
-
-def test_a_folder_of_runs_is_refused_with_their_names(tmp_path):
-    for name in ("math", "string"):
-        write_run(tmp_path / "runs" / name, [row(1, {"h.0": 0.5})])
-    with pytest.raises(SourceError, match="Name what lies in it, 2: \\['math', 'string'\\]"):
-        build([tmp_path / "runs"])
-
-
-def test_a_folder_of_something_else_is_refused(tmp_path):
-    with pytest.raises(SourceError, match="Give the output_dir of a LATACallback"):
-        build([tmp_path])
-
-
-def test_a_run_without_any_measurement_is_refused(tmp_path):
-    with pytest.raises(SourceError, match="is empty: nothing has been measured yet"):
-        build([write_run(tmp_path / "run", [])])
-
-
-def test_a_path_given_twice_is_refused(tmp_path):
-    run = write_run(tmp_path / "run", [row(1, {"h.0": 0.5})])
-    with pytest.raises(LataError, match="given more than once are"):
-        build([run, run.parent / "." / "run"])
-
-
-@pytest.mark.parametrize(
-    "line",
-    ['{"step": 1}', "[]", '{"step": 1, "epoch": 0, "task_norm": NaN, "level": "block", "start": "instruct", "layers": {}, "outside": {}}'],
-)
-def test_a_history_that_is_none_is_refused_with_its_line(tmp_path, line):
-    run = write_run(tmp_path / "run", [row(1, {"h.0": 0.5})])
-    with (run / "history.jsonl").open("a") as file:
-        file.write(line + "\n")
-    with pytest.raises(CorruptFileError, match=r"line 2 of .*history.jsonl is no measurement"):
-        build([run])
-
-
-@pytest.mark.parametrize(
-    "text", ["no json", "[]", '{"points": []}', '{"points": [{"scale": 1}]}', '{"points": [{"scale": 1, "scores": {"math": NaN}}]}']
-)
-def test_a_scale_curve_that_is_none_is_refused(tmp_path, text):
-    (tmp_path / "tune.json").write_text(text)
-    with pytest.raises(CorruptFileError, match="holds no scale curve"):
-        build([tmp_path])
-
-
-def test_vectors_of_other_layouts_are_refused(vectors, tmp_path):
-    weight = {"model.layers.0.mlp.up_proj.weight": torch.ones(2, 2)}
-    TaskVector.between(weight, weight).save(tmp_path / "other")
-    with pytest.raises(LayoutMismatchError, match="must hold the same tensors"):
-        build([vectors[0] / "math", tmp_path / "other"])
-
-
-def test_vectors_of_other_blocks_are_refused(vectors, tmp_path):
-    directory, differences = vectors
-    start = {name: torch.zeros_like(tensor) for name, tensor in differences["math"].items()}
-    TaskVector.between(start, differences["math"], layers=r"^model\.layers").save(tmp_path / "one-block")
-    with pytest.raises(LayoutMismatchError, match="must have the same blocks to be shown together"):
-        build([directory / "math", tmp_path / "one-block"])
-
-
-def test_an_instruction_vector_of_other_weights_is_refused_unless_told_otherwise(vectors, tmp_path):
-    directory, differences = vectors
-    TaskVector.between(differences["math"], differences["string"], kind="instruction").save(tmp_path / "stranger")
-    with pytest.raises(BaseMismatchError, match="different weights"):
-        build([directory / "math"], tmp_path / "stranger")
-    assert build([directory / "math"], tmp_path / "stranger", check_base=False).charts
-
-
-# --- measuring -----------------------------------------------------------------------------------------------------------------------------
-
-
-def test_measuring_reports_all_bytes_and_leaves_the_instruction_vector_unaligned_with_itself(vectors):
-    opened = [TaskVector.open(vectors[0] / name) for name in ("math", "instruction")]
-    seen = []
-    measured = measure_together(opened, opened[1], progress=lambda done, size: seen.append((done, size)))
-    size = 2 * 4 * sum(tensor.numel() for tensor in vectors[1]["math"].values())
-    assert seen[-1] == (size, size)
-    assert len(seen) == len(opened[0])
-    assert all(moments.instruction == 0 for moments in measured.tables[1].values())
-
-
-def test_no_vectors_measure_to_nothing():
-    measured = measure_together([])
-    assert (measured.tables, dict(measured.pairs)) == ((), {})
-
-
 def test_a_part_that_a_block_lacks_has_no_value():
     names = ["h.0.attn.weight", "h.0.mlp.weight", "h.1.attn.weight"]
     (found,) = figures.by_part([(0, "run", {name: Moments(task=4.0) for name in names})], layer_map(names))
     assert isinstance(found, HeatMap)
     assert (found.rows, found.values) == (("attention", "mlp"), ((2.0, 2.0), (2.0, None)))
-
-
-def write_model(directory, vectors, scores=None):
-    directory.mkdir()
-    terms = [{"vector": vector, "scale": scale, "weighting": "none"} for vector, scale in vectors.items()]
-    (directory / "merge.json").write_text(json.dumps({"onto": {"location": "models/instruct"}, "terms": terms}))
-    if scores is not None:
-        (directory / "scores.json").write_text(json.dumps({"model": directory.name, "scores": scores}))
-    return directory
 
 
 def test_merged_models_are_compared_by_what_they_are_made_of_and_by_their_scores(tmp_path):
@@ -455,22 +316,6 @@ def test_merged_models_without_scores_say_how_to_get_them(tmp_path):
     assert "lata evaluate MODEL --data FILE --output MODEL" in section.empty
 
 
-@pytest.mark.parametrize(
-    ("file", "text"),
-    [
-        ("merge.json", '{"terms": [{"vector": "v"}]}'),
-        ("merge.json", "{}"),
-        ("scores.json", '{"scores": {"math": 3}}'),
-        ("scores.json", "{}"),
-    ],
-)
-def test_a_record_of_a_merged_model_that_is_none_is_refused(tmp_path, file, text):
-    model = write_model(tmp_path / "one", {"math": 1.0})
-    (model / file).write_text(text)
-    with pytest.raises(CorruptFileError, match=file):
-        build([model])
-
-
 def test_flat_alignments_are_drawn_in_grey_and_others_are_not(tmp_path):
     flat = write_run(tmp_path / "flat", [row(1, {"h.0": 0.90, "h.1": 0.91})])
     steep = write_run(tmp_path / "steep", [row(1, {"h.0": 0.9, "h.1": 0.5})])
@@ -488,7 +333,3 @@ def test_a_tensor_that_did_not_move_has_no_figures(tmp_path):
     }
     section = next(section for section in build([write_run(tmp_path / "run", [entry])]).sections if section.key == "layers")
     assert section.tables[0].rows == [["run", "frozen.weight", "–", "–", "–", "–"]]
-
-
-def test_a_run_of_lata_fit_is_named_after_its_folder(tmp_path):
-    assert build([write_run(tmp_path / "runs" / "math" / "lata", [row(1, {"h.0": 0.9})])]).title == "math"

@@ -93,7 +93,7 @@ def test_the_command_writes_the_page_and_the_figures(tmp_path, capsys):
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["report.html"]
 
 
-def test_an_earlier_report_is_replaced_and_anything_else_is_kept(tmp_path, run, capsys):
+def test_an_earlier_report_is_replaced_and_no_other_file(tmp_path, run, capsys):
     report = tmp_path / "report.html"
     for _ in range(2):
         assert main(["report", str(run), "--output", str(report)]) == 0

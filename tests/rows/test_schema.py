@@ -87,7 +87,7 @@ def test_values_of_another_type_are_refused(row, message):
         read_sample(row, where="row 2")
 
 
-def test_named_columns_decide_in_place_of_the_accepted_forms():
+def test_named_columns_replace_the_accepted_forms():
     row = {"q": "a", "a": "b", "text": "c", "talk": TURNS}
     assert read_sample(row, ["q", "a"], where="row 1") == pair("a", "b")
     assert read_sample(row, ["text"], where="row 1") == Sample("text", text="c")

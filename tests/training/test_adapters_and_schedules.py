@@ -128,7 +128,7 @@ def test_a_checkpoint_of_adapters_on_a_tied_model_holds_neither_the_embedding_no
     assert {name for name, parameter in module.named_parameters() if parameter.requires_grad} == set(kept)
 
 
-def test_checkpointed_gradients_are_those_of_kept_activations(directory):
+def test_checkpointed_gradients_are_those_of_stored_activations(directory):
     gradients = []
     for checkpointing in (False, True):
         module = CausalLMModule(directory, gradient_checkpointing=checkpointing)

@@ -125,7 +125,7 @@ def test_without_validation_there_is_no_validation_loader(tokenizer):
         assert data.val_dataloader() == []
 
 
-def test_raw_windows_are_pieces_of_the_text_and_start_anywhere(tokenizer):
+def test_raw_windows_are_cut_from_the_text_and_start_anywhere(tokenizer):
     text = "".join(chr(ord("a") + index % 26) for index in range(300))
     data = RawTextDataModule(tokenizer, [text], batches_per_epoch=50, tokens_per_batch=40, context_length=10)
     data.setup("fit")

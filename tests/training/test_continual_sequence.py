@@ -170,7 +170,7 @@ def broken_off(monkeypatch, at):
 
 @pytest.mark.parametrize("keep_checkpoints", [False, True])
 @pytest.mark.parametrize("rule", ["merge", "sequential"])
-def test_a_sequence_that_was_broken_off_equals_one_that_was_not(start, tmp_path, keep_checkpoints, rule):
+def test_an_interrupted_sequence_equals_an_uninterrupted_one(start, tmp_path, keep_checkpoints, rule):
     whole = learn_in_sequence(start, Fits().tasks(), tmp_path / "whole", rule=rule)
     with pytest.MonkeyPatch.context() as patch:
         broken_off(patch, "second")
@@ -207,7 +207,7 @@ def test_a_task_that_was_trained_but_not_merged_is_not_trained_again(start, tmp_
     assert len(learned.accuracies) == 1
 
 
-def test_a_stage_that_was_taken_away_is_learned_and_scored_again(start, tmp_path):
+def test_a_stage_that_was_deleted_is_learned_and_scored_again(start, tmp_path):
     import shutil
 
     learn_in_sequence(start, Fits().tasks(), tmp_path / "out")
@@ -245,7 +245,7 @@ def test_names_that_are_no_directories_of_their_own_are_refused(start, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_settings_without_meaning_are_refused(start, tmp_path):
+def test_invalid_settings_are_refused(start, tmp_path):
     tasks, output = Fits().tasks("only"), tmp_path / "out"
     with pytest.raises(LataError, match="unknown rule 'average'; choose one of sequential, merge"):
         learn_in_sequence(start, tasks, output, rule="average")
