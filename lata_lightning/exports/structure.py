@@ -29,7 +29,7 @@ class ModelTensor:
     """
 
     names: tuple[str, ...]
-    pieces: tuple[str, ...]
+    stored_names: tuple[str, ...]
     plain: bool
 
     @property
