@@ -1,1 +1,1 @@
-"""Merging: vectors matched with the model they are added to, weighted, and summed, to disk or in memory."""
+"""Merging: matching vectors with the model they are added to, weighting them, and summing, to disk or in memory."""

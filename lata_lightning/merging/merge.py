@@ -1,4 +1,4 @@
-"""Merging and forgetting: onto + Σ scale · pure vector, streamed tensor by tensor into a complete model directory."""
+"""Merging and forgetting: onto + Σ scale · pure vector, streamed tensor by tensor into a model directory."""
 
 from __future__ import annotations
 
@@ -61,39 +61,37 @@ def merge(
 ) -> Path:
     """Write onto + Σ scale · coefficient · vector as a model directory.
 
-    The sum of a tensor is formed in float64 and rounded once to the output dtype. A tensor on which no vector acts is written as it is. Buffers, such as
-    running statistics, are taken over and not scaled: those of the one vector that changed them, of several the mean; under a negative scale those of
-    ``onto`` stay.
+    Each tensor is summed in float64 and rounded once to the output dtype. A tensor that no vector changes is copied. Buffers, such as running statistics,
+    are not scaled: they are copied from the tuned model of the one vector that changed them, or averaged over several; under a negative scale those of
+    ``onto`` are kept.
 
     Args:
-        onto: The model to add to. Everything in its directory goes along but weights in other formats and what tools keep there, which a note names.
+        onto: The model to add to. The other files in its directory are copied, except weights in other formats and caches of tools; a note names those.
         terms: The vectors, each with its scale.
-        output: A directory that does not exist yet; it appears complete or not at all.
+        output: A directory that does not exist yet; written atomically.
         dtype: ``float32``, ``bfloat16`` or ``float16``; by default each tensor keeps the dtype it has in ``onto``.
-        max_shard_bytes: Bytes of tensors per file.
+        max_shard_bytes: Largest number of bytes of tensors per file.
         check_base: Refuse vectors that are known to start from different weights.
-        vocabulary: What to do where the vocabularies differ; by default that is refused. ``"onto"`` keeps the rows of ``onto`` and drops those
-            that only a vector has. ``"union"`` adds them with the values of the tuned model (``Term.tuned``), whatever scale and coefficients
-            are, together with its tokenizer. Rows that only ``onto`` has stay as they are. Nothing else changes where the vocabulary is one.
-        method: ``"sum"`` adds the vectors as they are. ``"regression"``, ``"tsv"`` and ``"iso"`` make one vector of all first, matrix by matrix, as
-            ``lata_lightning.linearity.from_vectors.merge_matrices`` does; coefficients and different scales are refused then. Nothing of the size of the
-            model is in memory, or on disk in between.
-        device: Where matrices are solved, for a method that does so, such as ``"cuda"``.
-        command: Recorded in the card as how the model was made.
-        workers: Threads that merge a tensor each; by default one for each processor, up to four. The result does not depend on it.
-        progress: Called after each piece that is written, with the bytes written so far and the bytes in all.
-        note: Called before anything is written with each sentence about rows that are not shared, which are in the record and card as well, and about
-            files that are not copied.
-        leave_out: Regular expressions, searched in tensor names: what matches stays as it is in ``onto``, whatever the vectors hold.
-        check_start: Refuse a model that is known to be another than the one a vector started from.
+        vocabulary: How to treat vocabularies that differ; by default they are refused. ``"onto"`` keeps the rows of ``onto`` and drops those that only a
+            vector has. ``"union"`` adds them, unscaled, with the values of the tuned model (``Term.tuned``), and takes its tokenizer. Rows that only
+            ``onto`` has are kept. Equal vocabularies are not affected.
+        method: ``"sum"`` adds the vectors. ``"regression"``, ``"tsv"`` and ``"iso"`` first make one vector of all, matrix by matrix, as
+            ``lata_lightning.linearity.from_vectors.merge_matrices`` does; they refuse coefficients and different scales. No method stores the whole model
+            or vector in memory, or in a temporary file.
+        device: Device to solve matrices on, such as ``"cuda"``, for methods that do.
+        command: The command that makes the model, recorded in its card.
+        workers: Number of threads, each merging one tensor; by default one for each processor, up to four. The result does not depend on it.
+        progress: Called after each chunk, with the bytes written so far and the bytes in all.
+        note: Called, before anything is written, with sentences about rows that are not shared (also in record and card) and files that are not copied.
+        leave_out: Regular expressions, searched in tensor names: tensors that match are kept as in ``onto``.
+        check_start: Refuse a model that is known to differ from the one that a vector started from.
 
     Returns:
-        The output directory. Nothing else changes.
+        The output directory. No input changes.
 
     Raises:
-        LayoutMismatchError: A vector does not hold the tensors of ``onto``, or belongs to a model of other tokens or of another function; or, with
-            ``vocabulary``, a row is another token on each side, or a
-            union would need rows that are not at hand.
+        LayoutMismatchError: The tensors of a vector are not those of ``onto``, or its model has other tokens or computes another function; or, with
+            ``vocabulary``, a row is a different token on each side, or a union needs the rows of a tuned model that is not given.
         BaseMismatchError: Two vectors start from different weights.
         OutputError: The output exists, or the disk is full.
         CorruptFileError: Weights are not finite.
@@ -126,7 +124,7 @@ def merge(
     one = None if method == "sum" else OneVector(matched, fitted.vectors, method, device)
 
     def acting_on(name: str) -> list[tuple[TensorSource, float]]:
-        # Buffers are taken over whatever becomes of the weights.
+        # The method does not apply to buffers.
         if one is None or name in matched.shares:
             sides = list(zip(fitted.vectors, matched.factors(name), strict=True))
         else:
@@ -183,11 +181,11 @@ def merge(
 
 
 def forget(target: str | Path | nn.Module | Mapping[str, Tensor] | TensorSource, term: Term, output: str | Path, **options: Any) -> Path:
-    """Write target − scale · coefficient · vector as a model directory: the merge of the negated term.
+    """Write target − scale · coefficient · vector as a model directory.
 
     Args:
-        target: The model that has the unwanted skill.
-        term: The unwanted vector and how much of it to take off.
+        target: The model with the unwanted skill.
+        term: The vector of the unwanted skill, and the scale at which to subtract it.
         output: A directory that does not exist yet.
         options: As for ``merge``.
 
@@ -197,7 +195,7 @@ def forget(target: str | Path | nn.Module | Mapping[str, Tensor] | TensorSource,
 
 
 def _notes_on(source: TensorSource, companions: Companions) -> list[str]:
-    """Sentences about what does not go along with the weights."""
+    """Return sentences about files that are not copied."""
     if source.directory is None and source.location is not None:
         return [
             f"{source.label} lies in no model directory of its own, so no config and no tokenizer come along: the output holds weights only"
@@ -206,7 +204,7 @@ def _notes_on(source: TensorSource, companions: Companions) -> list[str]:
 
 
 def _notes_on_modules(source: TensorSource, terms: Sequence[Term]) -> list[str]:
-    """Sentences about modules beside the tuned models that are not merged."""
+    """Return sentences about modules beside the tuned models, which are not merged."""
     tuned = [str(term.tuned) for term in terms if isinstance(term.tuned, str | Path)]
     advice = f"the output has those of {source.label}"
     notes = [note_on_modules(source.directory, local_directory(path), path, advice) for path in tuned]
@@ -214,7 +212,7 @@ def _notes_on_modules(source: TensorSource, terms: Sequence[Term]) -> list[str]:
 
 
 def _fitted(source: TensorSource, matched: Matched, vocabulary: Vocabulary | None, leave_out: LeaveOut) -> tuple[Fingerprinted, Fitted]:
-    """The floating weights to add to, and every vector, with one set of rows."""
+    """Return the floating weights to add to, and every vector, with one set of rows."""
     onto = Fingerprinted(matched.onto)
     if vocabulary is None:
         return onto, Fitted(onto, list(matched.readers), None, onto, source.config, ())

@@ -1,4 +1,4 @@
-"""How several vectors become what is added to a model: as they are, or made into one first."""
+"""The methods of a merge: adding several vectors, or making one vector of them first."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 
 class OneVector:
-    """Several vectors made into one, under the names and with the rows of the model they are added to.
+    """One vector made of several, under the names and with the rows of the model it is added to.
 
     Args:
-        matched: The vectors, under the names of the model they are added to; all of one scale.
-        readers: Their tensors as they are added.
+        matched: The vectors, under the names of the model they are added to; all with the same scale.
+        readers: Their tensors, with the rows of the model.
         method: ``regression``, ``tsv`` or ``iso``.
-        device: Where matrices are solved.
+        device: Device to solve matrices on.
 
     Attributes:
         merged: The tensors of the one vector.
 
     Raises:
-        LataError: The vectors cannot be made into one, have coefficients, or have several scales; there is no such device.
+        LataError: The vectors cannot be made into one, have coefficients, or have different scales; or the device does not exist.
     """
 
     def __init__(self, matched: Matched, readers: Sequence[TensorSource], method: MatrixMethod, device: str = "cpu") -> None:
@@ -53,21 +53,21 @@ class OneVector:
         self._derivation = derivation_of(self.merged, vectors, method, settings)
 
     def factor(self, name: str) -> float:
-        """What a tensor of the one vector is multiplied with; 0 where it is known to be zero."""
+        """Return the multiplier of a tensor of the one vector; 0 where it is known to be zero."""
         return 0.0 if name in self._frozen else self._scale
 
     def record(self) -> dict[str, Any]:
-        """How the vector was made, with what was measured while it was read."""
+        """Return the derivation of the vector, with the measurements taken while it was read."""
         measured = tuple(Measured(name, layers, vector) for (name, vector), layers in self.merged.measured().items())
         derivation: Derivation = replace(self._derivation, measured=measured)
         return asdict(derivation)
 
 
 def check_method(method: str, device: str) -> Method:
-    """The method itself.
+    """Return the method itself.
 
     Raises:
-        LataError: There is none of that name, or a device is given for one that solves nothing.
+        LataError: The method is unknown, or a device is given for a method that solves no matrices.
     """
     if method not in METHODS:
         raise LataError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")

@@ -1,4 +1,4 @@
-"""Opening what a command names as a vector: a saved one, or a tuned model."""
+"""Opening the vectors named in a command: saved vectors, or tuned models."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lata_lightning.vectors.task_vector import TaskVector
 
 
 def added_to(onto: Weights, vectors: Sequence[str], model: str | None) -> Weights:
-    """The model that vectors are added to; of a checkpoint that holds several, the one of a name.
+    """Return the model that vectors are added to; from a checkpoint that holds several models, the one with the given name.
 
     Args:
-        onto: The model as it is named.
-        vectors: What is added: saved vectors, or tuned models.
-        model: Name of the model that is meant where a checkpoint holds several; None for none.
+        onto: The model or checkpoint.
+        vectors: Saved vectors, or tuned models.
+        model: Name of a model in a checkpoint that holds several; None if there is only one.
 
     Raises:
-        UnknownModelError: Neither it nor a tuned model holds one of that name.
+        UnknownModelError: Neither it nor a tuned model holds a model of that name.
     """
     return narrowed([onto, *(path for path in vectors if not holds_vector(path))], model)[0]
 
@@ -38,22 +38,22 @@ def open_vector(
     leave_out: Sequence[str] = (),
     model: str | None = None,
 ) -> tuple[TaskVector, Weights | None]:
-    """Open a saved vector, or take the difference of a tuned model to the model that vectors are added to.
+    """Open a saved vector, or the difference of a tuned model to the model that vectors are added to.
 
     Args:
         path: A saved vector, or any model.
-        onto: The model that a tuned model is compared with.
-        start: What the fine-tune started from; by default what the vector's manifest says, and instruct for a tuned model.
-        vocabulary: How a merge treats different vocabularies; a tuned model then keeps the rows it shares with ``onto``.
+        onto: The model that is subtracted from a tuned model.
+        start: The kind of model that the fine-tune started from; by default as the vector's manifest says, and instruct for a tuned model.
+        vocabulary: How the merge treats different vocabularies; the difference is then taken over the shared rows.
         check_config: As for ``TaskVector.between``.
-        leave_out: The same; a pattern may match nothing, as it may be meant for another vector.
-        model: Name of the model that is meant, where a checkpoint holds several.
+        leave_out: As for ``TaskVector.between``, but a pattern may match nothing, as it may be for another vector.
+        model: Name of a model in a checkpoint that holds several.
 
     Returns:
         The vector, and the tuned model it was computed from (None for a saved vector).
 
     Raises:
-        SourceError, CorruptFileError, LayoutMismatchError: As ``TaskVector.open`` and ``TaskVector.between``.
+        SourceError, CorruptFileError, LayoutMismatchError: As for ``TaskVector.open`` and ``TaskVector.between``.
     """
     left_out, tuned = LeaveOut(leave_out), None
     settings: dict[str, Any] = {"start_kind": start or "instruct", "check_config": check_config, "leave_out": left_out}
@@ -64,6 +64,6 @@ def open_vector(
         if vocabulary is None:
             vector = TaskVector.between(before, tuned, **settings)
         else:
-            # The merge says what became of the rows, as it knows all vectors.
+            # The merge reports what happens to the rows, because it knows all vectors.
             vector, _ = between_vocabularies(before, tuned, "start", **settings)
     return vector if start is None else TaskVector(vector.tensors, replace(vector.manifest, start=start)), tuned

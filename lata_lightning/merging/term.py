@@ -1,4 +1,4 @@
-"""One summand of a merge."""
+"""The terms of a merge."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lata_lightning.vectors.task_vector import TaskVector
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of a merge.
+    """One term of a merge: a vector and its scale.
 
     Attributes:
-        vector: Its coefficients, if it has any, weight its layers. Coefficients that were read from a file are refused where the alignments behind them
-            are too flat to rank by: say what to apply, by ``unweighted()``, ``weighted(…)`` or ``lata_lightning.merging.weigh.weigh``.
+        vector: A task vector; its coefficients, if any, weight its layers. Coefficients from a file are refused if the alignments behind them are too flat
+            to rank layers by. Choose explicitly in that case, with ``unweighted()``, ``weighted(…)`` or ``lata_lightning.merging.weigh.weigh``.
         scale: Multiplier of the whole vector, dimensionless; any finite number.
-        tuned: The tuned model itself, if it is at hand: a merge over different vocabularies compares its tokens and takes new rows from it.
+        tuned: The tuned model itself, if available: a merge over different vocabularies compares its tokens and takes new rows from it.
     """
 
     vector: TaskVector
@@ -43,9 +43,10 @@ class Term:
         check_asked_for(self.vector)
 
     def factor(self, name: str) -> float:
-        """Scale times coefficient of a weight; 0 where the vector is known to be zero.
+        """Return scale · coefficient for a tensor; 0 where the vector is known to be zero.
 
-        A buffer is taken over and not scaled: 1 under a positive scale, 0 under any other, as what is taken off a model leaves its statistics alone.
+        Buffers are not scaled: the factor is 1 under a positive scale and 0 otherwise, because subtracting a vector does not change the statistics of a
+        model.
         """
         if name in self.vector.unchanged:
             return 0.0
@@ -54,7 +55,7 @@ class Term:
         return self.scale * self.vector.coefficient_of(name)
 
     def record(self) -> dict[str, Any]:
-        """What the merge record says of this term."""
+        """Return the entry of this term in the merge record."""
         manifest = self.vector.manifest
         return {
             "vector": self.vector.label,

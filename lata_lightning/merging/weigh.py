@@ -1,7 +1,7 @@
-"""Weighting: the one place where an alignment becomes the coefficients of a vector.
+"""Weighting: the only code that turns the alignment of a vector into its coefficients.
 
-Nothing is weighted silently. Coefficients that follow from alignments are applied where these differ enough to rank the layers by, or where
-somebody asks for them; otherwise there is an error that names both ways on.
+Nothing is weighted silently. Coefficients that come from alignments are applied if the alignments spread enough to rank layers by, or if the caller asks
+for them; otherwise an error names both alternatives.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ def weigh(
     """Return a vector with the coefficients of a rule.
 
     Args:
-        vector: A task vector; one that started from base stays as it is (see ``from_instruct``).
+        vector: A task vector; one that started from base is not converted (see ``from_instruct``).
         rule: ``"linear"``, ``"log"``, ``"threshold"``, a function from the alignment to the coefficient by layer, ``"none"`` for plain task arithmetic, or
-            ``"stored"`` for the coefficients that the vector stores. None asks for no rule: with an instruction vector or an alignment it is
-            ``default``; without, what the vector stores, which is refused where the alignments behind it are too flat to rank by.
+            ``"stored"`` for the coefficients that the vector stores. With None, the rule is ``default`` if there is an instruction vector or an
+            alignment; else the stored coefficients are used, and refused if the alignments behind them are too flat to rank by.
         instruction: Instruction vector to measure the alignment with; by default the alignment that the vector stores is used.
-        default: The rule if none is asked for.
-        alignment: What was measured with the instruction vector already.
-        level: Unit of the coefficients; by default that of the stored alignment, and blocks where one is measured.
-        threshold: For ``"threshold"``.
-        outside: Coefficient of the tensors that belong to no layer; 1 with ``"none"``.
+        default: The rule if ``rule`` is None.
+        alignment: The alignment, if it has been measured with the instruction vector already.
+        level: Unit of weighting; by default that of the stored alignment, and blocks if the alignment is measured here.
+        threshold: Used by the rule ``"threshold"``.
+        outside: Coefficient of the tensors outside all layers; 1 with ``"none"``.
         check_base: Refuse an instruction vector that is known to belong to other weights.
 
     Returns:
-        A vector over the same tensors, with the rule recorded by its name.
+        A vector with the same tensors, which records the rule by name.
 
     Raises:
-        WeightingError: The rule is unknown, cannot be applied, or is not asked for and its alignments are too flat; or nothing is stored.
+        WeightingError: The rule is unknown or cannot be applied; no coefficients are stored; or no rule is given and the alignments are too flat.
         BaseMismatchError, LayoutMismatchError: The instruction vector does not belong to the vector.
     """
     measures = instruction is not None or alignment is not None
@@ -72,21 +72,21 @@ def weigh(
     weighted = vector.weighted(
         alignment, default if rule is None else rule, threshold=threshold, outside=outside, instruction_vector=instruction
     )
-    # An alignment that is stored was measured with what is recorded beside it.
+    # A stored alignment was measured with the instruction vector recorded beside it.
     measured_with = weighted.manifest.instruction_identity if measures else vector.manifest.instruction_identity
     return TaskVector(weighted.tensors, replace(weighted.manifest, start=vector.start, instruction_identity=measured_with))
 
 
 def from_instruct(vector: TaskVector, instruction: TaskVector | None) -> TaskVector:
-    """Return the vector as it counts from instruct: without the instruction vector, if it started from base and that is at hand."""
+    """Return the vector relative to instruct: if it started from base and the instruction vector is given, that is subtracted."""
     return vector if vector.start != "base" or instruction is None else vector.without(instruction)
 
 
 def check_asked_for(vector: TaskVector) -> None:
-    """Refuse coefficients that only a file asks for, if the alignments they come from are too flat to rank by.
+    """Refuse stored coefficients that nobody has asked for, if the alignments behind them are too flat to rank layers by.
 
     Raises:
-        WeightingError: They are.
+        WeightingError: The alignments are too flat.
     """
     manifest = vector.manifest
     if manifest.coefficients is None or manifest.asked_for or not follows_alignment(manifest.weighting):
@@ -103,7 +103,7 @@ def check_asked_for(vector: TaskVector) -> None:
 
 
 def applied(vector: TaskVector) -> list[str]:
-    """Say which coefficients a vector is applied with and, in a second sentence, where the alignments behind them are too flat to rank by."""
+    """Return a sentence that says which coefficients a vector is applied with, and a second one if the alignments behind them are too flat."""
     manifest = vector.manifest
     if manifest.coefficients is None:
         return [f"{vector.label}: coefficient 1 for every tensor"]
