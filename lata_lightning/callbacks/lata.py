@@ -25,7 +25,8 @@ from lata_lightning.callbacks.handover import (
 )
 from lata_lightning.callbacks.history import HISTORY_NAME, append_history, cut_history, log_figures, read_history, summary
 from lata_lightning.callbacks.run_directory import begin_output, check_output, end_output, remove_partial_output
-from lata_lightning.display.tables import alignment_table, show
+from lata_lightning.display.layer_tables import alignment_table
+from lata_lightning.display.tables import show
 from lata_lightning.errors import LataError, OutputError
 from lata_lightning.layers import LayerRule, Level, check_level
 from lata_lightning.live.gathering import export, manifest_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -16,7 +16,6 @@ from lata_lightning.errors import LataError
 from lata_lightning.weighting import Weighting
 
 if TYPE_CHECKING:
-    from lata_lightning.merging.merge import Term
     from lata_lightning.vectors.task_vector import TaskVector
 
 Format = Literal["table", "json"]
@@ -43,6 +42,16 @@ class Command(NamedTuple):
 def add_format(parser: ArgumentParser) -> None:
     """``--format table|json``."""
     parser.add_argument("--format", type=Format, default="table", help="How to print the result.")
+
+
+ALL_LAYERS = "--all shows them."
+
+
+def add_all(parser: ArgumentParser) -> None:
+    """Add ``--all``."""
+    parser.add_argument(
+        "--all", type=bool, default=False, help="Show every layer, also of a model with many; by default the first, last and extreme ones."
+    )
 
 
 def add_weighting(parser: ArgumentParser, default: str) -> None:
@@ -159,15 +168,6 @@ def print_json(data: Any) -> None:
 def note(text: str) -> None:
     """One line on standard error."""
     sys.stderr.write(f"lata: {text}\n")
-
-
-def note_applied(terms: Iterable[Term]) -> None:
-    """Say on standard error which coefficients the vectors of a merge were applied with, and what the ranking behind them is worth."""
-    from lata_lightning.merging.weigh import applied
-
-    for term in terms:
-        for sentence in applied(term.vector):
-            note(sentence)
 
 
 @contextmanager

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lata_lightning.cli.common import Command, add_format, note, print_json
+from lata_lightning.cli.common import Command, add_format, note
 from lata_lightning.cli.models import add_head, add_loading, add_rows, heads_of, load, running
+from lata_lightning.cli.scores import Row, by_metric, counts_and_intervals, finite, measured, of_tasks, show_scores
+from lata_lightning.cli.writing import add_writing
 from lata_lightning.errors import LataError
 from lata_lightning.store.directories import SCORES_NAME
+from lata_lightning.store.output_policy import end_dry_run
 
 _TASKS = "tasks.json"
 
 
 def _arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="Model directory or hub id.")
+    parser.add_argument("models", metavar="MODEL", nargs="+", help="Model directories or hub ids; several are shown in one table.")
     parser.add_argument(
         "--data",
         metavar="FILE",
@@ -26,9 +31,11 @@ def _arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--metric",
-        type=Literal["exact_match", "perplexity", "accuracy"] | None,
-        help="exact_match: share of answers that are right; perplexity: of the text, or of the answers; accuracy: share of labels that a "
-        "classifier gives. By default what suits the rows: exact_match, for text perplexity, for text and label accuracy.",
+        type=Literal["exact_match", "perplexity", "accuracy"],
+        nargs="+",
+        default=[],
+        help="One metric or several. exact_match: share of answers that are right; perplexity: of the text, or of the answers; accuracy: share of "
+        "labels that a classifier gives. By default what suits the rows: exact_match, for text perplexity, for text and label accuracy.",
     )
     add_head(parser)
     add_rows(parser)
@@ -53,6 +60,7 @@ def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--output", type=str | None, help="Directory for the results as JSON; needed with --forget.")
     add_loading(parser)
     add_format(parser)
+    add_writing(parser)
 
 
 def _run(options: Namespace, command: str) -> None:
@@ -67,59 +75,69 @@ def _run(options: Namespace, command: str) -> None:
 
 
 def _score_files(options: Namespace) -> None:
-    from lata_lightning.evaluation.heads import scored_with
+    from lata_lightning.evaluation.heads import with_head
     from lata_lightning.evaluation.questions import metric_of, names_of, prepare, read_data
 
     _check_output(options, SCORES_NAME)
     data = {name: read_data(path) for name, path in names_of(options.data).items()}
-    metrics = {name: options.metric or metric_of(samples) for name, samples in data.items()}
-    classifier = "accuracy" in metrics.values()
-    if classifier and len(set(metrics.values())) > 1:
+    metrics = {name: list(dict.fromkeys(options.metric)) or [metric_of(samples)] for name, samples in data.items()}
+    classifier = any("accuracy" in wanted for wanted in metrics.values())
+    if classifier and any(wanted != ["accuracy"] for wanted in metrics.values()):
+        asked = ", ".join(f"{name} asks for {' and '.join(wanted)}" for name, wanted in metrics.items())
         raise LataError(
-            f"one model cannot be both a classifier and a language model: {', '.join(f'{name} asks for {metric}' for name, metric in metrics.items())}. "
-            "Give these files one by one, or a --metric that suits all."
+            f"one model cannot be both a classifier and a language model: {asked}. Give these files one by one, or a --metric that "
+            "suits all."
         )
-    heads = heads_of(options, options.data, metrics.values())
-    model, tokenizer = load(options, options.model, classifier=classifier, head=heads.get(options.data[0]))
-    scores: dict[str, dict[str, float]] = {}
-    with running(options, model):
-        for path, (name, samples) in zip(options.data, data.items(), strict=True):
-            score = prepare(metrics[name], tokenizer, samples, options.context_length, template=options.template, name=path)
-            if path in heads:
-                score = scored_with(heads[path], score, options.model)
-            scores[name] = {metrics[name]: score(model)}
-    _deliver(options, scores, SCORES_NAME)
+    heads = heads_of(options, options.data, (metric for wanted in metrics.values() for metric in wanted))
+    _end_dry_run(options, SCORES_NAME)
+    rows: list[Row] = []
+    for label in options.models:
+        model, tokenizer = load(options, label, classifier=classifier, head=heads.get(options.data[0]))
+        with running(options, model):
+            for path, (name, samples) in zip(options.data, data.items(), strict=True):
+                for metric in metrics[name]:
+                    measure = prepare(metric, tokenizer, samples, options.context_length, template=options.template, name=path)
+                    with with_head(model, heads[path], label) if path in heads else nullcontext():
+                        rows.append(measured(label, name, metric, measure.score(model)))
+    _deliver(options, rows, SCORES_NAME)
 
 
 def _run_tasks(options: Namespace) -> None:
     from lata_lightning.evaluation.harness import evaluate_tasks
 
     _check_output(options, _TASKS)
-    model, tokenizer = load(options, options.model)
-    with running(options, model):
-        scores = evaluate_tasks(
-            model,
-            tokenizer,
-            options.tasks,
-            limit=options.limit,
-            num_fewshot=options.num_fewshot,
-            chat=options.chat,
-            batch_size=options.batch_size,
-        )
-    _deliver(options, scores, _TASKS)
+    _end_dry_run(options, _TASKS)
+    rows: list[Row] = []
+    for label in options.models:
+        model, tokenizer = load(options, label)
+        with running(options, model):
+            found = evaluate_tasks(
+                model,
+                tokenizer,
+                options.tasks,
+                limit=options.limit,
+                num_fewshot=options.num_fewshot,
+                chat=options.chat,
+                batch_size=options.batch_size,
+            )
+        rows += of_tasks(label, found)
+    _deliver(options, rows, _TASKS)
 
 
 def _measure_unlearning(options: Namespace) -> None:
     from lata_lightning.evaluation.unlearning import UnlearningEvaluation, reference_ratios
-    from lata_lightning.store.writer import write_json
+    from lata_lightning.store.writer import replace_json
 
     if options.output is None or Path(options.name).name != options.name:
         raise LataError("the measures of unlearning are written to files: give --output DIRECTORY, and a --name without slashes")
+    if len(options.models) > 1:
+        raise LataError(f"the measures of unlearning are taken of one model at a time; {len(options.models)} are given")
     directory = Path(options.output)
     targets = [directory / f"{options.name}_{kind}.json" for kind in ("EVAL", "SUMMARY")]
     _refuse_existing(*targets)
     sets = {"retain": options.retain, "real_authors": options.real_authors, "world_facts": options.world_facts}
-    model, tokenizer = load(options, options.model)
+    end_dry_run(targets[0])
+    model, tokenizer = load(options, options.models[0])
     measure = UnlearningEvaluation(
         tokenizer, options.forget, {name: path for name, path in sets.items() if path is not None}, options.max_new_tokens
     )
@@ -133,43 +151,42 @@ def _measure_unlearning(options: Namespace) -> None:
                 reference = measure.truth_ratios(other)
     with running(options, model):
         found = measure(model, reference)
-    directory.mkdir(parents=True, exist_ok=True)
     for target, data in zip(targets, (found.evaluation, found.summary), strict=True):
-        write_json(target, data)
+        replace_json(target, data)
     for sentence in found.notes:
         note(sentence)
-    _show(options, {options.name: found.summary})
+    summary = [Row(options.models[0], options.name, name, finite(value)) for name, value in found.summary.items()]
+    show_scores(summary, options.format)
     note(f"written to {targets[0]} and {targets[1]}")
 
 
 def _check_output(options: Namespace, file: str) -> None:
-    """Refuse an output that exists, before anything is scored."""
-    if options.output is not None:
-        _refuse_existing(Path(options.output) / file)
-
-
-def _deliver(options: Namespace, scores: dict[str, dict[str, float]], file: str) -> None:
-    """Show the scores, and write them if an output is given."""
-    import math
-
-    from lata_lightning.store.writer import write_json
-
-    known = {name: {metric: value if math.isfinite(value) else None for metric, value in row.items()} for name, row in scores.items()}
-    if options.output is not None:
-        target = Path(options.output) / file
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_json(target, {"model": options.model, "scores": known})
-    _show(options, known)
-
-
-def _show(options: Namespace, scores: dict[str, dict[str, Any]]) -> None:
-    if options.format == "json":
-        print_json(scores)
+    """Refuse an output that exists, or that would be of several models, before anything is scored."""
+    if options.output is None:
         return
-    from lata_lightning.display.tables import plain_table, show
+    if len(options.models) > 1:
+        raise LataError(
+            f"--output keeps the scores of one model, and {len(options.models)} are given: score them one by one, or keep what --format json prints"
+        )
+    _refuse_existing(Path(options.output) / file)
 
-    rows = [(name, metric, "–" if value is None else f"{value:.4g}") for name, row in scores.items() for metric, value in row.items()]
-    show(plain_table([options.model, "measure", "score"], rows))
+
+def _end_dry_run(options: Namespace, file: str) -> None:
+    """End a dry run before models are loaded; refuse one of a command that would write nothing."""
+    if options.output is not None:
+        end_dry_run(Path(options.output) / file)
+    elif options.dry_run:
+        raise LataError("--dry-run shows what would be written, and without --output nothing is: leave it out")
+
+
+def _deliver(options: Namespace, rows: Sequence[Row], file: str) -> None:
+    """Write the scores if an output is given, and show them."""
+    from lata_lightning.store.writer import replace_json
+
+    if options.output is not None:
+        sure = counts_and_intervals(rows)
+        replace_json(Path(options.output) / file, {"model": options.models[0], "scores": by_metric(rows), "sample": sure})
+    show_scores(rows, options.format)
 
 
 def _refuse_existing(*targets: Path) -> None:

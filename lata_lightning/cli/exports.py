@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lata_lightning.cli.common import Command, add_leave_out, add_weighting, note, note_applied, progress_bar, weighed
+from lata_lightning.cli.common import Command, add_leave_out, add_weighting, note, progress_bar, weighed
+from lata_lightning.cli.writing import add_writing, applying
 from lata_lightning.errors import LataError
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--energy", type=float | None, help="For peft: share of the squared norm of each dense matrix to keep, in (0, 1].")
     add_weighting(parser, "linear")
     add_leave_out(parser)
+    add_writing(parser, hub=True)
 
 
 def _export(options: Namespace, command: str) -> None:
@@ -47,6 +49,8 @@ def _export(options: Namespace, command: str) -> None:
     from lata_lightning.store.names import LeaveOut
     from lata_lightning.vectors.task_vector import TaskVector
 
+    if options.push_to_hub is not None and options.to in ("mergekit", "coefficients"):
+        raise LataError(f"--push-to-hub is for vectors, adapters and models; --to {options.to} writes none of them")
     scales = options.scale * len(options.vectors) if len(options.scale) == 1 else options.scale
     if len(scales) != len(options.vectors):
         raise LataError(f"give one scale for all vectors or one for each: got {len(scales)} scales for {len(options.vectors)} vectors")
@@ -58,7 +62,7 @@ def _export(options: Namespace, command: str) -> None:
         # A pure vector needs coefficients, even if all of them are 1.
         vectors = [weigh(vector, "none", alignment=vector.manifest.alignment) for vector in vectors]
     terms = [Term(vector, scale) for vector, scale in zip(vectors, scales, strict=True)]
-    with progress_bar("export") as progress:
+    with applying(terms), progress_bar("export") as progress:
         output = export_to(
             options.to,
             terms,
@@ -72,7 +76,6 @@ def _export(options: Namespace, command: str) -> None:
             progress=progress,
             note=note,
         )
-    note_applied(terms)
     sys.stdout.write(f"{options.output}\n")
     if options.to == "pure":
         loss = TaskVector.open(output).manifest.precision_loss

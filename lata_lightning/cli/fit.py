@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from itertools import pairwise
 
 from jsonargparse import ArgumentParser, Namespace
@@ -11,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lata_lightning.cli.common import Command
 from lata_lightning.cli.examples import EXAMPLES
 from lata_lightning.cli.shipped import recipe
+from lata_lightning.store.output_policy import OutputPolicy, output_policy
 
 _SUMMARY = "Fine-tune a model as a recipe says, and keep its task vector."
 HELP = f"""usage: lata fit --config RECIPE [options]
@@ -27,6 +29,8 @@ options that most runs use:
   --trainer.max_epochs N         Passes over the data.
   --trainer.accelerator NAME     cpu, gpu, mps or auto.
   --ckpt_path FILE               Checkpoint to resume from; 'last' for the newest of the run.
+  --dry-run                      Check the configuration and the output, say what would be read and written, and train nothing.
+  --overwrite                    Replace an earlier run in DIR; it is removed when the new one is finished.
   --print_config                 Print the whole configuration and exit.
   -h, --help                     Show this help.
   --help-all                     Show every option of Trainer, model, data and callback.
@@ -49,7 +53,15 @@ def _run(options: Namespace, command: str) -> None:
     from lata_lightning.training.command import FitCLI
 
     words = ["--help" if word == "--help-all" else word for word in words]
-    FitCLI([recipe(word) if before in ("-c", "--config") else word for before, word in pairwise(["", *words])], FitParser)
+    # No part of the configuration that a run saves, from which it may be run again.
+    policy = OutputPolicy(overwrite=_switched_on(words, "--overwrite"), dry_run=_switched_on(words, "--dry-run"))
+    words = [word for word in words if word.partition("=")[0] not in ("--overwrite", "--dry-run")]
+    with output_policy(policy):
+        FitCLI([recipe(word) if before in ("-c", "--config") else word for before, word in pairwise(["", *words])], FitParser)
+
+
+def _switched_on(words: Sequence[str], option: str) -> bool:
+    return any(word in (option, f"{option}=true") for word in words)
 
 
 COMMANDS = {"fit": Command(_SUMMARY, _arguments, _run, parses_itself=True)}

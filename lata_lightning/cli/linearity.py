@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lata_lightning.cli.common import Command, add_checks, add_format, add_model, note, print_json, progress_bar
+from lata_lightning.cli.common import ALL_LAYERS, Command, add_all, add_checks, add_format, add_model, note, print_json, progress_bar
 from lata_lightning.cli.models import add_template, load_tokenizer
+from lata_lightning.cli.writing import add_writing
 from lata_lightning.errors import LataError
+from lata_lightning.store.output_policy import end_dry_run
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,14 +31,17 @@ def _linearity_arguments(parser: ArgumentParser) -> None:
     add_samples(parser, "One file of samples for all vectors, or one for each")
     _add_level(parser, "submodule")
     add_format(parser)
+    add_all(parser)
     parser.add_argument("--distance", type=Literal["l2", "cosine"], default="l2", help="Distance of features.")
     parser.add_argument("--figure", type=str | None, help="Picture of the scores over depth to write: .png, .svg or .pdf.")
+    add_writing(parser)
 
 
 def _solve_arguments(parser: ArgumentParser) -> None:
     add_samples(parser, EACH)
     _add_level(parser, "block")
     add_format(parser)
+    add_all(parser)
     parser.add_argument("--output", required=True, help="File of coefficients to write, for lata merge --coefficients.")
     parser.add_argument(
         "--outside",
@@ -45,6 +50,7 @@ def _solve_arguments(parser: ArgumentParser) -> None:
         help="Coefficient of embeddings, norms that are in no solved layer, head and whatever is in no layer.",
     )
     parser.add_argument("--ridge", type=float, default=1e-6, help="Added to the diagonal of what is solved, in units of its mean.")
+    add_writing(parser)
 
 
 def add_samples(parser: ArgumentParser, data: str, *, required: bool = True) -> None:
@@ -90,6 +96,10 @@ def _linearity(options: Namespace, command: str) -> None:
             f"give one file of samples for all vectors or one for each: got {len(data)} files for {len(options.vectors)} vectors"
         )
     vectors, samples = vectors_of(options), samples_of(options, data)
+    if options.figure is not None:
+        end_dry_run(Path(options.figure))
+    elif options.dry_run:
+        raise LataError("--dry-run shows what would be written, and without --figure nothing is: leave it out")
     distance = {"l2": l2_distance, "cosine": cosine_distance}[options.distance]
     with progress_bar("linearity") as progress:
         measured = measure_linearity(
@@ -110,7 +120,7 @@ def _linearity(options: Namespace, command: str) -> None:
     if options.format == "json":
         print_json([linearity.to_json() for linearity in measured])
     else:
-        show(_scores_table(measured, options.distance))
+        show(_scores_table(measured, options))
 
 
 def _solve(options: Namespace, command: str) -> None:
@@ -121,6 +131,7 @@ def _solve(options: Namespace, command: str) -> None:
     check_free(Path(options.output))
     check_data(options)
     vectors, samples = vectors_of(options), samples_of(options, options.data)
+    end_dry_run(Path(options.output))
     with progress_bar("solve") as progress:
         solution = solve_coefficients(
             options.start_model,
@@ -137,7 +148,7 @@ def _solve(options: Namespace, command: str) -> None:
     if options.format == "json":
         print_json(solution.to_json())
     else:
-        show(_solution_table(solution, options.vectors))
+        show(_solution_table(solution, options))
     note(
         f"written to {options.output}; merge with: lata merge {options.start_model} {' '.join(options.vectors)} --coefficients {options.output}"
     )
@@ -188,37 +199,36 @@ def samples_of(options: Namespace, data: Sequence[str]) -> list[list[dict[str, T
     return [found[path] for path in data]
 
 
-def _scores_table(measured: Sequence[Linearity], distance: str) -> Table:
-    from lata_lightning.display.tables import plain_table
+def _scores_table(measured: Sequence[Linearity], options: Namespace) -> Table:
+    from lata_lightning.display.charts import as_text
+    from lata_lightning.display.layer_tables import layer_table
 
-    columns = ["layer", *(f"{side} {linearity.vector}" for linearity in measured for side in ("branch", "output"))]
-    rows = [
-        [scores[0].layer, *(_figure(value, ".3e") for score in scores for value in (score.branch, score.output))]
-        for scores in zip(*(linearity.scores for linearity in measured), strict=True)
-    ]
-    return plain_table(columns, rows, f"Non-linearity along each vector (0: linear), {distance} distance", sections=[1])
+    columns = [f"{side} {linearity.vector}" for linearity in measured for side in ("branch", "output")]
+    together = list(zip(*(linearity.scores for linearity in measured), strict=True))
+    rows = {scores[0].layer: [as_text(value, ".3e") for score in scores for value in (score.branch, score.output)] for scores in together}
+    largest = {scores[0].layer: max((score.output for score in scores if score.output is not None), default=None) for scores in together}
+    title = f"Non-linearity along each vector (0: linear), {options.distance} distance"
+    return layer_table("layer", columns, rows, title, ranked=largest, ranked_as="output", every=options.all, hint=ALL_LAYERS)
 
 
-def _solution_table(solution: Solution, names: Sequence[str]) -> Table:
-    from lata_lightning.display.tables import plain_table
+def _solution_table(solution: Solution, options: Namespace) -> Table:
+    from lata_lightning.display.charts import as_text
+    from lata_lightning.display.layer_tables import layer_table
 
-    columns = [solution.level, *names, "condition", "residual"]
-    rows = [
-        [
-            layer,
-            *(_figure(solved.coefficients[layer], ".4f") for solved in solution.vectors),
-            _figure(fit.condition, ".3g"),
-            _figure(fit.residual, ".4f"),
+    columns = [*options.vectors, "condition", "residual"]
+    rows = {
+        layer: [
+            *(as_text(solved.coefficients[layer], ".4f") for solved in solution.vectors),
+            as_text(fit.condition, ".3g"),
+            as_text(fit.residual, ".4f"),
         ]
         for layer, fit in solution.fits.items()
-    ]
-    table = plain_table(columns, rows, "Coefficients in closed form")
-    table.caption = f"Everything else has coefficient {solution.outside:g}."
+    }
+    residuals = {layer: fit.residual for layer, fit in solution.fits.items()}
+    title = "Coefficients in closed form"
+    table = layer_table(solution.level, columns, rows, title, ranked=residuals, ranked_as="residual", every=options.all, hint=ALL_LAYERS)
+    table.caption = "\n".join([*([str(table.caption)] if table.caption else []), f"Everything else has coefficient {solution.outside:g}."])
     return table
-
-
-def _figure(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
 
 
 COMMANDS = {

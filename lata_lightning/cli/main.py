@@ -26,9 +26,12 @@ from lata_lightning.cli import (
 )
 from lata_lightning.cli.common import Command
 from lata_lightning.cli.examples import EXAMPLES
+from lata_lightning.cli.hub import check_hub, upload
 from lata_lightning.cli.parsing import CommandParser
 from lata_lightning.cli.shipped import located
+from lata_lightning.cli.writing import policy_of, show_plan
 from lata_lightning.errors import LataError, nearest
+from lata_lightning.store.output_policy import DryRun, output_policy
 
 COMMANDS = {
     **quickstart.COMMANDS,
@@ -108,12 +111,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             parser = parser_of(name)
             options = located(parser.parse_args(parser.arranged(rest)))
-        command.run(options, shlex.join(["lata", *arguments]))
+        repository = options.get("push_to_hub")
+        if repository is not None:
+            check_hub(repository)
+        with output_policy(policy_of(options)):
+            command.run(options, shlex.join(["lata", *arguments]))
+        if repository is not None:
+            upload(options.output, repository)
+    except DryRun as stopped:
+        show_plan(options, stopped)
     except LataError as error:
         sys.stderr.write(f"lata: error: {error}\n")
         return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("lata: interrupted; nothing was left half-written\n")
+    except KeyboardInterrupt as interrupted:
+        advice = f"; {interrupted}" if str(interrupted) else ""
+        sys.stderr.write(f"lata: interrupted; nothing was left half-written{advice}\n")
         return 130
     return 0
 

@@ -15,10 +15,10 @@ from lata_lightning.cli.common import (
     add_weighting,
     add_workers,
     note,
-    note_applied,
     progress_bar,
     weighed,
 )
+from lata_lightning.cli.writing import add_writing, applying
 from lata_lightning.errors import LataError
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def _common_arguments(parser: ArgumentParser, rule: str) -> None:
     add_leave_out(parser)
     add_model(parser)
     add_workers(parser)
+    add_writing(parser, hub=True)
 
 
 def _merge(options: Namespace, command: str) -> None:
@@ -83,7 +84,7 @@ def _merge(options: Namespace, command: str) -> None:
         raise LataError(f"give one scale for all vectors or one for each: got {len(scales)} scales for {len(options.vectors)} vectors")
     method: Method = options.method or "sum"
     terms = _terms(options, options.onto, options.vectors, scales, "linear") if method == "sum" else _whole_terms(options, scales)
-    with progress_bar("merge") as progress:
+    with applying(terms), progress_bar("merge") as progress:
         merge(
             added_to(options.onto, options.vectors, options.model),
             terms,
@@ -94,7 +95,6 @@ def _merge(options: Namespace, command: str) -> None:
             progress=progress,
             **_settings(options),
         )
-    note_applied(terms)
     if options.method is None and len(terms) > 1:
         note(
             "the vectors were added up (task arithmetic); --method regression would make them into one without samples and without a scale to choose"
@@ -107,7 +107,7 @@ def _forget(options: Namespace, command: str) -> None:
     from lata_lightning.merging.open_vector import added_to
 
     (term,) = _terms(options, options.target, [options.vector], [options.scale], "threshold")
-    with progress_bar("forget") as progress:
+    with applying([term]), progress_bar("forget") as progress:
         forget(
             added_to(options.target, [options.vector], options.model),
             term,
@@ -116,7 +116,6 @@ def _forget(options: Namespace, command: str) -> None:
             progress=progress,
             **_settings(options),
         )
-    note_applied([term])
     sys.stdout.write(f"{options.output}\n")
 
 

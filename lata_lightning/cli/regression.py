@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lata_lightning.cli.common import Command, add_format, add_workers, note, print_json, progress_bar
+from lata_lightning.cli.common import ALL_LAYERS, Command, add_all, add_format, add_workers, note, print_json, progress_bar
 from lata_lightning.cli.linearity import EACH, add_samples, check_data, samples_of, vectors_of
+from lata_lightning.cli.writing import add_writing
 from lata_lightning.errors import LataError, first_three
+from lata_lightning.store.output_policy import end_dry_run
 
 if TYPE_CHECKING:
     from lata_lightning.vectors.task_vector import TaskVector
@@ -57,10 +59,13 @@ def _arguments(parser: ArgumentParser) -> None:
     )
     add_workers(parser)
     add_format(parser)
+    add_all(parser)
+    add_writing(parser, hub=True)
 
 
 def _regress(options: Namespace, command: str) -> None:
-    from lata_lightning.display.tables import derivation_table, show
+    from lata_lightning.display.layer_tables import derivation_table
+    from lata_lightning.display.tables import show
     from lata_lightning.store.writer import check_free_directory
 
     check_free_directory(Path(options.output))
@@ -81,7 +86,8 @@ def _regress(options: Namespace, command: str) -> None:
         return
     sys.stdout.write(f"{options.output}: one vector of {len(options.vectors)}, {len(saved)} tensors, {fitted} of them fitted\n")
     if derivation.measured:
-        show(derivation_table(derivation, "Share of what each vector does on its own inputs that the merge changes (0: nothing)"))
+        title = "Share of what each vector does on its own inputs that the merge changes (0: nothing)"
+        show(derivation_table(derivation, title, every=options.all, hint=ALL_LAYERS))
 
 
 def _from_vectors(options: Namespace) -> TaskVector:
@@ -122,6 +128,7 @@ def _from_samples(options: Namespace) -> TaskVector:
         raise LataError(f"{', '.join(unused)} can only be given without --data")
     check_data(options)
     vectors, samples = vectors_of(options), samples_of(options, options.data)
+    end_dry_run(Path(options.output))
     with progress_bar("regress") as progress:
         return regress(
             vectors,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
 from lata_lightning.cli.common import Command, progress_bar
+from lata_lightning.cli.writing import add_writing
+from lata_lightning.store.output_policy import end_dry_run
 
 
 def _arguments(parser: ArgumentParser) -> None:
@@ -17,6 +20,7 @@ def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--output", default="report.html", help="File to write; an earlier report there is replaced.")
     parser.add_argument("--figures", type=str | None, help="Directory to write every figure to as well, as PNG and as SVG.")
     parser.add_argument("--check-base", type=bool, default=True, help="Refuse vectors that are known to belong to different weights.")
+    add_writing(parser, overwrite=False)
 
 
 def _run(options: Namespace, command: str) -> None:
@@ -25,7 +29,11 @@ def _run(options: Namespace, command: str) -> None:
     check_extra("plotly", "jinja2", *([] if options.figures is None else ["matplotlib"]))
     check_output(options.output)
     from lata_lightning.report.contents import build
+    from lata_lightning.report.reading import open_subjects
 
+    if options.dry_run:
+        open_subjects(options.paths)
+        end_dry_run(Path(options.output))
     with progress_bar("report") as progress:
         report = build(options.paths, options.instruction, check_base=options.check_base, progress=progress)
     if options.figures is not None:

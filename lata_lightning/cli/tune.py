@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lata_lightning.cli.common import Command, add_model, add_start, note, point_progress
+from lata_lightning.cli.common import Command, add_format, add_model, add_start, note, point_progress, print_json
 from lata_lightning.cli.models import add_head, add_loading, add_rows, heads_of, load, running
+from lata_lightning.cli.writing import add_writing
 from lata_lightning.errors import LataError
 from lata_lightning.weighting import Weighting
 
@@ -84,6 +85,8 @@ def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--figure", type=bool, default=True, help="Draw the curves as PNG and SVG; needs matplotlib.")
     parser.add_argument("--output", required=True, help="Directory to write tune.json and the figures to.")
     add_loading(parser)
+    add_format(parser)
+    add_writing(parser)
 
 
 def _run(options: Namespace, command: str) -> None:
@@ -94,6 +97,7 @@ def _run(options: Namespace, command: str) -> None:
     from lata_lightning.merging.open_vector import added_to, open_vector
     from lata_lightning.merging.weigh import applied
     from lata_lightning.store.opening import open_source
+    from lata_lightning.store.output_policy import end_dry_run
     from lata_lightning.store.writer import atomic_directory, check_free_directory, write_json
     from lata_lightning.vectors.aligning import check_same_model, check_same_start
     from lata_lightning.vectors.task_vector import TaskVector
@@ -131,8 +135,9 @@ def _run(options: Namespace, command: str) -> None:
                 note(sentence)
     if options.check_base:
         check_same_start(weighted[next(iter(weighted))])
+    end_dry_run(Path(options.output))
     model, tokenizer = load(options, options.onto, classifier=metric == "accuracy", head=heads.get(options.data[0]))
-    scores = {
+    scores: dict[str, Callable[[Any], float]] = {
         path: prepare(metric, tokenizer, samples, options.context_length, template=options.template, name=path)
         for path, samples in rows.items()
     }
@@ -230,6 +235,10 @@ def _show(options: Namespace, found: Tuning) -> None:
     from lata_lightning.evaluation.curves import mean_score
 
     best = found.best
+    command = None if found.undecided or best.scale == 0 else _next_command(options, best.weighting, best.scale)
+    if options.format == "json":
+        print_json({**found.to_json(), "undecided": found.undecided, "next": command})
+        return
     sides = ["score"] if found.control_share is None else ["to forget", "to keep"]
     rows = [
         (
@@ -245,10 +254,8 @@ def _show(options: Namespace, found: Tuning) -> None:
     show(plain_table(["weighting", "scale", *sides], rows, f"{found.metric}, mean over files"))
     if found.undecided:
         sys.stdout.write(f"{_UNDECIDED}\n")
-    elif best.scale == 0:
-        sys.stdout.write("No scale above 0 is better than the model as it is.\n")
     else:
-        sys.stdout.write(f"{_next_command(options, best.weighting, best.scale)}\n")
+        sys.stdout.write(f"{command or 'No scale above 0 is better than the model as it is.'}\n")
 
 
 def _next_command(options: Namespace, weighting: str, scale: float) -> str:

@@ -9,7 +9,9 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from lata_lightning.cli.common import (
+    ALL_LAYERS,
     Command,
+    add_all,
     add_check_config,
     add_checks,
     add_format,
@@ -21,6 +23,7 @@ from lata_lightning.cli.common import (
     print_json,
     progress_bar,
 )
+from lata_lightning.cli.writing import add_writing
 from lata_lightning.errors import WeightingError
 from lata_lightning.weighting import Weighting
 
@@ -45,6 +48,7 @@ def _extract_arguments(parser: ArgumentParser) -> None:
     add_check_config(parser)
     add_model(parser)
     add_workers(parser)
+    add_writing(parser, hub=True)
 
 
 def _extract(options: Namespace, command: str) -> None:
@@ -98,10 +102,12 @@ def _align_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--outside", type=float, default=0.0, help="Coefficient of whatever is in no layer, under a rule.")
     add_start(parser)
     add_format(parser)
+    add_all(parser)
 
 
 def _align(options: Namespace, command: str) -> None:
-    from lata_lightning.display.tables import alignment_table, show
+    from lata_lightning.display.layer_tables import alignment_table
+    from lata_lightning.display.tables import show
     from lata_lightning.errors import LataError
     from lata_lightning.vectors.aligning import align
     from lata_lightning.vectors.task_vector import TaskVector
@@ -121,7 +127,8 @@ def _align(options: Namespace, command: str) -> None:
     if options.format == "json":
         print_json({**alignment.to_json(), **alignment.ranking()})
     else:
-        show(alignment_table(alignment, f"{options.vector} along {options.instruction}", cautions=False))
+        title = f"{options.vector} along {options.instruction}"
+        show(alignment_table(alignment, title, cautions=False, every=options.all, hint=ALL_LAYERS))
     for sentence in () if options.weighting == "none" else alignment.cautions():
         note(sentence)
 
@@ -136,6 +143,7 @@ def _project_arguments(parser: ArgumentParser) -> None:
     )
     add_checks(parser)
     add_workers(parser)
+    add_writing(parser, hub=True)
 
 
 def _project(options: Namespace, command: str) -> None:

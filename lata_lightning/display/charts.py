@@ -120,12 +120,18 @@ def as_text(value: float | None, form: str) -> str:
 
 def short_names(names: Sequence[str]) -> tuple[tuple[str, ...], str]:
     """Split names into what is left without their common leading components, and these components; a single name is not shortened."""
+    prefix = common_beginning(names)
+    return tuple(clip(name.removeprefix(prefix)) for name in names), prefix.removesuffix(".")
+
+
+def common_beginning(names: Sequence[str]) -> str:
+    """Return the components that all names begin with, dot included; nothing for a single name, and never a whole name."""
     split = [name.split(".") for name in names]
     common = 0
     if len(names) > 1:
         while all(len(parts) > common + 1 and parts[common] == split[0][common] for parts in split):
             common += 1
-    return tuple(clip(".".join(parts[common:])) for parts in split), ".".join(split[0][:common]) if names else ""
+    return "".join(f"{part}." for part in split[0][:common]) if names else ""
 
 
 def clip(name: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lata_lightning.evaluation.answers import Answers
+from lata_lightning.evaluation.intervals import Score, share
 from lata_lightning.rows.schema import Sample
 from lata_lightning.rows.tokens import Template
 
@@ -45,7 +46,11 @@ class ExactMatch:
 
     def __call__(self, model: Any) -> float:
         """Return the exact match of a model, in [0, 1]."""
-        return sum(self.matches(model)) / self.count
+        return self.score(model).value
+
+    def score(self, model: Any) -> Score:
+        """Return the exact match of a model with the number of questions and an interval."""
+        return share(self.matches(model))
 
 
 def exact_match(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> float:

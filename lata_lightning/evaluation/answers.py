@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lata_lightning.errors import LataError
+from lata_lightning.evaluation.intervals import Score, perplexity_score
 from lata_lightning.evaluation.logits import TokenScores, token_scores
 from lata_lightning.evaluation.modes import evaluating
 from lata_lightning.rows.schema import Sample, pair
@@ -101,6 +102,10 @@ class AnswerPerplexity:
         """Return the perplexity of a model, at least 1; infinite where it overflows. The model is not changed."""
         return perplexity_of(tokens.losses for _, tokens in self._answers.token_scores(model))
 
+    def score(self, model: Any) -> Score:
+        """Return the perplexity of a model with the number of conversations and an interval."""
+        return score_of_texts(range(self._answers.count), self._answers.token_scores(model))
+
 
 def generated(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 200, rows_per_batch: int = 16) -> list[str]:
     """Generate answers greedily; returns them without special tokens, in the order of the prompts.
@@ -155,6 +160,23 @@ def perplexity_of(losses: Iterable[Tensor]) -> float:
         return math.exp(total / count)
     except OverflowError:
         return math.inf
+
+
+def score_of_texts(text_of: Sequence[int], batches: Iterable[tuple[list[int], TokenScores]]) -> Score:
+    """Return the perplexity over all tokens, with an interval over texts.
+
+    Args:
+        text_of: Number of the text that each row belongs to.
+        batches: Numbers of the rows of a batch, and the scores of their tokens.
+    """
+    losses, tokens = dict.fromkeys(text_of, 0.0), dict.fromkeys(text_of, 0)
+    for members, scores in batches:
+        for row, loss in zip(scores.rows.tolist(), scores.losses.tolist(), strict=True):
+            text = text_of[members[row]]
+            losses[text] += loss
+            tokens[text] += 1
+    scored = [text for text, count in tokens.items() if count]
+    return perplexity_score([losses[text] for text in scored], [tokens[text] for text in scored])
 
 
 def answer_row(tokenizer: Any, sample: Sample, where: str, template: Template = "chat") -> TokenRow:

@@ -9,6 +9,7 @@ import torch
 
 from lata_lightning.errors import LataError, first_three
 from lata_lightning.evaluation.answers import groups_by_length
+from lata_lightning.evaluation.intervals import Score, share
 from lata_lightning.evaluation.modes import evaluating
 from lata_lightning.rows.schema import Sample
 
@@ -51,9 +52,17 @@ class Accuracy:
         Raises:
             LataError: The model does not have these labels.
         """
+        return self.score(model).value
+
+    def score(self, model: Any) -> Score:
+        """Return the accuracy of a model with the number of texts and an interval; errors as for a call."""
+        return share(self.matches(model))
+
+    def matches(self, model: Any) -> list[bool]:
+        """Return whether each text gets the right label, in the order of the samples; errors as for a call."""
         wanted = torch.tensor(label_numbers(self._labels, model.config, self._name))
         device = next(model.parameters()).device
-        right = 0
+        found = [False] * self.count
         with evaluating(model):
             for members in self._batches(model):
                 ids = [torch.tensor(self._rows[index]) for index in members]
@@ -61,8 +70,9 @@ class Accuracy:
                 input_ids = torch.nn.utils.rnn.pad_sequence(ids, True, padding).to(device)
                 mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], True, 0).to(device)
                 logits = model(input_ids=input_ids, attention_mask=mask).logits
-                right += int((logits.argmax(-1).cpu() == wanted[members]).sum())
-        return right / self.count
+                for index, right in zip(members, (logits.argmax(-1).cpu() == wanted[members]).tolist(), strict=True):
+                    found[index] = right
+        return found
 
     def _batches(self, model: Any) -> list[list[int]]:
         """Return the numbers of the texts of each batch; one text each for a model without a padding token."""

@@ -36,7 +36,8 @@ def evaluate_tasks(
             environment variable HF_ALLOW_CODE_EVAL to be 1.
 
     Returns:
-        By task (and group), then by metric; where a task filters answers, by ``metric,filter`` for filters other than ``none``.
+        By task (and group), then by metric; where a task filters answers, by ``metric,filter`` for filters other than ``none``. Under ``n`` stands how
+        many examples a task was scored on.
 
     Raises:
         SourceError: A task is unknown, or its file or its data cannot be read.
@@ -80,7 +81,12 @@ def evaluate_tasks(
         ) from error
     except (KeyError, ValueError, TypeError) as error:
         raise LataError(f"lm-evaluation-harness cannot run these tasks: {type(error).__name__}: {error}") from error
-    return {task: _figures(row) for task, row in results["results"].items()}
+    counts = results.get("n-samples", {})
+    return {task: {**_figures(row), **_count(counts.get(task))} for task, row in results["results"].items()}
+
+
+def _count(samples: dict[str, int] | None) -> dict[str, float]:
+    return {} if samples is None else {"n": float(samples["effective"])}
 
 
 def _figures(row: dict[str, Any]) -> dict[str, float]:

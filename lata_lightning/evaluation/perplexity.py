@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lata_lightning.errors import LataError
-from lata_lightning.evaluation.answers import batches_by_length, perplexity_of
-from lata_lightning.evaluation.logits import token_scores
+from lata_lightning.evaluation.answers import batches_by_length, perplexity_of, score_of_texts
+from lata_lightning.evaluation.intervals import Score
+from lata_lightning.evaluation.logits import TokenScores, token_scores
 from lata_lightning.evaluation.modes import evaluating
 from lata_lightning.rows.tokens import IGNORED, TokenRow, special_tokens, text_windows
 
@@ -50,7 +50,13 @@ class Perplexity:
             )
         texts = [text] if isinstance(text, str) else list(text)
         before = len(special_tokens(tokenizer)[0])
-        rows = [_row(window, before) for one in texts for window in text_windows(tokenizer, one, context_length, max_tokens=max_tokens)]
+        windows = [
+            (number, window)
+            for number, one in enumerate(texts)
+            for window in text_windows(tokenizer, one, context_length, max_tokens=max_tokens)
+        ]
+        rows = [_row(window, before) for _, window in windows]
+        self._text_of = [number for number, _ in windows]
         self.count = sum(int((row.labels[1:] != IGNORED).sum()) for row in rows)
         if not self.count:
             raise LataError(
@@ -61,12 +67,17 @@ class Perplexity:
     def __call__(self, model: Any) -> float:
         """Return the perplexity of a model, at least 1; infinite where it overflows. The model is not changed."""
         with evaluating(model):
-            return perplexity_of(self._losses(model))
+            return perplexity_of(scores.losses for _, scores in self._token_scores(model))
 
-    def _losses(self, model: Any) -> Iterator[Tensor]:
+    def score(self, model: Any) -> Score:
+        """Return the perplexity of a model with the number of texts and an interval."""
+        with evaluating(model):
+            return score_of_texts(self._text_of, self._token_scores(model))
+
+    def _token_scores(self, model: Any) -> Iterator[tuple[list[int], TokenScores]]:
         device = next(model.parameters()).device
-        for _, batch in self._batches:
-            yield token_scores(model, batch["input_ids"].to(device), batch["labels"].to(device)).losses
+        for members, batch in self._batches:
+            yield members, token_scores(model, batch["input_ids"].to(device), batch["labels"].to(device))
 
 
 def perplexity(model: Any, tokenizer: Any, text: str | Sequence[str], context_length: int = 128) -> float:

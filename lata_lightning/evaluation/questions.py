@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -11,6 +11,7 @@ from lata_lightning.errors import LataError, first_three
 from lata_lightning.evaluation.accuracy import ExactMatch
 from lata_lightning.evaluation.answers import AnswerPerplexity
 from lata_lightning.evaluation.classification import Accuracy
+from lata_lightning.evaluation.intervals import Measure
 from lata_lightning.evaluation.perplexity import Perplexity
 from lata_lightning.rows.reading import read_rows
 from lata_lightning.rows.schema import Sample, read_samples
@@ -88,8 +89,8 @@ def prepare(
     *,
     template: Template = "chat",
     name: str = "the data",
-) -> Callable[[Any], float]:
-    """Return a function that scores models on some rows, which are turned into tokens once.
+) -> Measure:
+    """Return a metric of models on some rows, which are turned into tokens once.
 
     Args:
         metric: ``exact_match``: share of the questions answered exactly, in [0, 1]. ``perplexity``: of the texts, or of the answers given the

@@ -17,7 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lata_lightning.callbacks.handover import VECTOR_NAME
 from lata_lightning.callbacks.lata import LATACallback
-from lata_lightning.display.tables import alignment_table, show
+from lata_lightning.display.layer_tables import alignment_table
+from lata_lightning.display.tables import show
 from lata_lightning.errors import OutputError
 from lata_lightning.evaluation.scales import Reweighting, best_scale, scale_for_residual
 from lata_lightning.linearity.regression import regress
@@ -26,6 +27,8 @@ from lata_lightning.quickstart.experts import BASE, EXPERTS, INSTRUCT, fine_tune
 from lata_lightning.quickstart.methods import LATA_METHODS, METHODS, REGRESSION, WITHOUT_SAMPLES
 from lata_lightning.quickstart.results import Results, ScoreRow
 from lata_lightning.quickstart.scoring import Scoring, mean
+from lata_lightning.store.output_policy import end_dry_run, set_aside
+from lata_lightning.training.interrupting import interruptible
 from lata_lightning.training.loading import load_causal_lm
 from lata_lightning.vectors.task_vector import TaskVector
 
@@ -40,7 +43,7 @@ RESIDUAL = 0.1
 """Remaining share of unwanted answers at which methods of forgetting are compared."""
 
 
-def run(output: str | Path, *, experts: Mapping[str, Any] = EXPERTS) -> Results:
+def run(output: str | Path, *, experts: Mapping[str, Any] = EXPERTS, tables: bool = True) -> Results:
     """Do the whole job and print the results.
 
     Everything is seeded and single-threaded, so every run gives the same tables. An interrupted run continues after its last finished fine-tune; for a
@@ -49,6 +52,7 @@ def run(output: str | Path, *, experts: Mapping[str, Any] = EXPERTS) -> Results:
     Args:
         output: Directory for vectors, models and tables: a new one, or that of an earlier quickstart.
         experts: Settings of the fine-tunes.
+        tables: Print the tables on standard output.
 
     Returns:
         The scores in the tables.
@@ -59,10 +63,18 @@ def run(output: str | Path, *, experts: Mapping[str, Any] = EXPERTS) -> Results:
     directory = Path(output)
     if directory.exists() and any(directory.iterdir()) and not (directory / MARKER).is_file():
         raise OutputError(f"{directory} exists already and is not the output of a quickstart. Choose another --output, or remove it first.")
+    end_dry_run(directory)
+    with set_aside(directory):
+        results = _results(directory, experts)
+    if tables:
+        _show(directory, results)
+    return results
+
+
+def _results(directory: Path, experts: Mapping[str, Any]) -> Results:
     finished = Results.load(directory)
     if finished is not None:
-        _show(directory, finished)
-        sys.stderr.write(f"These are the results of an earlier run; remove {directory} to run again.\n")
+        sys.stderr.write("These are the results of an earlier run; --overwrite runs it again.\n")
         return finished
     directory.mkdir(parents=True, exist_ok=True)
     (directory / MARKER).touch()
@@ -76,7 +88,6 @@ def run(output: str | Path, *, experts: Mapping[str, Any] = EXPERTS) -> Results:
     finally:
         torch.set_num_threads(threads)
     results.save(directory)
-    _show(directory, results)
     return results
 
 
@@ -116,7 +127,8 @@ class _Job:
             callback = LATACallback(str(self._instruction), output_dir=run_directory, table=False)
             bar = _Bar(self._progress, f"fine-tune {name}")
             trainer = pl.Trainer(**{**options, "default_root_dir": self._directory}, callbacks=[callback, bar])
-            trainer.fit(module, datamodule=data)
+            with interruptible("the same command goes on after the last finished fine-tune"):
+                trainer.fit(module, datamodule=data)
             self._copy(INSTRUCT, model, module.model)
         return TaskVector.open(run_directory / VECTOR_NAME)
 

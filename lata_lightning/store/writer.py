@@ -21,6 +21,7 @@ from torch import Tensor
 from lata_lightning.errors import LataError, OutputError, first_three
 from lata_lightning.store.dtypes import readable_code
 from lata_lightning.store.hashing import StoredHash, tensor_bytes
+from lata_lightning.store.output_policy import end_dry_run, may_replace_directory, may_replace_file
 
 MAX_SHARD_BYTES = 2 << 30
 _BYTES_AHEAD = 256 << 20
@@ -31,25 +32,29 @@ Progress = Callable[[int, int], None]
 
 
 def check_free(path: Path) -> None:
-    """Refuse an output file that exists, before any work is done."""
-    if path.exists() or path.is_symlink():
+    """Refuse an output file that exists, before any work is done, unless the output policy lets it be replaced."""
+    if (path.exists() or path.is_symlink()) and not may_replace_file(path):
         raise OutputError(f"{path} exists already. Choose another output path, or remove it first.")
 
 
 def check_free_directory(path: Path) -> None:
     """Refuse an output directory that holds anything, before any work is done; one that is missing or empty is free.
 
+    One that may be replaced by the output policy is free as well.
+
     Raises:
         OutputError: The path is a file or a link, the directory holds something, cannot be read, or cannot be replaced because it is a mount point.
     """
     if path.is_symlink() or not path.is_dir():
-        check_free(path)
+        # A directory never takes the place of a file.
+        if path.exists() or path.is_symlink():
+            raise OutputError(f"{path} exists already. Choose another output path, or remove it first.")
         return
     try:
         held = sorted(entry.name for entry in path.iterdir())
     except OSError as error:
         raise _output_error(path, error) from error
-    if held:
+    if held and not may_replace_directory(path):
         raise OutputError(
             f"{path} exists already and is not empty, it holds {first_three(held)}. Choose another output path, or remove it first."
         )
@@ -62,7 +67,7 @@ def atomic_directory(path: Path, size: int = 0) -> Iterator[Path]:
     """A new directory that appears under its name only when the block has ended well.
 
     Args:
-        path: The final name; nothing or an empty directory may have it, its parents are made.
+        path: The final name; nothing or an empty directory may have it, or what the output policy lets be replaced. Its parents are made.
         size: Bytes about to be written, checked against the free space of the disk.
 
     Yields:
@@ -70,13 +75,18 @@ def atomic_directory(path: Path, size: int = 0) -> Iterator[Path]:
 
     Raises:
         OutputError: The path holds something, cannot be written, or the disk is (or becomes) full. Nothing is left behind.
+        DryRun: A dry run is in force.
     """
     check_free_directory(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
+        present = next(parent for parent in path.absolute().parents if parent.exists())
+        if not os.access(present, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        free = shutil.disk_usage(present).free
         if size > free:
             raise OutputError(f"{path} needs {size:,} bytes and the disk has {free:,} left. Make room, or write elsewhere.")
+        end_dry_run(path, size)
+        path.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target, as a rename is only atomic within one file system.
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}{PARTIAL_MARK}", dir=path.parent))
     except OSError as error:
@@ -85,7 +95,7 @@ def atomic_directory(path: Path, size: int = 0) -> Iterator[Path]:
         yield partial
         partial.chmod(0o777 & ~_umask())
         check_free_directory(path)
-        partial.rename(path)
+        replace_directory(partial, path)
         _sync(path.parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -96,13 +106,18 @@ def atomic_directory(path: Path, size: int = 0) -> Iterator[Path]:
 
 
 def replace_directory(new: Path, old: Path) -> None:
-    """Put a finished directory in the place of an older one, which goes only when the new one stands."""
-    if not old.exists():
+    """Put a finished directory in the place of an older one, which is removed only when the new one has its name."""
+    if not old.exists() or not any(old.iterdir()):
         new.rename(old)
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{old.name}{PARTIAL_MARK}", dir=old.parent))
     old.rename(aside / old.name)
-    new.rename(old)
+    try:
+        new.rename(old)
+    except BaseException:
+        (aside / old.name).rename(old)
+        aside.rmdir()
+        raise
     shutil.rmtree(aside)
 
 
@@ -254,6 +269,24 @@ def layout_size(layout: Layout) -> int:
 def write_json(path: Path, data: Any) -> None:
     """Write JSON that a person can read; NaN is refused, as no other reader would take it."""
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+
+
+def replace_json(path: Path, data: Any) -> None:
+    """Write JSON in the place of what has the name; it appears whole or not at all. Missing parents are made.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write_json(partial, data)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise _output_error(path, error) from error
 
 
 def write_config(path: Path, config: Mapping[str, Any]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,23 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lata_lightning.callbacks.handover import folder
 from lata_lightning.callbacks.lata import LATACallback
 from lata_lightning.errors import LataError
+from lata_lightning.store.output_policy import end_dry_run, set_aside
 from lata_lightning.training.classification import ImageClassificationModule, SequenceClassificationModule
-from lata_lightning.training.fit_output import CHECKPOINTS, LOGS, checkpoint_to_resume, log_folders, remove_failed_start
+from lata_lightning.training.fit_output import (
+    CHECKPOINTS,
+    LOGS,
+    checkpoint_to_resume,
+    log_folders,
+    may_replace_run,
+    newest_checkpoint,
+    remove_failed_start,
+)
+from lata_lightning.training.interrupting import interruptible
 from lata_lightning.training.labelled_data import ImageDataModule, LabelledTextDataModule
 from lata_lightning.training.module import CausalLMModule
 from lata_lightning.training.text_data import TextDataModule
@@ -77,7 +89,15 @@ class FitCLI(LightningCLI):
         if not self._get(self.config, "trainer").fast_dev_run:
             results = [measured / folder(kind) for kind in dict.fromkeys(("vector", *config.export))]
             given = self._get(self.config, "ckpt_path")
-            self.config[self.subcommand].ckpt_path = checkpoint_to_resume(output, given, results, self._arguments)
+            if not may_replace_run(output, given, [LOGS, CHECKPOINTS, config.name]):
+                self.config[self.subcommand].ckpt_path = checkpoint_to_resume(output, given, results, self._arguments)
+        end_dry_run(output, reads=self._inputs())
+
+    def _inputs(self) -> list[str]:
+        """What the configuration names as model, data and instruction vector."""
+        sections = [self._get(self.config, name).get("init_args") or {} for name in ("model", "data")]
+        given = [sections[0].get("model"), sections[1].get("data"), self._get(self.config, "lata").instruction_vector]
+        return [str(path) for value in given for path in (value if isinstance(value, list | tuple) else [value]) if path is not None]
 
     def instantiate_classes(self) -> None:
         """Create trainer, model and data; an error about an argument is raised with the message of the class that found it."""
@@ -119,14 +139,26 @@ class FitCLI(LightningCLI):
             )
 
     def fit(self, **keywords: Any) -> None:
-        """Train; a start that fails before it logs anything leaves no empty folders."""
+        """Train; a start that fails before it logs anything leaves no empty folders.
+
+        Raises:
+            KeyboardInterrupt: The run was interrupted; it says how to go on.
+        """
         output = Path(self._get(self.config_init, "output"))
         before = log_folders(output)
+        resume = f"go on with: lata {shlex.join(self._arguments)} --ckpt_path last"
         try:
-            self.trainer.fit(**keywords)
-        except BaseException:
+            # One process moves the earlier run; the others begin to write only after it has joined them.
+            first = not getattr(rank_zero_only, "rank", 0)  # set by Lightning on its own decorator
+            with set_aside(output, lambda: newest_checkpoint(output) is not None) if first else nullcontext() as earlier, interruptible():
+                if earlier is not None:
+                    resume += f"; the earlier run is in {earlier}"
+                self.trainer.fit(**keywords)
+        except BaseException as error:
             if self.trainer.is_global_zero:
                 remove_failed_start(output, before)
+            if isinstance(error, KeyboardInterrupt) and newest_checkpoint(output) is not None:
+                raise KeyboardInterrupt(resume) from None
             raise
 
 

@@ -23,6 +23,7 @@ from lata_lightning.merging.merge import Term, merge
 from lata_lightning.merging.methods import Method, check_method
 from lata_lightning.merging.weigh import weigh
 from lata_lightning.store.writer import write_json
+from lata_lightning.training.interrupting import interruptible
 from lata_lightning.training.loading import load_causal_lm
 from lata_lightning.vectors.task_vector import TaskVector
 from lata_lightning.weighting import DEFAULT_THRESHOLD, Weighting
@@ -258,7 +259,8 @@ def _train(task: Task, origin: Path, partial: Path, callback: LATACallback, keep
     trainer = pl.Trainer(**{"default_root_dir": partial, **options, "callbacks": callbacks, "enable_checkpointing": keep_checkpoints})
     if trainer.world_size > 1:
         raise LataError(f"a sequence runs in one process, and the trainer of {task.name} has {trainer.world_size}; set devices=1")
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    with interruptible():
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
 
 
 def _scores(tasks: Sequence[Task], model: str | Path) -> list[float]:

@@ -7,7 +7,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from lata_lightning.errors import LataError
+from lata_lightning.errors import LataError, first_three
+from lata_lightning.store.output_policy import overwriting
 
 CHECKPOINTS, LOGS = "checkpoints", "logs"
 _LAST = "last"
@@ -56,6 +57,29 @@ def checkpoint_to_resume(output: Path, given: str | None, results: Sequence[Path
             "anew, choose another directory with --output, or remove it."
         )
     return None
+
+
+def may_replace_run(output: Path, resumed: str | None, parts: Sequence[str]) -> bool:
+    """Whether the output policy lets an earlier run in a directory be replaced.
+
+    Args:
+        output: The directory of the run.
+        resumed: The option ``--ckpt_path``.
+        parts: Names of what a run leaves in it.
+
+    Raises:
+        LataError: It may, but the directory holds something that no run leaves, or the run is to go on from a checkpoint.
+    """
+    if not overwriting() or not output.is_dir():
+        return False
+    if resumed is not None:
+        raise LataError("--overwrite begins a run anew, and --ckpt_path goes on with one: leave one of them out")
+    others = [path.name for path in output.iterdir() if path.name not in parts]
+    if others:
+        raise LataError(
+            f"--overwrite replaces a run, and {output} also holds {first_three(others)}. Move that elsewhere, or choose another --output."
+        )
+    return True
 
 
 def log_folders(output: Path) -> set[Path]:

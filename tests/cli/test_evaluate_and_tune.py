@@ -1,16 +1,20 @@
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
 import torch
+from scipy.stats import binomtest
 from tokenizers_of_kinds import bert
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from lata_lightning.cli.main import main, parser_of
+from lata_lightning.cli.scores import Row, by_metric, of_tasks
 from lata_lightning.evaluation import tuning, unlearning_measures
 from lata_lightning.evaluation.accuracy import exact_match
+from lata_lightning.evaluation.intervals import Score
 from lata_lightning.evaluation.perplexity import perplexity
 from lata_lightning.evaluation.questions import METRICS
 from lata_lightning.layers import LEVELS
@@ -65,16 +69,49 @@ def test_evaluate_scores_files_and_writes_them(lata):
     status, printed, _ = lata("evaluate instruct --data copy.jsonl twice.jsonl --format json --output scores")
     assert status == 0
     right = scores_of(INSTRUCT, "copy", "twice")
-    assert json.loads(printed) == {"copy": {"exact_match": right[0]}, "twice": {"exact_match": right[1]}}
+    found = json.loads(printed)
+    for name, value in zip(("copy", "twice"), right, strict=True):
+        low, high = binomtest(round(6 * value), 6).proportion_ci(method="wilson")
+        assert found[name]["exact_match"] == value
+        assert found[name]["n"] == 6
+        assert found[name]["intervals"]["exact_match"] == pytest.approx([low, high])
     assert right[0] == 1
     kept = json.loads(open_text("scores/scores.json"))
-    assert kept == {"model": "instruct", "scores": json.loads(printed)}
+    assert kept["model"] == "instruct"
+    assert kept["scores"] == {"copy": {"exact_match": right[0]}, "twice": {"exact_match": right[1]}}
+    assert kept["sample"] == {name: {"n": 6, "intervals": row["intervals"]} for name, row in found.items()}
     status, _, said = lata("evaluate instruct --data copy.jsonl --output scores")
     assert (status, "scores/scores.json exists already" in said) == (1, True)
 
 
 def open_text(path):
     return Path(path).read_text("utf-8")
+
+
+def test_several_models_and_metrics_stand_in_one_table(lata):
+    line = "evaluate base instruct --data copy.jsonl --metric exact_match perplexity"
+    status, printed, _ = lata(line)
+    assert status == 0
+    cells = [row.split() for row in printed.splitlines() if row.split()[:1] in (["base"], ["instruct"])]
+    assert [row[0] for row in cells] == ["base", "instruct", "base", "instruct"]
+    assert cells[0][1:3] == ["copy", "exact_match"]
+    assert cells[2][1:3] == ["copy", "perplexity"]
+    found = json.loads(lata(f"{line} --format json")[1])
+    assert [float(row[-5 if "–" in row else -3]) for row in cells] == pytest.approx(
+        [found[model]["copy"][metric] for metric in ("exact_match", "perplexity") for model in ("base", "instruct")], rel=1e-3
+    )
+    assert found["instruct"]["copy"]["exact_match"] == scores_of(INSTRUCT, "copy")[0]
+    status, _, said = lata(f"{line} --output scores")
+    assert (status, "--output keeps the scores of one model, and 2 are given" in said) == (1, True)
+    status, _, said = lata("evaluate base instruct --forget copy.jsonl --output out")
+    assert (status, "one model at a time; 2 are given" in said) == (1, True)
+
+
+def test_standard_errors_of_tasks_become_intervals():
+    rows = of_tasks("model", {"arc": {"acc": 0.5, "acc_stderr": 0.1, "acc,strict": 0.4, "n": 20.0}})
+    assert rows[0] == Row("model", "arc", "acc", 0.5, 20, pytest.approx((0.304, 0.696)))
+    assert rows[2] == Row("model", "arc", "acc,strict", 0.4, 20, None)
+    assert by_metric(rows) == {"arc": {"acc": 0.5, "acc_stderr": 0.1, "acc,strict": 0.4}}
 
 
 def test_evaluate_gives_the_perplexity_of_text(lata):
@@ -89,10 +126,12 @@ def test_evaluate_gives_the_perplexity_of_text(lata):
 
 
 def test_a_score_that_is_no_number_is_null(lata, monkeypatch):
-    monkeypatch.setattr("lata_lightning.evaluation.questions.prepare", lambda *_, **__: lambda model: float("inf"))
+    infinite = SimpleNamespace(score=lambda model: Score(float("inf"), 1, None))
+    monkeypatch.setattr("lata_lightning.evaluation.questions.prepare", lambda *_, **__: infinite)
     status, printed, _ = lata("evaluate base --data prose.jsonl --metric perplexity --format json --output out")
     assert status == 0
-    assert json.loads(printed) == json.loads(open_text("out/scores.json"))["scores"] == {"prose": {"perplexity": None}}
+    assert json.loads(open_text("out/scores.json"))["scores"] == {"prose": {"perplexity": None}}
+    assert json.loads(printed) == {"prose": {"perplexity": None, "n": 1, "intervals": {"perplexity": None}}}
 
 
 def test_evaluate_runs_a_task_file(lata, tmp_path, monkeypatch):
@@ -108,7 +147,8 @@ def test_evaluate_runs_a_task_file(lata, tmp_path, monkeypatch):
     status, printed, said = lata("evaluate instruct --tasks task.yaml --chat true --limit 2 --format json --output tasks")
     assert status == 0, said
     assert json.loads(printed)["own"]["exact_match"] == 1
-    assert json.loads(open_text("tasks/tasks.json"))["scores"] == json.loads(printed)
+    assert json.loads(open_text("tasks/tasks.json"))["scores"]["own"]["exact_match"] == 1
+    assert json.loads(printed)["own"]["n"] == 2
 
 
 def test_evaluate_writes_the_measures_of_unlearning(lata, tmp_path):
@@ -256,6 +296,15 @@ def test_tune_refuses_methods_that_do_not_go_with_the_rest_before_a_model_is_loa
     assert (status, said in error) == (1, True)
 
 
+def test_tune_prints_json_with_the_next_command(lata):
+    status, printed, _ = lata("tune base instruct --data copy.jsonl --grid 1 --figure false --format json --output out")
+    found = json.loads(printed)
+    stored = json.loads(open_text("out/tune.json"))
+    assert status == 0
+    assert {key: found[key] for key in ("points", "best", "metric")} == {key: stored[key] for key in ("points", "best", "metric")}
+    assert (found["undecided"], found["next"]) == (False, "lata merge base instruct --weighting none --scale=1 --output MODEL")
+
+
 def test_tune_forgets_under_the_control(lata):
     line = "tune instruct vector --data copy.jsonl --forget true --control twice.jsonl --grid 0.25 0.5 1 --figure false"
     assert lata("extract base instruct --output vector")[0] == 0
@@ -353,14 +402,14 @@ def classifiers(tmp_path):
 
 def test_classifiers_are_scored_and_tuned_by_their_labels(lata, classifiers):
     status, printed, said = lata("evaluate second --data labels.jsonl --format json")
-    assert (status, json.loads(printed)) == (0, {"labels": {"accuracy": 1.0}}), said
+    assert (status, json.loads(printed)["labels"]["accuracy"]) == (0, 1.0), said
     status, printed, said = lata("tune first second --data labels.jsonl --grid 0.5 1 --figure false --output out")
     assert status == 0, said
     best = json.loads(open_text("out/tune.json"))["best"]
     assert best["score"] == 1
     line = printed.strip().splitlines()[-1]
     assert lata(line.removeprefix("lata "))[0] == 0
-    assert json.loads(lata("evaluate MODEL --data labels.jsonl --format json")[1]) == {"labels": {"accuracy": 1.0}}
+    assert json.loads(lata("evaluate MODEL --data labels.jsonl --format json")[1])["labels"]["accuracy"] == 1.0
 
 
 def test_a_model_without_a_head_is_no_classifier(lata, classifiers, tmp_path):

@@ -251,3 +251,61 @@ def test_help_names_the_sections(capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("usage: lata [options] fit")
     assert all(option in printed for option in ("--lata.instruction_vector", "--output", "--trainer.max_epochs", "--ckpt_path"))
+
+
+def test_a_dry_run_checks_the_output_and_trains_nothing(folder, capsys):
+    before = sorted(path.name for path in folder.iterdir())
+    assert fit("--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[:4] == [
+        "reads    instruct (directory)", "         rows.jsonl (file)", "         base (directory)", "writes   out",
+    ]  # fmt: skip
+    assert sorted(path.name for path in folder.iterdir()) == before
+    (folder / "out/lata/task_vector").mkdir(parents=True)
+    assert fit("--dry-run") == 1
+    assert "out holds a finished run" in capsys.readouterr().err
+
+
+def test_an_earlier_run_is_replaced_on_request_when_the_new_one_is_finished(folder, capsys):
+    assert fit() == 0
+    assert fit() == 1
+    first = (folder / "out/lata/task_vector/task_vector.json").read_text()
+    assert fit("--overwrite", "--model.learning_rate", "0.02") == 0
+    assert (folder / "out/lata/task_vector/task_vector.json").read_text() != first
+    assert [path.name for path in folder.glob("out*")] == ["out"]
+    assert "overwrite" not in (folder / "out/logs/version_0/config.yaml").read_text()
+
+
+def test_an_earlier_run_comes_back_if_the_new_one_leaves_no_checkpoint(folder, monkeypatch):
+    assert fit() == 0
+    first = (folder / "out/lata/task_vector/task_vector.json").read_text()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lata_lightning.training.module.CausalLMModule.on_train_epoch_start", interrupt, raising=False)
+    assert fit("--overwrite") == 130
+    assert (folder / "out/lata/task_vector/task_vector.json").read_text() == first
+    assert [path.name for path in folder.glob("out*")] == ["out"]
+
+
+def test_both_runs_stay_if_the_new_one_can_be_resumed(folder, monkeypatch, capsys):
+    assert fit() == 0
+
+    def interrupt(self):
+        if self.current_epoch == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("lata_lightning.training.module.CausalLMModule.on_train_epoch_start", interrupt, raising=False)
+    assert fit("--overwrite") == 130
+    assert sorted(path.name for path in folder.glob("out*")) == ["out", "out.before-1"]
+    assert "go on with: lata fit --config recipe.yaml" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_overwriting_a_run_refuses_what_it_would_lose(folder, capsys):
+    assert fit() == 0
+    assert fit("--overwrite", "--ckpt_path", "last") == 1
+    assert "--overwrite begins a run anew, and --ckpt_path goes on with one" in capsys.readouterr().err
+    (folder / "out/model").mkdir()
+    assert fit("--overwrite") == 1
+    assert "--overwrite replaces a run, and out also holds 1: ['model']" in capsys.readouterr().err

@@ -1,0 +1,121 @@
+"""Ctrl-C in any command: status 130, one closing line, nothing half-written."""
+
+import signal
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from lata_lightning.cli.main import main
+from lata_lightning.training.interrupting import interruptible
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+MODELS = "quickstart-output/models"
+DATA = "quickstart-output/data/math.jsonl"
+VECTOR = "quickstart-output/runs/math/task_vector"
+
+
+@pytest.fixture
+def lata(short_quickstart, tmp_path, monkeypatch, capsys):
+    """Runs a command beside the output of a quickstart; gives exit status and standard error."""
+    (tmp_path / "quickstart-output").symlink_to(short_quickstart)
+    monkeypatch.chdir(tmp_path)
+
+    def run(line):
+        status = main(line.split())
+        return status, capsys.readouterr().err
+
+    return run
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("line", "where"),
+    [
+        (f"merge {MODELS}/instruct {VECTOR} --weighting none --output out", "lata_lightning.merging.merge.combined"),
+        (f"extract {MODELS}/instruct {MODELS}/math --output out", "lata_lightning.vectors.artefact.layout_size"),
+        (f"regress {MODELS}/instruct {VECTOR} --output out", "lata_lightning.vectors.artefact.ShardWriter.stream"),
+        (f"solve {MODELS}/instruct {VECTOR} --data {DATA} --samples 2 --output out", "lata_lightning.linearity.solution.write_json"),
+        (f"evaluate {MODELS}/instruct --data {DATA} --output out", "lata_lightning.evaluation.accuracy.ExactMatch.score"),
+        (f"tune {MODELS}/instruct {VECTOR} --data {DATA} --figure false --output out", "lata_lightning.evaluation.tuning.tune"),
+        ("report quickstart-output/runs/math --output out", "lata_lightning.report.page.render"),
+    ],
+)  # fmt: skip
+def test_ctrl_c_ends_a_command_with_130_and_leaves_nothing(lata, tmp_path, monkeypatch, line, where):
+    monkeypatch.setattr(where, interrupt)
+    status, said = lata(line)
+    assert status == 130
+    assert [text for text in said.splitlines() if text][-1] == "lata: interrupted; nothing was left half-written"
+    assert [path.name for path in tmp_path.iterdir()] == ["quickstart-output"]
+
+
+@pytest.fixture
+def pressing(monkeypatch):
+    """Presses Ctrl-C in the optimizer step of a number, counted from 1."""
+
+    def press(number):
+        steps = iter(range(1, sys.maxsize))
+
+        def step(self, trainer, *_):
+            if next(steps) == number:
+                signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(pl.Callback, "on_before_optimizer_step", step)
+        monkeypatch.setattr(pl.LightningModule, "on_before_optimizer_step", lambda self, optimizer: step(self, None))
+
+    return press
+
+
+def fit(folder, *more):
+    return main(["fit", "--config", "track_full", "--config", "debug", "--trainer.fast_dev_run", "false", "--output", "run", *more])
+
+
+def test_ctrl_c_ends_a_fit_with_130_and_the_run_can_begin_again(tmp_path, monkeypatch, pressing, capsys):
+    monkeypatch.chdir(tmp_path)
+    pressing(1)
+    handler = signal.getsignal(signal.SIGINT)
+    assert fit(tmp_path, "--trainer.max_steps", "2") == 130
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert [line for line in capsys.readouterr().err.splitlines() if line][-1].startswith(
+        "lata: interrupted; nothing was left half-written"
+    )
+    assert not Path("run/lata/task_vector").exists()
+
+
+class Small(pl.LightningModule):
+    """Presses Ctrl-C, or leaves, in its first step."""
+
+    def __init__(self, action):
+        super().__init__()
+        self.layer, self.action = torch.nn.Linear(2, 1), action
+
+    def training_step(self, batch, _):
+        self.action()
+        return self.layer(batch).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def fit_small(action, folder):
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, default_root_dir=folder
+    )
+    with interruptible("go on"):
+        trainer.fit(Small(action), torch.utils.data.DataLoader(torch.ones(2, 2)))
+
+
+def test_an_interrupted_fit_raises_keyboard_interrupt_with_advice(tmp_path):
+    with pytest.raises(KeyboardInterrupt, match="go on"):
+        fit_small(lambda: signal.raise_signal(signal.SIGINT), tmp_path)
+
+
+def test_an_exit_that_was_no_interruption_stays_one(tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        fit_small(lambda: sys.exit(3), tmp_path)
+    assert stopped.value.code == 3
