@@ -15,21 +15,21 @@ import numpy as np
 
 
 def plot(history: Path, figure: Path) -> None:
-    """Heat map of alignment, layer by measurement."""
+    """Draw a heat map of alignment: layers from left to right, measurements from top to bottom."""
     rows = [json.loads(line) for line in history.read_text("utf-8").splitlines()]
     layers = list(rows[0]["layers"])
     values = np.array(
-        [[np.nan if row["layers"][layer]["alignment"] is None else row["layers"][layer]["alignment"] for row in rows] for layer in layers]
+        [[np.nan if row["layers"][layer]["alignment"] is None else row["layers"][layer]["alignment"] for layer in layers] for row in rows]
     )
-    fig, axes = plt.subplots(figsize=(6.4, 0.28 * len(layers) + 1.6), layout="constrained")
-    image = axes.imshow(values, aspect="auto", cmap="viridis", origin="lower")
-    axes.set_yticks(range(len(layers)), layers)
-    axes.set_xticks(range(len(rows)), [row["step"] for row in rows])
-    axes.set_xlabel("optimizer steps")
-    for (layer, step), value in np.ndenumerate(values):
+    fig, axes = plt.subplots(figsize=(max(6.4, 0.6 * len(layers) + 1.6), 0.3 * len(rows) + 1.8), layout="constrained")
+    image = axes.imshow(values, aspect="auto", cmap="viridis")
+    axes.set_xticks(range(len(layers)), layers, rotation=30, ha="right", fontsize=8)
+    axes.set_yticks(range(len(rows)), [row["step"] for row in rows])
+    axes.set_ylabel("optimizer steps")
+    for (step, layer), value in np.ndenumerate(values):
         dark = value < np.nanmean(values)
-        axes.text(step, layer, f"{value:.3f}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
-    fig.colorbar(image, label="alignment with the instruction vector")
+        axes.text(layer, step, f"{value:.3f}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    fig.colorbar(image, label="alignment")
     fig.savefig(figure, dpi=160)
 
 

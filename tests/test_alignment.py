@@ -1,6 +1,7 @@
 import copy
 import math
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -449,3 +450,46 @@ def test_both_cautions_are_given_and_carried_by_json():
         "alignment_norm_correlation": pytest.approx(1),
         "alignment_ranks_by_relative_norm": True,
     }
+
+
+def alignments(*values, norm=1.0):
+    return Alignment("block", "instruct", {f"h.{number}": LayerStats(value, 0.5, norm, 2.0) for number, value in enumerate(values)}, {})
+
+
+def test_a_plot_shows_every_alignment_in_order_as_torchmetrics_does():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figure, axes = alignments(0.9, 0.2, 0.5).plot()
+    (line,) = axes.get_lines()
+    assert list(line.get_ydata()) == [0.9, 0.2, 0.5]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["h.0", "h.1", "h.2"]
+    assert (axes.get_ylabel(), line.get_color()) == ("alignment", "C0")
+    given, panel = pyplot.subplots()
+    assert alignments(0.9, 0.2).plot(panel) == (given, panel)
+    pyplot.close(figure)
+    pyplot.close(given)
+
+
+def test_a_plot_is_grey_where_nothing_can_be_ranked_and_shows_norms_where_nothing_is_aligned():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figure, axes = pyplot.subplots()
+    alignments(0.90, 0.91).plot(axes)
+    assert (axes.get_lines()[0].get_color(), axes.get_title()) == ("0.5", "too flat to rank by")
+    axes.clear()
+    alignments(None, None, norm=3.0).plot(axes)
+    assert (list(axes.get_lines()[0].get_ydata()), axes.get_ylabel()) == ([3.0, 3.0], "task norm")
+    pyplot.close(figure)
+
+
+def test_a_layer_that_did_not_move_is_no_point_of_a_plot():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figure, axes = pyplot.subplots()
+    found = alignments(0.9, 1.0, 0.2)
+    Alignment("block", "instruct", {**found.layers, "h.1": LayerStats(1.0, 0.0, 0.0, 2.0)}, {}).plot(axes)
+    assert list(axes.get_lines()[0].get_xdata()) == [0, 2]
+    pyplot.close(figure)
+
+
+def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(LataError, match=r"a plot needs matplotlib, which is not installed: pip install 'lata_lightning\[report\]'"):
+        alignments(0.9, 0.2).plot()

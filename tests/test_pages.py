@@ -115,7 +115,8 @@ def test_the_first_python_block_prints_an_alignment_table(ran):
     first = next(block for block in blocks("README.md") if block.language == "python")
     folder, printed = ran("README.md")
     assert "alignment at step 200" in printed[0]
-    assert "model.layers.7" in printed[0]
+    assert "(blocks of model.layers)" in printed[0]
+    assert re.search(r"^ 7 +0\.", printed[0], re.MULTILINE)
     assert "class MyModule(pl.LightningModule)" in first.text
     assert len(first.text.strip().splitlines()) <= 30
     assert first in blocks("docs/index.md")

@@ -56,7 +56,9 @@ def _run(options: Namespace, command: str) -> None:
     # No part of the configuration that a run saves, from which it may be run again.
     policy = OutputPolicy(overwrite=_switched_on(words, "--overwrite"), dry_run=_switched_on(words, "--dry-run"))
     words = [word for word in words if word.partition("=")[0] not in ("--overwrite", "--dry-run")]
-    with output_policy(policy):
+    from lata_lightning.training.quiet import quiet
+
+    with output_policy(policy), quiet():
         FitCLI([recipe(word) if before in ("-c", "--config") else word for before, word in pairwise(["", *words])], FitParser)
 
 

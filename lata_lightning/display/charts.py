@@ -150,7 +150,7 @@ def alignment_over_training(
     title: str = "Alignment over training",
     bounds: tuple[float, float] | None = None,
 ) -> HeatMap | None:
-    """Return a heat map of the alignment of each layer at each measurement.
+    """Return a heat map of alignment: a row for each measurement, a column for each layer, as in every chart of layers.
 
     Args:
         measured: Step, epoch (from 0) and alignment of each measurement, oldest first.
@@ -168,8 +168,12 @@ def alignment_over_training(
     shown = [entry for entry in measured if list(entry[2].layers) == list(last.layers)]
     layers, steps = list(last.layers), [step for step, _, _ in shown]
     ticks, prefix = short_names(layers)
-    values = tuple(tuple(alignment.layers[layer].alignment for _, _, alignment in shown) for layer in layers)
-    words = [f"{len(layers)} {last.level}s, {_measurements(steps)}.", f"At the last one: {extremes(last.values, '.4f')}."]
+    values = tuple(
+        tuple(stats.alignment if (stats := alignment.layers[layer]).moved else None for layer in layers) for _, _, alignment in shown
+    )
+    moved = {layer: value for layer, value in last.values.items() if last.layers[layer].moved}
+    ended = f"At the last one: {extremes(moved, '.4f')}." if moved else "No layer has moved."
+    words = [f"{len(layers)} {last.level}s, {_measurements(steps)}.", ended]
     if last.flat:
         words.append(f"Spread {last.spread:.4f}: too flat to rank, so it is drawn in grey.")
     if last.undefined:
@@ -180,14 +184,14 @@ def alignment_over_training(
         key=key,
         title=title,
         summary=" ".join(words),
-        rows=tuple(layers),
-        columns=tuple(f"step {step}, epoch {epoch}" for step, epoch, _ in shown),
+        rows=tuple(f"step {step}, epoch {epoch}" for step, epoch, _ in shown),
+        columns=tuple(layers),
         values=values,
-        row_title=axis_title(last.level, prefix),
-        column_title="optimizer steps",
+        row_title="optimizer steps",
+        column_title=axis_title(last.level, prefix),
         value_title="alignment",
-        row_ticks=ticks,
-        column_ticks=tuple(str(step) for step in steps),
+        row_ticks=tuple(str(step) for step in steps),
+        column_ticks=ticks,
         bounds=bounds,
         muted=last.flat,
     )

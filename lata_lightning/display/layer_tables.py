@@ -152,7 +152,7 @@ def _bar(share: float) -> str:
 
 
 def _figures(stats: LayerStats) -> list[str]:
-    if not stats.task_norm:
+    if not stats.moved:
         # A layer that did not move says nothing: its alignment of 1 would look like a result.
         stats = replace(stats, alignment=None, relative_norm=None)
     forms = ((stats.alignment, ".4f"), (stats.relative_norm, ".4f"), (stats.task_norm, ".4g"), (stats.coefficient, ".4f"))

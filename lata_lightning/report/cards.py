@@ -10,6 +10,8 @@ from lata_lightning.display.charts import as_text
 from lata_lightning.moments import Moments, total
 from lata_lightning.report.reading import Subject
 
+_ADVICE = "Merge with --weighting none, or let lata tune compare the rules on validation data."
+
 
 class Card(NamedTuple):
     """One run or vector at a glance; ``colour`` is the number of its line in every chart."""
@@ -44,6 +46,8 @@ def card(subject: Subject, number: int, last: Alignment | None, table: Mapping[s
     )
     known = [(name, as_text(value, form)) for name, value, form in stats if value is not None]
     cautions = [] if last is None else last.cautions()
+    if last is not None and last.flat:
+        cautions.append(_ADVICE)
     return Card(subject.label, number, _kind(subject), known, " ".join(cautions) or None)
 
 

@@ -11,7 +11,7 @@ from lata_lightning.alignment import Alignment, alignment_of
 from lata_lightning.display.charts import Chart, as_text
 from lata_lightning.errors import BaseMismatchError
 from lata_lightning.moments import Moments
-from lata_lightning.report import figures
+from lata_lightning.report import figures, score_figures
 from lata_lightning.report.cards import Card, card
 from lata_lightning.report.measuring import PairwiseMoments, measure_together
 from lata_lightning.report.provenance import Facts, provenance
@@ -214,7 +214,9 @@ def _conflicts(saved: Sequence[tuple[int, str, TaskVector]]) -> Section | None:
 
 def _scales(subjects: Sequence[Subject]) -> Section | None:
     charts = [
-        figures.scale_curve(number, subject.label, subject.scales) for number, subject in enumerate(subjects) if subject.scales is not None
+        score_figures.scale_curve(number, subject.label, subject.scales)
+        for number, subject in enumerate(subjects)
+        if subject.scales is not None
     ]
     return Section("scales", "Scales", "What every scale scored.", charts) if charts else None
 
@@ -233,11 +235,7 @@ def _models(subjects: Sequence[Subject]) -> Section | None:
         for number, term in enumerate(subject.terms)
     ]
     columns = list(dict.fromkeys((name, measure) for subject in subjects for name, row in subject.scores.items() for measure in row))
-    scores = [
-        [subject.label, *(as_text(subject.scores.get(name, {}).get(measure), ".4g") for name, measure in columns)]
-        for subject in subjects
-        if subject.scores
-    ]
+    scores = [[subject.label, *(_score(subject, name, measure) for name, measure in columns)] for subject in subjects if subject.scores]
     tables = [
         Facts("Scores", ["model", *(f"{name}, {measure.replace('_', ' ')}" for name, measure in columns)], scores),
         Facts("What was added", ["model", "onto", "vector", "scale", "weighting"], terms),
@@ -248,7 +246,14 @@ def _models(subjects: Sequence[Subject]) -> Section | None:
     empty = (
         "" if scores else "lata evaluate MODEL --data FILE --output MODEL puts the scores of a model beside it; they are shown here then."
     )
-    return Section("models", "Models", "Models side by side: what they are made of, and what they score.", [], tables, empty)
+    charts = score_figures.scores_by_model([(subject.label, subject.scores) for subject in subjects if subject.scores])
+    return Section("models", "Models", "Models side by side: what they are made of, and what they score.", charts, tables, empty)
+
+
+def _score(subject: Subject, name: str, measure: str) -> str:
+    """A score with its interval, where there is one."""
+    text, interval = as_text(subject.scores.get(name, {}).get(measure), ".4g"), subject.intervals.get((name, measure))
+    return text if interval is None else f"{text} ({interval[0]:.4g} – {interval[1]:.4g})"
 
 
 def _provenance(vectors: Sequence[tuple[str, Path | None]]) -> Section | None:

@@ -20,7 +20,7 @@ from lata_lightning.display.charts import (
 from lata_lightning.layers import LayerMap
 from lata_lightning.moments import Moments, total
 from lata_lightning.report.measuring import PairwiseMoments
-from lata_lightning.report.reading import HistoryEntry, ScaleCurves
+from lata_lightning.report.reading import HistoryEntry
 from lata_lightning.vectors.manifest import OUTSIDE, Derivation
 
 Histories = Sequence[tuple[int, str, Sequence[HistoryEntry]]]
@@ -30,7 +30,8 @@ Histories = Sequence[tuple[int, str, Sequence[HistoryEntry]]]
 def alignment_heat_maps(histories: Histories) -> list[HeatMap]:
     """Return a heat map for each run with a known alignment, all with one colour scale."""
     measured = {number: [(row.step, row.epoch, row.layers) for row in rows] for number, _, rows in histories}
-    known = [value for rows in measured.values() for _, _, alignment in rows for value in alignment.values.values()]
+    moved = [stats for rows in measured.values() for _, _, alignment in rows for stats in alignment.layers.values() if stats.moved]
+    known = [stats.alignment for stats in moved if stats.alignment is not None]
     bounds = (min(known), max(known)) if known else None
     charts = [
         alignment_over_training(measured[number], f"alignment-{number + 1}", f"Alignment over training: {label}", bounds)
@@ -202,25 +203,6 @@ def pairwise(labels: Sequence[str], measured: PairwiseMoments, layers: LayerMap)
     return charts
 
 
-def scale_curve(number: int, label: str, scales: ScaleCurves) -> Lines:
-    """Return a chart of every score over the scale."""
-    tried = sorted({scale for curve in scales.curves.values() for scale in curve})
-    words = [f"{len(tried)} scales from {tried[0]:g} to {tried[-1]:g}."]
-    if scales.chosen:
-        words.append(f"Chosen: {scales.chosen}.")
-    words += [
-        f"{name}: {extremes({f'at {scale:g}': score for scale, score in curve.items()}, '.4g')}." for name, curve in scales.curves.items()
-    ]
-    return Lines(
-        key=f"scales-{number + 1}",
-        title=f"Scores over the scale: {label}",
-        summary=" ".join(words),
-        x_title="scale",
-        y_title=scales.metric,
-        series=tuple(Series(name, index, dict(curve.items())) for index, (name, curve) in enumerate(scales.curves.items())),
-    )
-
-
 def _over_steps(
     histories: Histories, key: str, title: str, y_title: str, form: str, of: Callable[[HistoryEntry], float | None]
 ) -> Lines | None:
@@ -283,12 +265,12 @@ def _over_layers(
 # Key, title, title of the axis, format, value, and whether layers are ranked by it.
 _LAYER_FIGURES: tuple[tuple[str, str, str, str, Callable[[LayerStats], float | None], bool], ...] = (
     ("coefficients", "Coefficient", "coefficient", ".4f", lambda stats: stats.coefficient, True),
-    ("alignments", "Alignment", "alignment", ".4f", lambda stats: stats.alignment, True),
-    ("relative-norms", "Relative norm", "‖task‖ / ‖instruction‖", ".4f", lambda stats: stats.relative_norm, False),
-    ("norms", "Norm", "‖task vector‖", ".4g", lambda stats: stats.task_norm, False),
+    ("alignments", "Alignment", "alignment", ".4f", lambda stats: stats.alignment if stats.moved else None, True),
+    ("relative-norms", "Relative norm", "‖task‖ / ‖instruction‖", ".4f", lambda stats: stats.relative_norm if stats.moved else None, False),
+    ("norms", "Norm", "‖task vector‖", ".4g", lambda stats: stats.task_norm or None, False),
 )
 _PART_FIGURES: tuple[tuple[str, str, str, Callable[[Moments], float | None]], ...] = (
-    ("part-norms", "Norm", ".4g", lambda sums: sums.task_norm),
-    ("part-relative-norms", "Relative norm", ".4f", lambda sums: sums.relative_norm),
-    ("part-alignments", "Alignment", ".4f", lambda sums: sums.alignment),
+    ("part-norms", "Norm", ".4g", lambda sums: sums.task_norm or None),
+    ("part-relative-norms", "Relative norm", ".4f", lambda sums: sums.relative_norm if sums.task else None),
+    ("part-alignments", "Alignment", ".4f", lambda sums: sums.alignment if sums.task else None),
 )

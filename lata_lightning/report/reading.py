@@ -62,6 +62,7 @@ class Subject:
         terms: For a merged model, the entry of each vector in its merge record.
         onto: For a merged model, the model that the vectors were added to.
         scores: Scores by ``lata evaluate``, by data set and metric.
+        intervals: Ends of the 95 % confidence interval of a score, by data set and metric, where there is one.
     """
 
     label: str
@@ -73,6 +74,7 @@ class Subject:
     terms: tuple[Mapping[str, Any], ...] = ()
     onto: str | None = None
     scores: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    intervals: Mapping[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
 
 
 def open_subjects(paths: Sequence[str | Path]) -> list[Subject]:
@@ -144,6 +146,7 @@ def _open(path: Path, given: str, label: str) -> Subject:
         terms=terms,
         onto=onto,
         scores=_scores(path / SCORES_NAME),
+        intervals=_intervals(path / SCORES_NAME),
     )
     if not (subject.history or subject.vector or subject.scales or subject.terms or subject.scores):
         raise SourceError(f"the history of {given} is empty: nothing has been measured yet. Wait for the first epoch to end.")
@@ -185,6 +188,21 @@ def _scores(path: Path) -> Mapping[str, Mapping[str, float | None]]:
             for name, row in read_object(path)["scores"].items()
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptFileError(f"{path} holds no scores of lata evaluate ({error!r})") from error
+
+
+def _intervals(path: Path) -> Mapping[tuple[str, str], tuple[float, float]]:
+    """Return the confidence intervals by data set and metric; none where the file does not hold any."""
+    if not path.is_file():
+        return {}
+    try:
+        return {
+            (name, metric): (float(ends[0]), float(ends[1]))
+            for name, row in read_object(path).get("sample", {}).items()
+            for metric, ends in row["intervals"].items()
+            if ends is not None
+        }
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CorruptFileError(f"{path} holds no scores of lata evaluate ({error!r})") from error
 
 

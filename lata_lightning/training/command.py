@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -31,6 +31,7 @@ from lata_lightning.training.fit_output import (
 from lata_lightning.training.interrupting import interruptible
 from lata_lightning.training.labelled_data import ImageDataModule, LabelledTextDataModule
 from lata_lightning.training.module import CausalLMModule
+from lata_lightning.training.progress import FitProgress
 from lata_lightning.training.text_data import TextDataModule
 
 # Imported here so that a recipe may name these classes without their module; the first of each kind is the default.
@@ -117,7 +118,8 @@ class FitCLI(LightningCLI):
         directories: dict[str, Any] = {} if given.get("default_root_dir") else {"default_root_dir": str(output)}
         if given.get("logger") in (None, True):
             directories["logger"] = CSVLogger(output, name=LOGS)
-        trainer = super().instantiate_trainer(**directories, **kwargs)
+        settings = {**directories, **_quiet_settings(given), **kwargs}
+        trainer = super().instantiate_trainer(**settings)
         if given.get("fast_dev_run"):
             # A trial run is to write nothing, but ModelCheckpoint would still save the last weights.
             trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, ModelCheckpoint)]  # type: ignore[attr-defined]
@@ -129,7 +131,10 @@ class FitCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Print how large the checkpoints will be that Lightning writes by default."""
+        """Print how much is trained, and how large the checkpoints will be that Lightning writes by default."""
+        parameters = list(self.model.parameters())
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        rank_zero_info(f"lata fit: trains {trained:,} of {sum(parameter.numel() for parameter in parameters):,} parameters")
         keeping = [callback for callback in self.trainer.callbacks if isinstance(callback, ModelCheckpoint)]  # type: ignore[attr-defined]
         size = _checkpoint_bytes(self.model)
         if keeping and size:
@@ -160,6 +165,16 @@ class FitCLI(LightningCLI):
             if isinstance(error, KeyboardInterrupt) and newest_checkpoint(output) is not None:
                 raise KeyboardInterrupt(resume) from None
             raise
+
+
+def _quiet_settings(given: Any) -> dict[str, Any]:
+    """Settings of the trainer for one line of progress and no table of modules, as far as the configuration says nothing else."""
+    settings: dict[str, Any] = {} if given.get("enable_model_summary") else {"enable_model_summary": False}
+    callbacks = given.get("callbacks") or []
+    callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+    if given.get("enable_progress_bar") is not False and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+        settings["callbacks"] = [*callbacks, FitProgress()]
+    return settings
 
 
 def _checkpoint_bytes(module: LightningModule) -> int:

@@ -115,7 +115,7 @@ def test_hovering_shows_the_value(desktop):
     area = page.locator("#alignment-1 .nsewdrag").first
     area.scroll_into_view_if_needed()
     box = area.bounding_box()
-    page.mouse.move(box["x"] + box["width"] * 0.75, box["y"] + box["height"] * 0.25)
+    page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + box["height"] * 0.75)
     hover = page.locator("#alignment-1 .hoverlayer")
     playwright.expect(hover).to_contain_text("alignment 0.7500")
     playwright.expect(hover).to_contain_text("step 150, epoch 0")

@@ -35,12 +35,12 @@ def facts(report, label):
     return dict(next(table.rows for table in section(report, "provenance").tables if table.title == label))
 
 
-def test_the_heat_map_of_a_run_holds_the_alignments_of_its_history_layer_by_step(tmp_path):
+def test_the_heat_map_of_a_run_holds_the_alignments_of_its_history_step_by_layer(tmp_path):
     run = write_run(tmp_path / "run", [row(10, {"h.0": 0.9, "h.1": 0.8}), row(20, {"h.0": 0.7, "h.1": None}, epoch=1)])
     found = charts(build([run]))["alignment-1"]
-    assert found.values == ((0.9, 0.7), (0.8, None))
-    assert (found.rows, found.columns) == (("h.0", "h.1"), ("step 10, epoch 0", "step 20, epoch 1"))
-    assert (found.row_ticks, found.column_ticks) == (("0", "1"), ("10", "20"))
+    assert found.values == ((0.9, 0.8), (0.7, None))
+    assert (found.rows, found.columns) == (("step 10, epoch 0", "step 20, epoch 1"), ("h.0", "h.1"))
+    assert (found.row_ticks, found.column_ticks) == (("10", "20"), ("0", "1"))
     assert found.limits == (0.7, 0.9)
     assert "2 measurements from step 10 to step 20. At the last one: 0.7000 (h.0)." in found.summary
     assert "Undefined in 1 of them" in found.summary
@@ -197,7 +197,7 @@ def test_vectors_with_other_layers_get_charts_of_their_own(tmp_path):
 def test_measurements_by_other_layers_are_left_out_and_counted(tmp_path):
     rows = [row(10, {"h.0.mlp": 0.9, "h.1.mlp": 0.8}, level="submodule"), row(20, {"h.0": 0.7, "h.1": 0.6})]
     found = charts(build([write_run(tmp_path / "run", rows)]))["alignment-1"]
-    assert found.values == ((0.7,), (0.6,))
+    assert found.values == ((0.7, 0.6),)
     assert "Earlier measurements by other layers, not shown: 1." in found.summary
 
 
@@ -219,7 +219,8 @@ def test_the_card_warns_where_alignments_are_too_flat_to_rank(tmp_path, last, wa
     assert (card.warning is not None) == warned
     assert card.kind == "run, 1 measurement · step 10 · no vector yet"
     if warned:
-        assert card.warning == "The alignments spread by 0.0400, less than 0.05: too little to rank the layers by."
+        assert card.warning.startswith("The alignments spread by 0.0400, less than 0.05: too little to rank the layers by.")
+        assert "Merge with --weighting none, or let lata tune compare the rules" in card.warning
 
 
 def test_provenance_repeats_the_manifest(vectors):
@@ -302,6 +303,10 @@ def test_merged_models_are_compared_by_what_they_are_made_of_and_by_their_scores
     other = write_model(tmp_path / "other", {"math": 1.0}, {"math": {"exact_match": 0.7}, "string": {"exact_match": None}})
     section = next(section for section in build([one, other]).sections if section.key == "models")
     scores, terms = section.tables
+    assert [(chart.value_title, chart.rows, chart.columns) for chart in section.charts] == [
+        ("exact match", ("one", "other"), ("math", "string")), ("perplexity", ("one", "other"), ("math",)),
+    ]  # fmt: skip
+    assert section.charts[0].values == ((0.61, None), (0.7, None))
     assert scores.heads == ["model", "math, exact match", "math, perplexity", "string, exact match"]
     assert scores.rows == [["one", "0.61", "4.25", "–"], ["other", "0.7", "–", "–"]]
     assert terms.rows == [
@@ -309,6 +314,15 @@ def test_merged_models_are_compared_by_what_they_are_made_of_and_by_their_scores
         ["", "", "string", "0.5", "none"],
         ["other", "models/instruct", "math", "1", "none"],
     ]
+
+
+def test_scores_have_their_intervals_and_a_single_model_needs_no_chart(tmp_path):
+    model = write_model(tmp_path / "one", {"math": 1.0}, {"math": {"exact_match": 0.5}})
+    sample = {"math": {"n": 10, "intervals": {"exact_match": [0.25, 0.75]}}}
+    (model / "scores.json").write_text(json.dumps({"scores": {"math": {"exact_match": 0.5}}, "sample": sample}))
+    section = next(section for section in build([model]).sections if section.key == "models")
+    assert section.tables[0].rows == [["one", "0.5 (0.25 – 0.75)"]]
+    assert section.charts == []
 
 
 def test_merged_models_without_scores_say_how_to_get_them(tmp_path):
@@ -333,3 +347,22 @@ def test_a_tensor_that_did_not_move_has_no_figures(tmp_path):
     }
     section = next(section for section in build([write_run(tmp_path / "run", [entry])]).sections if section.key == "layers")
     assert section.tables[0].rows == [["run", "frozen.weight", "–", "–", "–", "–"]]
+
+
+def test_a_layer_that_did_not_move_has_no_figures(tmp_path):
+    entry = row(1, {"h.0": 0.9, "h.1": 0.5, "h.2": 1.0})
+    entry["layers"]["h.2"] |= {"task_norm": 0.0, "relative_norm": 0.0}
+    found = charts(build([write_run(tmp_path / "run", [entry])]))
+    assert found["alignment-1"].values == ((0.9, 0.5, None),)
+    assert found["alignment-1"].limits == (0.5, 0.9)
+    for key in ("alignments", "norms", "relative-norms"):
+        assert found[key].series[0].points["h.2"] is None
+
+
+def test_layers_are_on_the_horizontal_axis_of_every_chart(vectors, tmp_path):
+    run = write_run(tmp_path / "run", [row(1, {"h.0": 0.9, "h.1": 0.5})])
+    directory, _ = vectors
+    found = [*build([directory / "math", directory / "string"], directory / "instruction").charts, *build([run]).charts]
+    layered = [chart for chart in found if "block" in (chart.column_title if isinstance(chart, HeatMap) else chart.x_title)]
+    assert len(layered) > 6
+    assert not any(isinstance(chart, HeatMap) and "block" in chart.row_title for chart in found)

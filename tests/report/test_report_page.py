@@ -22,8 +22,8 @@ def run(tmp_path):
 def test_the_values_in_the_page_are_those_of_the_history(run):
     text = page.render(build([run]))
     trace = embedded(text, "alignment-1")["data"][0]
-    assert trace["z"] == [[0.9, 0.7], [0.8, 0.6]]
-    assert (trace["x"], trace["y"]) == (["step 10, epoch 0", "step 20, epoch 1"], ["h.0", "h.1"])
+    assert trace["z"] == [[0.9, 0.8], [0.7, 0.6]]
+    assert (trace["x"], trace["y"]) == (["h.0", "h.1"], ["step 10, epoch 0", "step 20, epoch 1"])
     assert embedded(text, "growth-norm")["data"][0]["x"] == [10, 20]
     assert embedded(text, "growth-norm")["data"][0]["y"] == [1.0, 2.0]
 
@@ -38,9 +38,9 @@ def test_every_figure_has_a_name_a_summary_and_a_table_of_its_values(run):
         head, rows = chart.table()
         assert table_of(text, chart.key) == [head, *rows]
     assert table_of(text, "alignment-1") == [
-        ["block of h", "step 10, epoch 0", "step 20, epoch 1"],
-        ["h.0", "0.9000", "0.7000"],
-        ["h.1", "0.8000", "0.6000"],
+        ["optimizer steps", "h.0", "h.1"],
+        ["step 10, epoch 0", "0.9000", "0.8000"],
+        ["step 20, epoch 1", "0.7000", "0.6000"],
     ]
 
 

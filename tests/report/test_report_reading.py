@@ -74,6 +74,7 @@ def test_a_scale_curve_that_is_none_is_refused(tmp_path, text):
         ("merge.json", "{}"),
         ("scores.json", '{"scores": {"math": 3}}'),
         ("scores.json", "{}"),
+        ("scores.json", '{"scores": {}, "sample": {"math": {"intervals": {"exact_match": [1]}}}}'),
     ],
 )
 def test_a_record_of_a_merged_model_that_is_none_is_refused(tmp_path, file, text):
