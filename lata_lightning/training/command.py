@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -16,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lata_lightning.callbacks.handover import folder
 from lata_lightning.callbacks.lata import LATACallback
-from lata_lightning.errors import LataError
+from lata_lightning.errors import LataError, first_line
 from lata_lightning.store.output_policy import end_dry_run, set_aside
 from lata_lightning.training.classification import ImageClassificationModule, SequenceClassificationModule
 from lata_lightning.training.fit_output import (
@@ -119,7 +120,10 @@ class FitCLI(LightningCLI):
         if given.get("logger") in (None, True):
             directories["logger"] = CSVLogger(output, name=LOGS)
         settings = {**directories, **_quiet_settings(given), **kwargs}
-        trainer = super().instantiate_trainer(**settings)
+        try:
+            trainer = super().instantiate_trainer(**settings)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            raise LataError(f"Lightning refuses these settings of the trainer: {first_line(error)}") from error
         if given.get("fast_dev_run"):
             # A trial run is to write nothing, but ModelCheckpoint would still save the last weights.
             trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, ModelCheckpoint)]  # type: ignore[attr-defined]
