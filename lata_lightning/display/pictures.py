@@ -24,9 +24,17 @@ _MOST_NUMBERS = 12
 
 def draw(chart: Chart) -> Figure:
     """Draw a chart as a figure without a window."""
+    figure = Figure(figsize=_size(chart), layout="constrained")
+    draw_on(chart, figure.add_subplot())
+    return figure
+
+
+def draw_on(chart: Chart, axes: Axes) -> None:
+    """Draw a chart into existing axes."""
     if isinstance(chart, HeatMap):
-        return _draw_heat_map(chart)
-    return _draw_lines(chart)
+        _draw_heat_map(chart, axes)
+    else:
+        _draw_lines(chart, axes)
 
 
 def pixels(figure: Figure) -> np.ndarray:
@@ -54,10 +62,14 @@ def save(chart: Chart, directory: str | Path) -> list[Path]:
     return paths
 
 
-def _draw_heat_map(chart: HeatMap) -> Figure:
-    height = min(0.26 * len(chart.rows), 24.0) + 1.8
-    figure = Figure(figsize=(min(max(6.4, 0.32 * len(chart.columns) + 2.6), 16.0), height), layout="constrained")
-    axes = figure.add_subplot()
+def _size(chart: Chart) -> tuple[float, float]:
+    """Width and height of a figure in inches."""
+    if isinstance(chart, HeatMap):
+        return min(max(6.4, 0.32 * len(chart.columns) + 2.6), 16.0), min(0.26 * len(chart.rows), 24.0) + 1.8
+    return 6.8, 4.0
+
+
+def _draw_heat_map(chart: HeatMap, axes: Axes) -> None:
     low, high = chart.limits
     values = np.array([[np.nan if value is None else value for value in row] for row in chart.values])
     image = axes.imshow(
@@ -76,13 +88,10 @@ def _draw_heat_map(chart: HeatMap) -> Figure:
                 ink = ink_on(*image.cmap(image.norm(value))[:3])
                 axes.text(column, row, format(value, chart.form), ha="center", va="center", fontsize=7, color=ink)
     _label(axes, chart.title, chart.column_title, chart.row_title)
-    figure.colorbar(image, label=_plain(chart.value_title))
-    return figure
+    axes.figure.colorbar(image, ax=axes, label=_plain(chart.value_title))
 
 
-def _draw_lines(chart: Lines) -> Figure:
-    figure = Figure(figsize=(6.8, 4.0), layout="constrained")
-    axes = figure.add_subplot()
+def _draw_lines(chart: Lines, axes: Axes) -> None:
     positions = {name: index for index, name in enumerate(chart.ticks)}
     for line in chart.series:
         points = [(positions[at] if isinstance(at, str) else at, np.nan if value is None else value) for at, value in line.points.items()]
@@ -104,7 +113,6 @@ def _draw_lines(chart: Lines) -> Figure:
     if len(chart.series) > 1:
         # The labels are passed explicitly because matplotlib leaves out those that begin with an underscore.
         axes.legend(axes.get_lines(), [_plain(line.name) for line in chart.series], frameon=False, fontsize=8)
-    return figure
 
 
 def _label(axes: Axes, title: str, x_title: str, y_title: str) -> None:
