@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 import lata_lightning
 from lata_lightning import TaskVector, Term, merge
 from lata_lightning.alignment import Alignment, LayerStats
-from lata_lightning.callbacks.history import append_history, summary
 from lata_lightning.cli.main import parser_of
 from lata_lightning.exports.coefficients import export_coefficients
 from lata_lightning.layers import LayerMap, LayerPosition
 from lata_lightning.linearity.solution import Solution
+from lata_lightning.live.history import append_history, summary
 from lata_lightning.moments import Moments
 from lata_lightning.store.meaning import Meaning
 from lata_lightning.store.seal import sealed

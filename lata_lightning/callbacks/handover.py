@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lata_lightning.errors import LataError
 from lata_lightning.exports import EXPORTS, export_to
 from lata_lightning.merging.merge import Term
 from lata_lightning.merging.weigh import from_instruct, weigh
 from lata_lightning.store.head_files import HEAD_TENSORS
+from lata_lightning.store.run_directory import VECTOR_NAME
 from lata_lightning.store.writer import PARTIAL_MARK, replace_directory
 from lata_lightning.vectors.task_vector import TaskVector
 from lata_lightning.weighting import STORED, WEIGHTINGS, Rule, Weighting, follows_alignment
 
-VECTOR_NAME = "task_vector"
 DEFAULT_RULE: Weighting = "linear"
 """What coefficients are stored if no rule is asked for."""
 
 
 def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
-    """The kinds themselves, the vector first; an error that lists the choices if there is another one among them."""
+    """Return the kinds of export, the vector first; refuse any other word with a list of the choices."""
     choices = ("vector", *EXPORTS)
     if isinstance(kinds, str) or set(kinds) - set(choices):
         raise LataError(f"export must be a sequence of words among {', '.join(choices)}, or empty, got {kinds!r}")
@@ -33,7 +32,7 @@ def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
 
 
 def folder(kind: str) -> str:
-    """Name of the folder a kind of export is written to, inside the output directory of a run."""
+    """Return the name of the folder a kind of export is written to, inside the output directory of a run."""
     return VECTOR_NAME if kind == "vector" else kind
 
 
@@ -61,13 +60,20 @@ def weigh_run(
     try:
         weighted = weigh(vector, weighting or DEFAULT_RULE, instruction, **settings)
     except Exception as error:  # A rule of one's own may raise anything.
-        rank_zero_warn(f"the vector is exported without coefficients: {str(error) or repr(error)}")
+        warnings.warn(f"the vector is exported without coefficients: {str(error) or repr(error)}", stacklevel=2)
         return vector, plain
     return weighted, plain if weighting is None and alignment.flat else weighted
 
 
 def write_exports(
-    vector: TaskVector, handed_over: TaskVector, kinds: Sequence[str], directory: Path, *, dtype: str, instruction: TaskVector | None
+    vector: TaskVector,
+    handed_over: TaskVector,
+    kinds: Sequence[str],
+    directory: Path,
+    *,
+    dtype: str,
+    instruction: TaskVector | None,
+    note: Callable[[str], None],
 ) -> None:
     """Write a vector in every form that is wanted, each whole or not at all.
 
@@ -75,31 +81,30 @@ def write_exports(
         vector: With the coefficients to store.
         handed_over: The same vector with the coefficients to apply in all other forms.
         kinds: From ``check_kinds``.
-        directory: Output directory of the run; what stands there under the same name is replaced.
+        directory: Output directory of the run; what lies there under the same name is replaced.
         dtype: Precision of the vector and the pure vector.
         instruction: Taken off before a hand-over, where the vector started from base.
+        note: Takes remarks for the log.
     """
     for kind in kinds:
-        workshop = directory / f".{folder(kind)}{PARTIAL_MARK}new"
-        shutil.rmtree(workshop, ignore_errors=True)
+        partial = directory / f".{folder(kind)}{PARTIAL_MARK}new"
+        shutil.rmtree(partial, ignore_errors=True)
         # Under its final name, which cards show.
-        made = workshop / folder(kind)
+        made = partial / folder(kind)
         if kind == "vector":
             vector.save(made, dtype=dtype)
         else:
             counted = handed_over.manifest.coefficients is not None
             term = Term(from_instruct(handed_over, instruction) if counted else handed_over)
-            export_to(
-                kind, [term], made, dtype=dtype if kind == "pure" else None, note=lambda remark: rank_zero_info(f"LATACallback: {remark}")
-            )
+            export_to(kind, [term], made, dtype=dtype if kind == "pure" else None, note=note)
         replace_directory(made, directory / folder(kind))
-        workshop.rmdir()
+        partial.rmdir()
 
 
 def closing_lines(
     vector: TaskVector, handed_over: TaskVector, kinds: Sequence[str], directory: Path, *, instruction: str | None, head: bool = False
 ) -> list[str]:
-    """Say what a run has written, and which commands go on from there.
+    """Return lines for the log: what a run has written, and which commands go on from there.
 
     Args:
         vector: As it was stored.
@@ -108,9 +113,6 @@ def closing_lines(
         directory: Output directory of the run.
         instruction: Path of the instruction vector, if it is a saved one.
         head: Whether the head of a classifier was saved beside the vector.
-
-    Returns:
-        Lines for the log.
     """
     lines = [f"{kind}: {directory / folder(kind)}" for kind in kinds]
     lines += [f"head: {directory / HEAD_TENSORS}, which belongs to this task and is never merged"] if head else []

@@ -81,7 +81,7 @@ def _states(tracker: Tracker) -> tuple[frozenset[str], frozenset[str]]:
             # Whether it moved shows in the difference, which is written anyway.
             flags[index, 0] = 1
             continue
-        origin = tracker.kept.read(name, shard)
+        origin = tracker.start_weights.read(name, shard)
         moved = not same_values(shard.local, origin)
         exact = finite and origin.shape == shard.local.shape and bool(torch.isfinite(origin).all())
         flags[index] = torch.tensor([moved, moved and not exact and name in live.buffers])
@@ -180,18 +180,18 @@ def _deliver(tracker: Tracker) -> None:
 
 def _gather(tracker: Tracker, name: str, side: Side) -> Tensor:
     """A whole tensor on the CPU of rank zero (other ranks get what falls to them). Every process has to call this."""
-    live, kept = tracker.live, tracker.kept
+    live, start_weights = tracker.live, tracker.start_weights
     tensor, shard = live.read(name), live.shard(name)
     still = side == "live" or name not in tracker.changing or name in live.adapted
     if not isinstance(tensor, DTensor):
         if still:
             return tensor.cpu()
         owner = tracker.owner(name)
-        held = kept.read(name, shard) if tracker.ranks.rank == owner else torch.empty(tensor.shape, dtype=tensor.dtype)
+        held = start_weights.read(name, shard) if tracker.ranks.rank == owner else torch.empty(tensor.shape, dtype=tensor.dtype)
         return tracker.ranks.from_rank(held, owner)
     if not still:
         # Replicas that keep no copy fill in zeros: they gather among themselves, and rank zero is not among them.
-        local = kept.read(name, shard).to(tensor.device) if shard.counted else torch.zeros_like(shard.local)
+        local = start_weights.read(name, shard).to(tensor.device) if shard.counted else torch.zeros_like(shard.local)
         tensor = DTensor.from_local(
             local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
         )

@@ -84,7 +84,7 @@ class Measurement:
     def _own_sums(self, live: LiveModel) -> Tensor:
         """What this process adds to the sums, of shape (tensors, 3)."""
         tracker = self.tracker
-        tracker.kept.check_origin()
+        tracker.start_weights.check_origin()
         rows = torch.zeros(len(live.names), 3, dtype=torch.float64)
         for index, name in enumerate(live.names):
             if name in live.buffers:
@@ -106,7 +106,7 @@ class Measurement:
         if name in tracker.live.adapted:
             sums = tensor_sums(tracker.added(name), direction, start=start, instruction_squared=known)
         else:
-            origin = tracker.kept.read(name, shard)
+            origin = tracker.start_weights.read(name, shard)
             sums = tensor_sums(shard.local, direction, subtract=origin, start=start, instruction_squared=known)
             if not torch.isfinite(sums).all() and same_values(shard.local, origin):
                 # Equal to the start means unchanged, though infinite entries have no difference.

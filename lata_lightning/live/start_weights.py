@@ -21,7 +21,6 @@ from lata_lightning.store.names import LeaveOut
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.sources import TensorSource
 
-SPILL_NAME = "start_weights"
 PROVIDERS = ("auto", "lora", "source", "spill", "memory")
 
 
@@ -246,6 +245,20 @@ def origin_of(live: LiveModel, base_weights: str, root: nn.Module, leave_out: Le
     except LataError:
         # What the model says it was loaded from need not be weights of its own shape; then they are copied.
         return None, False
+
+
+def check_provider(base_weights: str, live: LiveModel, start_weights: StartWeights) -> None:
+    """Refuse a way of storing start weights that this model does not allow.
+
+    Raises:
+        LataError: ``"lora"`` without adapters, or ``"source"`` where the model has other values than the files it was loaded from.
+    """
+    if base_weights == "lora" and not live.adapted:
+        raise LataError("base_weights='lora' needs a model wrapped by peft with LoRA; use 'auto'")
+    if base_weights == "source" and start_weights.copied_bytes:
+        raise LataError(
+            f"base_weights='source' needs a model whose weights are those of the local directory it was loaded from ({live.location}); use 'auto'"
+        )
 
 
 def _slices(shard: Shard) -> tuple[slice, ...]:

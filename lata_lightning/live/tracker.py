@@ -3,42 +3,47 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Set
 from math import prod
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lata_lightning.errors import BaseMismatchError, LataError, first_three
 from lata_lightning.layers import STATISTICS, LayerMap, LayerPosition, LayerRule, layer_map
 from lata_lightning.live.adapters import LoraModel, look_at
+from lata_lightning.live.fingerprints import Fingerprint, Fingerprints
 from lata_lightning.live.live_model import LiveModel
 from lata_lightning.live.new_heads import NO_HEAD, new_head
 from lata_lightning.live.placements import check_counted_once
 from lata_lightning.live.ranks import Ranks
-from lata_lightning.live.start_weights import PROVIDERS, SPILL_NAME, StartWeights, origin_of
+from lata_lightning.live.start_factors import StartFactors
+from lata_lightning.live.start_weights import PROVIDERS, StartWeights, check_provider, origin_of
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.numerics.measure import same_values
 from lata_lightning.store.hashing import value_sums
 from lata_lightning.store.names import NOTHING, LeaveOut
+from lata_lightning.store.run_directory import SPILL_NAME
 from lata_lightning.store.sources import TensorSource
 
 _BUFFER = LayerPosition(None, STATISTICS)
+_NO_WEIGHTS = (
+    "the model has no weights when the fit starts; build them in __init__, configure_model or setup, and run lazy layers once there"
+)
 _ADVICE = "Pass base_weights=<directory or checkpoint of the start weights>, or train with base_weights='spill' from the start."
-Fingerprint = Mapping[str, list[int]]
 
 
 class Tracker:
-    """Follows a module in training: knows which weights it started from, which of its tensors can change, and what this process counts of them.
+    """Knows of a module in training which weights it started from, which of its tensors can change, and what this process counts of them.
 
-    Every process of a run has one. Tensors that all processes hold alike are shared out among them by name; of sharded tensors each process
+    Every process of a run has one. Tensors that all processes have alike are shared out among them by name; of sharded tensors each process
     counts its own part.
 
     Args:
-        root: The LightningModule.
+        root: The module that is trained, such as a LightningModule.
         model: Path of the model inside of it; None to look for it.
-        base_weights: How the start weights are kept: one of ``PROVIDERS``, or where they lie.
+        base_weights: How the start weights are stored: one of ``PROVIDERS``, or where they lie.
         layers: Rule that names the blocks.
         leave_out: What is neither followed nor measured.
     """
@@ -54,53 +59,57 @@ class Tracker:
     ) -> None:
         self.root, self._model, self.leave_out = root, model, leave_out
         self.head = NO_HEAD
-        """Head of a classifier that its start does not hold, which is left out, too."""
+        """Head of a classifier that its start does not have; it is left out, too."""
         self._base_weights, self._rule = base_weights, layers
         self.ranks = Ranks()
         self._live: LiveModel | None = None
-        self._kept: StartWeights | None = None
+        self._start_weights: StartWeights | None = None
         self._changing: set[str] = set()
-        # What adapters add when training starts, where that is not zero: by their initialisation, or from earlier training.
-        self._start_factors: dict[str, LowRank] = {}
+        self._start_factors = StartFactors()
+        self._fingerprints = Fingerprints(self.ranks, self._local_sums)
         self._spill_to: Path | None = None
-        self._frozen: dict[str, list[int]] = {}
-        self._moved: set[str] = set()
+        self.begun = False
+        """Whether the start is certain."""
         self.positions = LayerMap({}, ())
-        self.fingerprint: dict[str, list[int]] = {}
-        """Two sums over the bits of every start value, by tensor: the same for every number of processes."""
 
     @property
     def live(self) -> LiveModel:
-        """The model as it was when last looked at."""
+        """The model as it was at the last look."""
         if self._live is None:
-            raise LataError("there are no start weights: the model had no weights when the fit started")
+            raise LataError(_NO_WEIGHTS)
         return self._live
 
     @property
-    def kept(self) -> StartWeights:
-        """The start weights this process keeps."""
-        if self._kept is None:
-            raise LataError("there are no start weights: the model had no weights when the fit started")
-        return self._kept
+    def start_weights(self) -> StartWeights:
+        """The start weights that this process stores."""
+        if self._start_weights is None:
+            raise LataError(_NO_WEIGHTS)
+        return self._start_weights
 
     @property
     def changing(self) -> Set[str]:
-        """Names of the tensors whose start values are kept, by this process or another; not to be changed."""
+        """Names of the tensors whose start values are stored, by this process or another; not to be changed."""
         return self._changing
 
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Two sums over the bits of every start value, by tensor; empty before the start is certain."""
+        return self._fingerprints.start
+
     def capture_early(self) -> None:
-        """Keep the weights as they are before a resumed run restores trained ones; nothing if the model has none yet."""
+        """Store the weights as they are before a resumed run restores trained ones; nothing if the model has none yet."""
         self._find_head()
         live = look_at(self.root, self._model, self.leave_out)
-        if live.materialized:
-            self._live = live
-            self._kept = self._new_kept()
-            self._capture(live.changing)
-            if not live.adapted:
-                # What is frozen now may have been trained before the checkpoint that is resumed.
-                for name in live.names:
-                    if name not in self._changing and self.counts(name):
-                        self._kept.find(name, live.shard(name))
+        if not live.materialized:
+            return
+        self._live = live
+        self._start_weights = self._new_start_weights()
+        self._capture(live.changing)
+        if not live.adapted:
+            # What is frozen now may have been trained before the checkpoint that is resumed.
+            for name in live.names:
+                if name not in self._changing and self.counts(name):
+                    self._start_weights.find(name, live.shard(name))
 
     def settle(self, spill_to: Path | None) -> None:
         """Go through the start weights once more, now that the model has its final precision.
@@ -111,70 +120,88 @@ class Tracker:
         self._find_head()
         live, self._spill_to = self.look(), spill_to
         if not live.materialized:
-            raise LataError(
-                "the model has no weights when the fit starts; build them in __init__, configure_model or setup, and run lazy layers once there"
-            )
+            raise LataError(_NO_WEIGHTS)
         self.leave_out.check_used([*live.names, *live.left_out], "the model in training")
-        if self._kept is None:
-            self._kept = self._new_kept()
+        if self._start_weights is None:
+            self._start_weights = self._new_start_weights()
         for name in self._changing:
-            self._kept.cast(name, live.dtype(name))
+            self._start_weights.cast(name, live.dtype(name))
             if name in self._start_factors:
-                self._start_factors[name] = self._start_factors[name].stored_as(live.added(name).parts[0].left.dtype)
+                self._start_factors.cast(name, live.added(name).parts[0].left.dtype)
         self._capture(name for name in live.changing if name not in self._changing)
-        self._check_provider(live)
+        check_provider(self._base_weights, live, self._start_weights)
         shards = {name: live.shard(name) for name in live.names if name not in live.quantised}
         check_counted_once(shards, self.counts, {name: prod(live.shape(name)) for name in shards}, self.ranks)
         layers = layer_map([name for name in live.names if name not in live.buffers], structure=live.module, rule=self._rule)
         self.positions = LayerMap({name: layers.positions.get(name, _BUFFER) for name in live.names}, layers.blocks)
 
     def describe(self) -> str:
-        """How the start weights are kept, for the log."""
-        spilled = self._base_weights == "spill" and self._spill_to is not None
-        return self.kept.describe(self.live, self._spill_to / SPILL_NAME if spilled and self._spill_to is not None else None)
+        """Say how the start weights are stored, for the log."""
+        spill_to = self._spill_to / SPILL_NAME if self._base_weights == "spill" and self._spill_to is not None else None
+        return self.start_weights.describe(self.live, spill_to)
 
     def take_up(self, recorded: Fingerprint | None) -> None:
-        """On a resumed run: keep what the first run has kept, its spilled start weights before those that were kept since.
+        """On a resumed run, go on with the start of the first run: its spilled start weights take precedence over those captured since.
 
         Args:
-            recorded: The fingerprint in the checkpoint; None if that holds none.
+            recorded: The fingerprint in the checkpoint; None if that has none.
+
+        Raises:
+            LataError: A start value cannot be had any more.
         """
         if self._base_weights == "spill" and self._spill_to is not None and (self._spill_to / SPILL_NAME).is_dir():
-            self.kept.adopt(self._spill_to / SPILL_NAME)
-        if recorded is None:
-            return
-        for name in list(self._start_factors):
+            self.start_weights.adopt(self._spill_to / SPILL_NAME)
+        if recorded is not None:
+            self._take_up_factors(recorded)
+            self._take_up_trained(recorded)
+            self._take_up_untrained(recorded)
+            self._check_complete()
+
+    def _take_up_factors(self, recorded: Fingerprint) -> None:
+        for name in self._start_factors.names:
             # The first run's adapters started at zero: what they add now was trained before the checkpoint.
             if list(recorded.get(name, ())) == value_sums(self.live.bits(name).cpu()).tolist():
-                del self._start_factors[name]
+                self._start_factors.discard(name)
+
+    def _take_up_trained(self, recorded: Fingerprint) -> None:
+        """Capture what the first run trained, also if it is frozen now."""
         for name in set(self.live.names) & set(recorded):
-            # Trained before the checkpoint, also if it is frozen now.
             if name not in self._changing and self._base_weights not in PROVIDERS and self.counts(name):
-                self.kept.capture(name, self.live.shard(name))
+                self.start_weights.capture(name, self.live.shard(name))
             self._changing.add(name)
+
+    def _take_up_untrained(self, recorded: Fingerprint) -> None:
+        """Capture or release what the first run did not train."""
         asking = set(self.live.changing)
         for name in self._changing - set(recorded):
             if name not in asking:
-                # Never trained, and frozen by a callback that came after the weights were first kept.
-                self.kept.release(name)
+                # Never trained, and frozen by a callback that came after the first capture.
+                self.start_weights.release(name)
                 self._changing.discard(name)
             elif self.counts(name) and name not in self.live.adapted and self._base_weights in PROVIDERS:
                 # Frozen until the checkpoint: what it restores is the start value.
-                self.kept.capture(name, self.live.shard(name))
-        lost = [name for name in self._changing if self.counts(name) and name not in self.live.adapted and not self.kept.has(name)]
+                self.start_weights.capture(name, self.live.shard(name))
+
+    def _check_complete(self) -> None:
+        copied = [name for name in self._changing if self.counts(name) and name not in self.live.adapted]
+        lost = [name for name in copied if not self.start_weights.has(name)]
         if lost:
             raise LataError(
                 f"the start values of {first_three(lost)} cannot be had any more: they are frozen now and were trained before. {_ADVICE}"
             )
 
     def forget_frozen(self) -> None:
-        """On a fresh run: what turned out to be frozen since the weights were first kept needs no start value."""
+        """On a fresh run, release what was frozen since the first capture: it needs no start value."""
         for name in self._changing - set(self.live.changing):
-            self.kept.release(name)
+            self.start_weights.release(name)
         self._changing &= set(self.live.changing)
 
     def verify(self, recorded: Fingerprint | None) -> None:
-        """Refuse start weights that are not those a resumed run first started from."""
+        """Refuse start weights that are not those a resumed run first started from.
+
+        Raises:
+            LataError: They have other values, or the checkpoint does not say which values they had.
+        """
         if self._base_weights not in PROVIDERS and not self._start_factors:
             return
         if recorded is None:
@@ -188,16 +215,12 @@ class Tracker:
                 f"{first_three(wrong)} of {len(self._changing)} tensors. {_ADVICE}"
             )
 
-    def note_frozen(self) -> None:
-        """Note the fingerprint of what is frozen, to see later whether it stayed so; not under adapters, whose base may be huge."""
-        self._frozen = {} if self.live.adapted else self._sums_of_bits([name for name in self.live.names if name not in self._changing])
-
-    def moved_frozen(self) -> list[str]:
-        """Tensors that were changed while they asked for no gradient, as a teacher that follows its student; their start is not known."""
-        return sorted(self._moved.union(self._moved_of(name for name in self._frozen if name not in self._changing)))
-
     def capture_late(self) -> None:
-        """Before the first step of a fresh run: take weights that were loaded since as the start, and say so."""
+        """Before the first step of a fresh run, take weights that were loaded since as the start, and say so.
+
+        Raises:
+            BaseMismatchError: The start weights are given, and the model has others.
+        """
         self.look()
         changed = [name for name in sorted(self._changing) if (self.counts(name) or name in self.live.adapted) and self._differs(name)]
         if changed and self._base_weights not in PROVIDERS:
@@ -212,36 +235,45 @@ class Tracker:
             )
         self._capture(changed)
 
-    def note_fingerprint(self, names: Iterable[str] | None = None) -> None:
-        """Note the fingerprint of some start values; by default of all."""
-        self.fingerprint.update(self._sums_of_bits(self._changing if names is None else names))
+    def note_fingerprint(self) -> None:
+        """Note the fingerprint of all start values."""
+        self._fingerprints.note_start(self._changing)
 
     def begin(self) -> None:
-        """After the start is certain: note its fingerprint, and spill it if that is wanted."""
+        """Note fingerprints now that the start is certain, and spill the start weights if that is wanted.
+
+        Frozen weights are noted, too, to see later whether they stayed as they are; not under adapters, whose base may be huge.
+        """
         self.note_fingerprint()
         self._spill()
+        self._fingerprints.note_frozen(() if self.live.adapted else [name for name in self.live.names if name not in self._changing])
+        self.begun = True
 
     def capture_unfrozen(self) -> None:
-        """Keep tensors that can change from now on; as they could not before, they still have their start values, unless they were set by hand."""
+        """Capture tensors that can change from now on: as they could not before, they have their start values, unless they were set by hand."""
         new = [name for name in self.live.changing if name not in self._changing]
         if new:
-            self._moved.update(self._moved_of(name for name in new if name in self._frozen))
+            self._fingerprints.note_unfrozen(new)
             self._capture(new)
-            self.note_fingerprint(new)
+            self._fingerprints.note_start(new)
             self._spill()
 
+    def moved_frozen(self) -> list[str]:
+        """Return the tensors that were changed while they asked for no gradient, as a teacher that follows its student; their start is not known."""
+        return self._fingerprints.moved_frozen(self._changing)
+
     def other_values(self, source: TensorSource) -> list[str]:
-        """Tensors of which this process keeps a start value that is not exactly what another source holds.
+        """Return the tensors of which this process counts a start value that is not exactly that of another source.
 
         Args:
             source: Under the names of the live model; names that it lacks are passed over. It is read once.
         """
         live, wrong = self.live, []
         for name in set(live.names) & set(source.names):
-            if (self.kept.sourced(name) and source.dtype(name) == live.dtype(name)) or not self.counts(name):
+            if (self.start_weights.sourced(name) and source.dtype(name) == live.dtype(name)) or not self.counts(name):
                 continue
             shard = live.shard(name)
-            start = self.kept.read(name, shard) if self.kept.has(name) else shard.local
+            start = self.start_weights.read(name, shard) if self.start_weights.has(name) else shard.local
             # Not rounded to the precision of the live tensor: what is written later is added to the values of the source.
             wide = torch.promote_types(start.dtype, source.dtype(name))
             if not same_values(start.to(wide), source.read_slice(name, shard.slices).to(wide)):
@@ -249,18 +281,34 @@ class Tracker:
         return wrong
 
     def look(self) -> LiveModel:
-        """The model as it now stands."""
+        """Return the model as it is now."""
         self._live = look_at(self.root, self._model, self.leave_out)
         return self._live
 
     def owner(self, name: str) -> int:
-        """The process that keeps the start value of a tensor that all processes hold alike."""
+        """Return the process that stores the start value of a tensor that all processes have alike."""
         return self.live.index[name] % self.ranks.world
 
     def counts(self, name: str) -> bool:
-        """Whether this process counts its part of a tensor, and keeps the start value of that part."""
+        """Whether this process counts its part of a tensor, and stores the start value of that part."""
         counted = self.live.shard(name).counted
         return self.owner(name) == self.ranks.rank if counted is None else counted
+
+    def added(self, name: str) -> LowRank:
+        """Return what adapters have added to a tensor since training started."""
+        return self._start_factors.since(name, self.live.added(name))
+
+    @property
+    def location(self) -> str | None:
+        """Where the start weights lie, as far as that is known; None for adapters that a first round of training left."""
+        if self._start_factors and not (isinstance(self.live, LoraModel) and self.live.residual):
+            return None
+        return self.start_weights.location or self.live.location
+
+    @property
+    def unhashable(self) -> frozenset[str]:
+        """Tensors whose start value no single tensor in memory has: quantised ones, and those whose adapters did not start at zero."""
+        return self.live.quantised | self._start_factors.names
 
     def _find_head(self) -> None:
         """Leave out a new head, as soon as the model is there."""
@@ -273,73 +321,29 @@ class Tracker:
         for name in list(names):
             self._changing.add(name)
             if name in self.live.adapted:
-                self._capture_factors(name)
+                self._start_factors.capture(name, self.live.added(name))
             elif self.counts(name):
-                self.kept.capture(name, self.live.shard(name))
-
-    def _capture_factors(self, name: str) -> None:
-        # On every process, as any of them may be asked to export: factors are small.
-        added = self.live.added(name)
-        self._start_factors.pop(name, None)
-        if added.any():
-            self._start_factors[name] = added.copy()
-
-    def added(self, name: str) -> LowRank:
-        """What adapters have added to a tensor since training started."""
-        added, before = self.live.added(name), self._start_factors.get(name)
-        if before is None:
-            return added
-        return LowRank(added.shape, ()) if added.equals(before) else added.since(before)
-
-    @property
-    def location(self) -> str | None:
-        """Where the start weights lie, as far as that is known; None for adapters that a first round of training left."""
-        if self._start_factors and not (isinstance(self.live, LoraModel) and self.live.residual):
-            return None
-        return self.kept.location or self.live.location
-
-    @property
-    def unhashable(self) -> frozenset[str]:
-        """Tensors whose start value no single tensor in memory holds: quantised ones, and those whose adapters did not start at zero."""
-        return self.live.quantised | frozenset(self._start_factors)
+                self.start_weights.capture(name, self.live.shard(name))
 
     def _spill(self) -> None:
         if self._base_weights == "spill" and self._spill_to is not None:
             shards = {name: self.live.shard(name) for name in self._changing}
-            self.kept.spill(self._spill_to / SPILL_NAME, self.ranks.rank, shards)
-
-    def _moved_of(self, frozen: Iterable[str]) -> list[str]:
-        return [name for name, sums in self._sums_of_bits(frozen).items() if sums != self._frozen[name]]
+            self.start_weights.spill(self._spill_to / SPILL_NAME, self.ranks.rank, shards)
 
     def _differs(self, name: str) -> bool:
         if name in self.live.adapted:
-            before = self._start_factors.get(name)
-            added = self.live.added(name)
-            return added.any() if before is None else not added.equals(before)
+            return self._start_factors.differ(name, self.live.added(name))
         shard = self.live.shard(name)
-        return not same_values(shard.local, self.kept.read(name, shard))
+        return not same_values(shard.local, self.start_weights.read(name, shard))
 
-    def _sums_of_bits(self, names: Iterable[str]) -> dict[str, list[int]]:
-        """Two sums over the bits of start values (of live ones, where nothing is kept): one reduction, the same result whatever the sharding."""
-        listed = sorted(names)
-        sums = torch.zeros(len(listed), 2, dtype=torch.int64)
-        for index, name in enumerate(listed):
-            if self.counts(name):
-                is_live = name in self.live.adapted or name not in self._changing
-                sums[index] = value_sums(self.live.bits(name).cpu() if is_live else self.kept.read(name, self.live.shard(name)))
-                before = self._start_factors.get(name)
-                for part in () if before is None else before.parts:
-                    sums[index] += value_sums(part.left) + value_sums(part.right)
-        return dict(zip(listed, self.ranks.total(sums).tolist(), strict=True))
+    def _local_sums(self, name: str) -> Tensor | None:
+        """Sums over the bits of the part of a tensor that this process counts: of its start value, or of the live one where nothing is stored."""
+        if not self.counts(name):
+            return None
+        if name in self.live.adapted or name not in self._changing:
+            return value_sums(self.live.bits(name).cpu()) + self._start_factors.value_sums(name)
+        return value_sums(self.start_weights.read(name, self.live.shard(name)))
 
-    def _new_kept(self) -> StartWeights:
+    def _new_start_weights(self) -> StartWeights:
         origin, trusted = origin_of(self.live, self._base_weights, self.root, self.leave_out)
         return StartWeights(origin, trusted=trusted)
-
-    def _check_provider(self, live: LiveModel) -> None:
-        if self._base_weights == "lora" and not live.adapted:
-            raise LataError("base_weights='lora' needs a model wrapped by peft with LoRA; use 'auto'")
-        if self._base_weights == "source" and self.kept.copied_bytes:
-            raise LataError(
-                f"base_weights='source' needs a model whose weights are those of the local directory it was loaded from ({live.location}); use 'auto'"
-            )

@@ -15,7 +15,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lata_lightning.callbacks.handover import VECTOR_NAME
 from lata_lightning.callbacks.lata import LATACallback
 from lata_lightning.display.layer_tables import alignment_table
 from lata_lightning.display.tables import show
@@ -28,6 +27,7 @@ from lata_lightning.quickstart.methods import LATA_METHODS, METHODS, REGRESSION,
 from lata_lightning.quickstart.results import Results, ScoreRow
 from lata_lightning.quickstart.scoring import Scoring, mean
 from lata_lightning.store.output_policy import end_dry_run, set_aside
+from lata_lightning.store.run_directory import VECTOR_NAME
 from lata_lightning.training.interrupting import interruptible
 from lata_lightning.training.loading import load_causal_lm
 from lata_lightning.vectors.task_vector import TaskVector

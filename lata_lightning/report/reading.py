@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lata_lightning.alignment import Alignment
-from lata_lightning.callbacks.history import HISTORY_NAME, read_history
 from lata_lightning.errors import CorruptFileError, LataError, SourceError, first_three
+from lata_lightning.live.history import read_history
 from lata_lightning.store.directories import MERGE_RECORD, SCORES_NAME, holds_vector, read_object
+from lata_lightning.store.run_directory import HISTORY_NAME, VECTOR_NAME
 from lata_lightning.vectors.task_vector import TaskVector
 
-# As in callbacks/lata.py, which imports Lightning; a test checks that both agree.
-VECTOR_NAME = "task_vector"
 TUNE_NAME = "tune.json"
 CALLBACK_FOLDER = "lata"
 

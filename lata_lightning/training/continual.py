@@ -14,7 +14,6 @@ from typing import Any, Literal, get_args
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lata_lightning.callbacks.handover import VECTOR_NAME
 from lata_lightning.callbacks.lata import LATACallback
 from lata_lightning.errors import CorruptFileError, LataError, OutputError, first_three
 from lata_lightning.evaluation.continual import summary
@@ -22,6 +21,7 @@ from lata_lightning.layers import Level
 from lata_lightning.merging.merge import Term, merge
 from lata_lightning.merging.methods import Method, check_method
 from lata_lightning.merging.weigh import weigh
+from lata_lightning.store.run_directory import VECTOR_NAME
 from lata_lightning.store.writer import write_json
 from lata_lightning.training.interrupting import interruptible
 from lata_lightning.training.loading import load_causal_lm

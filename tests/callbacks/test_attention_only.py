@@ -23,8 +23,6 @@ from transformers import LlamaForCausalLM
 from lata_lightning import AttentionOnlyFinetuning, LATACallback, LataError, TaskVector
 from lata_lightning.live.projections import attention_projections
 
-pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
-
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 CAUSAL = {**SMALL, "num_key_value_heads": 1, "vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 ENCODER = {**SMALL, "vocab_size": 40}
@@ -376,7 +374,7 @@ def test_lata_callback_keeps_and_exports_only_what_is_trained(tmp_path, models, 
     expected = expected_vector(values(module.model), values(instruct(models)))
     assert same_bits(read_back(tmp_path / "lata/task_vector"), {name: expected[name] for name in projections})
     assert TaskVector.open(tmp_path / "lata/task_vector").unchanged == set(expected) - projections
-    assert lata._tracker.kept.copied_bytes == 4 * sum(expected[name].numel() for name in projections)
+    assert lata.run.tracker.start_weights.copied_bytes == 4 * sum(expected[name].numel() for name in projections)
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
@@ -391,7 +389,7 @@ def test_a_resumed_run_ends_like_the_uninterrupted_one(tmp_path, models, order):
         (other / "task_vector/task_vector.json").read_text()
     )
     assert same_bits(read_back(one / "task_vector"), read_back(other / "task_vector"))
-    assert lata._tracker.kept.copied_bytes == 4 * 2304
+    assert lata.run.tracker.start_weights.copied_bytes == 4 * 2304
 
 
 def test_a_run_that_trained_other_tensors_is_not_resumed(tmp_path):

@@ -12,12 +12,6 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 from lata_lightning import AttentionOnlyFinetuning, LATACallback, TaskVector, Term, merge
 from lata_lightning.store.head_files import Head
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*number of training batches .* smaller than the logging interval"),
-    pytest.mark.filterwarnings("ignore:.*could not find the monitored key"),
-]
 SIZES = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 

@@ -22,12 +22,6 @@ from lightning_models import batches, tiny_llama, trainer
 
 from lata_lightning import LATACallback
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-
 
 class Sized(Recorded):
     """Has the attributes that the searches change, and its own data."""

@@ -35,13 +35,6 @@ from tiny_models import read_back, same_bits
 
 from lata_lightning import LATACallback, LataError, TaskVector, align
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-
-
 # --- searches ------------------------------------------------------------------------------------------------------------------------------
 
 

@@ -23,11 +23,6 @@ from tiny_models import read_back
 
 from lata_lightning import LATACallback, LataError
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
 EVERY_FOUR = {"every_n_train_steps": 4}
 
 

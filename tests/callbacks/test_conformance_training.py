@@ -7,12 +7,6 @@ from lightning_models import batches, tiny_llama, trainer
 
 from lata_lightning import LATACallback
 
-# What Lightning and torch warn of here is their own doing: few workers, few steps, a missing validation loop.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
 HELD = {
     "32-true": torch.float32,
     "64-true": torch.float64,

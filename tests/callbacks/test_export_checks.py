@@ -11,12 +11,6 @@ from transformers import AutoModel, BertConfig, BertForMaskedLM, GPT2Config, GPT
 
 from lata_lightning import LATACallback, LataError, TaskVector
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-
 
 def fit(directory, model, export, *, vector=None, lata=None, **options):
     module = Module(model)

@@ -12,12 +12,6 @@ from lata_lightning.cli.main import main
 from lata_lightning.merging.weigh import weigh
 from lata_lightning.store.writer import PARTIAL_MARK
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-
 
 def run(directory, models, export, *, model=None, instruction=True, **options):
     module = Module(LlamaForCausalLM.from_pretrained(models / "instruct") if model is None else model)

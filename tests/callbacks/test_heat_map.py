@@ -6,14 +6,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import LlamaForCausalLM
 
 from lata_lightning import LATACallback
-from lata_lightning.callbacks import figures
-
-# What Lightning and torch warn of here is their own doing: few workers, few steps, a missing validation loop.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+from lata_lightning.callbacks import loggers
 
 
 @pytest.fixture
@@ -38,9 +31,9 @@ class Images(Logger):
         self.images.append((key, images, step))
 
 
-def fit(tmp_path, instruct, loggers, instruction):
+def fit(tmp_path, instruct, given, instruction):
     callback = LATACallback(instruction, table=False, output_dir=tmp_path / "lata")
-    trainer(tmp_path, callback, logger=loggers).fit(Module(instruct), batches())
+    trainer(tmp_path, callback, logger=given).fit(Module(instruct), batches())
 
 
 def test_loggers_of_figures_and_of_images_get_the_heat_map_of_the_run_once_at_its_end(tmp_path, models, instruct):
@@ -61,7 +54,7 @@ def test_without_an_instruction_vector_there_is_no_picture(tmp_path, instruct):
 
 
 def test_without_matplotlib_training_ends_as_ever(tmp_path, models, instruct, monkeypatch):
-    monkeypatch.setattr(figures, "find_spec", lambda name: None)
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
     images = Images()
     fit(tmp_path, instruct, images, models / "instruction")
     assert images.images == []
@@ -70,5 +63,5 @@ def test_without_matplotlib_training_ends_as_ever(tmp_path, models, instruct, mo
 
 def test_without_an_output_directory_there_is_no_picture():
     images = Images()
-    figures.log_heat_map([images], "lata", None, 1)
+    loggers.log_heat_map([images], "lata", None, 1)
     assert images.images == []

@@ -14,13 +14,6 @@ from transformers import LlamaForCausalLM
 from lata_lightning import LATACallback, LataError, TaskVector, align
 from lata_lightning.errors import BaseMismatchError, CorruptFileError, LayoutMismatchError, OutputError, WeightingError
 
-# What Lightning and torch warn of here is their own doing: few workers, few steps, a missing validation loop.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-
 
 @pytest.fixture
 def instruct(models):

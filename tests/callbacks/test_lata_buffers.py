@@ -12,12 +12,6 @@ from transformers import LlamaForCausalLM
 
 from lata_lightning import LATACallback, TaskVector, Term, merge
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-
 
 class Masked(pl.LightningModule):
     """Two encoder layers under a causal mask that is a persistent buffer, and a batch norm after them."""

@@ -23,11 +23,6 @@ from lata_lightning import LATACallback, LataError, TaskVector, align
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.vectors.artefact import verify
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
 CONFIGS = {
     "plain": {"target_modules": ["q_proj", "v_proj"]},
     "patterns and rsLoRA": {
@@ -307,7 +302,7 @@ def test_training_an_adapter_is_bit_identical_with_and_without_the_callback(tmp_
 @pytest.mark.parametrize("init", [True, "pissa"])
 def test_nothing_of_a_frozen_base_is_copied_or_stored(tmp_path, models, init):
     module, callback, exported = run(tmp_path, wrapped(instruct(models), target_modules=["q_proj", "v_proj"], init_lora_weights=init))
-    assert callback._tracker.kept.copied_bytes == 0
+    assert callback.run.tracker.start_weights.copied_bytes == 0
     factors = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
     stored = (tmp_path / "lata/task_vector/delta.safetensors").stat().st_size
     assert stored < factors * (1 if init is True else 2) + 4000
@@ -465,7 +460,7 @@ def check_factors(directory, models, model, count):
     lata = {"instruction_vector": models / "instruction"}
     _, callback, exported = run(directory, model, lata=lata, max_epochs=1)
     assert all(torch.equal(parameter, dict(model.named_parameters())[name]) for name, parameter in base.items())
-    assert callback._tracker.kept.copied_bytes == 0
+    assert callback.run.tracker.start_weights.copied_bytes == 0
     expected = {}
     for name, layer in model.get_base_model().named_modules():
         if hasattr(layer, "lora_A"):

@@ -12,12 +12,6 @@ from transformers import LlamaForCausalLM
 
 from lata_lightning import AttentionOnlyFinetuning, LATACallback, LataError, TaskVector, Term, merge
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-
 
 def fit(directory, module, *callbacks, data=None, **options):
     callback = LATACallback(output_dir=directory / "lata", table=False, **options)

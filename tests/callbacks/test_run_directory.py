@@ -9,14 +9,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning_models import tiny_llama
 from test_conformance_resume import Fail, run
 
-from lata_lightning.callbacks.run_directory import begin_output, check_output, end_output
 from lata_lightning.errors import OutputError
+from lata_lightning.store.run_directory import begin_output, check_output, end_output
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
 START = {"a.weight": [1, 2], "b.weight": [3, -4]}
 RESULTS = ("task_vector", "hf")
 

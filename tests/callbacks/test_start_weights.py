@@ -19,12 +19,6 @@ from lata_lightning.live.live_model import Shard
 from lata_lightning.live.start_weights import Spill, StartWeights
 from lata_lightning.store.hashing import value_sums
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-
 
 def fit(directory, models, provider, *callbacks, module=None, resume=None, **options):
     module = Module(LlamaForCausalLM.from_pretrained(models / "instruct")) if module is None else module
@@ -41,7 +35,7 @@ def test_every_way_of_keeping_them_gives_the_same_vector(tmp_path, models, provi
     assert all(torch.equal(exported[name], expected[name]) for name in expected)
     assert exported.manifest.start_identity.location == str(models / "instruct")
     copied = sum(parameter.nbytes for parameter in module.model.parameters())
-    assert callback._tracker.kept.copied_bytes == (copied if provider == "memory" else 0)
+    assert callback.run.tracker.start_weights.copied_bytes == (copied if provider == "memory" else 0)
 
 
 def test_a_model_that_was_changed_since_it_was_loaded_is_copied(tmp_path, models):
@@ -49,7 +43,7 @@ def test_a_model_that_was_changed_since_it_was_loaded_is_copied(tmp_path, models
     with torch.no_grad():
         model.lm_head.weight.add_(1)
     callback, _ = fit(tmp_path, models, "auto", module=Module(model))
-    assert callback._tracker.kept.copied_bytes == model.lm_head.weight.nbytes
+    assert callback.run.tracker.start_weights.copied_bytes == model.lm_head.weight.nbytes
 
 
 def test_files_that_change_while_training_runs_are_noticed(tmp_path, models):

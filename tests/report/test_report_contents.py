@@ -7,13 +7,13 @@ import torch
 from report_inputs import charts, row, write_model, write_run
 
 from lata_lightning import regress
-from lata_lightning.callbacks.handover import VECTOR_NAME
 from lata_lightning.display.charts import HeatMap
 from lata_lightning.errors import LataError
 from lata_lightning.layers import layer_map
 from lata_lightning.moments import Moments
 from lata_lightning.report import figures
 from lata_lightning.report.contents import build
+from lata_lightning.store.run_directory import VECTOR_NAME
 from lata_lightning.vectors.task_vector import TaskVector
 
 BLOCKS = ("model.layers.0", "model.layers.1")

@@ -1,29 +1,31 @@
-"""The output directory of a run: whether a fresh run may write there, and what an unfinished one has left in it."""
+"""The output directory of a run: the names in it, whether a fresh run may write there, and what an unfinished one has left."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from lata_lightning.callbacks.history import HISTORY_NAME
 from lata_lightning.errors import OutputError, first_three
-from lata_lightning.live.start_weights import SPILL_NAME
-from lata_lightning.live.tracker import Fingerprint
 from lata_lightning.store.writer import PARTIAL_MARK
 
+HISTORY_NAME = "history.jsonl"
+VECTOR_NAME = "task_vector"
+SPILL_NAME = "start_weights"
 RUN_NAME = "run.json"
-"""Lies in the directory while a run is unfinished, and holds the fingerprint of its start weights."""
+"""Lies in the directory while a run is unfinished, and records the fingerprint of its start weights."""
 
 
-def check_output(directory: Path, start: Fingerprint, results: Iterable[str]) -> str | None:
-    """Whether a fresh run may write into a directory. It may where an unfinished run from the same start weights wrote, which begins anew.
+def check_output(directory: Path, start: Mapping[str, list[int]], results: Iterable[str]) -> str | None:
+    """Refuse a directory that a fresh run must not write into, and make one that does not exist.
+
+    A run may write where an unfinished run from the same start weights wrote: that run begins anew.
 
     Args:
-        directory: Output directory; made if it does not exist.
-        start: Fingerprint of the start weights.
+        directory: Output directory.
+        start: Fingerprint of the start weights: two sums over the bits of each tensor.
         results: Names of the folders the run is going to write at its end.
 
     Returns:
@@ -57,7 +59,7 @@ def check_output(directory: Path, start: Fingerprint, results: Iterable[str]) ->
     return f"{directory} holds an unfinished run from the same start weights; it begins anew, with a new history"
 
 
-def begin_output(directory: Path, start: Fingerprint) -> None:
+def begin_output(directory: Path, start: Mapping[str, list[int]]) -> None:
     """Note the start of a fresh run, and remove what an unfinished one has left."""
     # The note comes last: without it, what is left would be that of another run.
     (directory / HISTORY_NAME).unlink(missing_ok=True)
