@@ -3,6 +3,7 @@
 from copy import deepcopy
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -20,6 +21,30 @@ CONFIG = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+# What runs this small are warned of. Each entry is one warning; deprecations that a callback of ours would cause are none of them.
+EXPECTED_WARNINGS = [
+    pytest.mark.filterwarnings(f"ignore:{message}")
+    for message in (
+        # Lightning itself asks torch for the leaves of a tree under an older name.
+        r".*isinstance\(treespec, LeafSpec\)",
+        # transformers loads models in evaluation mode, in which they train as well: there is no dropout in them.
+        r"Found \d+ module\(s\) in eval mode at the start of training",
+        # An epoch of a test has a few batches, loaded by the process itself.
+        r".*does not have many workers",
+        r"The number of training batches .* is smaller than the logging interval",
+        # Modules that are used with and without validation.
+        r"You defined a `validation_step` but have no `val_dataloader`",
+        # Runs that are resumed write where the first one wrote, from the middle of an epoch, with other callbacks or none to resume from.
+        r"Checkpoint directory .* exists and is not empty",
+        r"You're resuming from a checkpoint that ended before the epoch ended",
+        r"Be aware that when using `ckpt_path`",
+        r".*there is no last checkpoint available",
+        r".*was called without a model\. The last model of the previous",
+        # peft asks a model of transformers for gradient checkpointing under an older name.
+        r"`is_gradient_checkpointing` is deprecated:FutureWarning",
+    )
+]
 
 
 def tiny_llama(seed=0, **changes):

@@ -14,7 +14,7 @@ import transformers
 from conformance import Recorded, expected_vector, instruct, values
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_models import Module, batches, tiny_llama, trainer
+from lightning_models import EXPECTED_WARNINGS, Module, batches, tiny_llama, trainer
 from tiny_models import read_back, same_bits
 from torch import nn
 from torch.utils.data import DataLoader
@@ -22,6 +22,8 @@ from transformers import LlamaForCausalLM
 
 from lata_lightning import AttentionOnlyFinetuning, LATACallback, LataError, TaskVector
 from lata_lightning.live.projections import attention_projections
+
+pytestmark = EXPECTED_WARNINGS
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 CAUSAL = {**SMALL, "num_key_value_heads": 1, "vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

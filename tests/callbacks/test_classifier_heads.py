@@ -4,13 +4,15 @@ import warnings
 
 import pytest
 import torch
-from lightning_models import Module, trainer
+from lightning_models import EXPECTED_WARNINGS, Module, trainer
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from lata_lightning import AttentionOnlyFinetuning, LATACallback, TaskVector, Term, merge
 from lata_lightning.store.head_files import Head
+
+pytestmark = EXPECTED_WARNINGS
 
 SIZES = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
 

@@ -18,9 +18,11 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.tuner import Tuner
-from lightning_models import batches, tiny_llama, trainer
+from lightning_models import EXPECTED_WARNINGS, batches, tiny_llama, trainer
 
 from lata_lightning import LATACallback
+
+pytestmark = EXPECTED_WARNINGS
 
 
 class Sized(Recorded):

@@ -28,12 +28,14 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
-from lightning_models import batches, tiny_llama, trainer
+from lightning_models import EXPECTED_WARNINGS, batches, tiny_llama, trainer
 from test_conformance_companions import check_sized, fit_sized
 from test_conformance_resume import EVERY_FOUR, Fail, Thaw, run
 from tiny_models import read_back, same_bits
 
 from lata_lightning import LATACallback, LataError, TaskVector, align
+
+pytestmark = EXPECTED_WARNINGS
 
 # --- searches ------------------------------------------------------------------------------------------------------------------------------
 

@@ -18,10 +18,12 @@ from conformance import (
     values,
 )
 from lightning.pytorch.callbacks import BaseFinetuning, EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
-from lightning_models import tiny_llama, trainer
+from lightning_models import EXPECTED_WARNINGS, tiny_llama, trainer
 from tiny_models import read_back
 
 from lata_lightning import LATACallback, LataError
+
+pytestmark = EXPECTED_WARNINGS
 
 EVERY_FOUR = {"every_n_train_steps": 4}
 

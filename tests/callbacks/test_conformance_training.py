@@ -3,9 +3,11 @@ import pytest
 import torch
 from conformance import Recorded, check, check_vector, expected_vector, fit, history, instruct, steps, values
 from lightning.pytorch.callbacks import BaseFinetuning
-from lightning_models import batches, tiny_llama, trainer
+from lightning_models import EXPECTED_WARNINGS, batches, tiny_llama, trainer
 
 from lata_lightning import LATACallback
+
+pytestmark = EXPECTED_WARNINGS
 
 HELD = {
     "32-true": torch.float32,

@@ -4,12 +4,14 @@ import shutil
 
 import pytest
 import torch
-from lightning_models import Module, batches, tiny_llama, trainer
+from lightning_models import EXPECTED_WARNINGS, Module, batches, tiny_llama, trainer
 from safetensors.torch import load_file, save_file
 from tiny_models import read_back
 from transformers import AutoModel, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from lata_lightning import LATACallback, LataError, TaskVector
+
+pytestmark = EXPECTED_WARNINGS
 
 
 def fit(directory, model, export, *, vector=None, lata=None, **options):

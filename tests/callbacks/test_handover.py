@@ -3,7 +3,7 @@ import json
 import peft
 import pytest
 import torch
-from lightning_models import Module, batches, trainer
+from lightning_models import EXPECTED_WARNINGS, Module, batches, trainer
 from tiny_models import read_back, same_bits
 from transformers import LlamaForCausalLM
 
@@ -11,6 +11,8 @@ from lata_lightning import LATACallback, LataError, TaskVector, Term, merge
 from lata_lightning.cli.main import main
 from lata_lightning.merging.weigh import weigh
 from lata_lightning.store.writer import PARTIAL_MARK
+
+pytestmark = EXPECTED_WARNINGS
 
 
 def run(directory, models, export, *, model=None, instruction=True, **options):

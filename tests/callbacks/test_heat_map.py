@@ -1,12 +1,14 @@
 import numpy as np
 import pytest
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning_models import Module, batches, trainer
+from lightning_models import EXPECTED_WARNINGS, Module, batches, trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaForCausalLM
 
 from lata_lightning import LATACallback
 from lata_lightning.callbacks import loggers
+
+pytestmark = EXPECTED_WARNINGS
 
 
 @pytest.fixture

@@ -8,11 +8,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning_models import Module, batches, tiny_llama, trainer
+from lightning_models import EXPECTED_WARNINGS, Module, batches, tiny_llama, trainer
 from transformers import LlamaForCausalLM
 
 from lata_lightning import LATACallback, LataError, TaskVector, align
 from lata_lightning.errors import BaseMismatchError, CorruptFileError, LayoutMismatchError, OutputError, WeightingError
+
+pytestmark = EXPECTED_WARNINGS
 
 
 @pytest.fixture
@@ -218,7 +220,8 @@ def test_every_logger_gets_the_figures_of_each_layer(tmp_path, models, instruct)
     loggers = [CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path, name="board")]
     callback = LATACallback(models / "instruction", table=False)
     trainer(tmp_path, callback, logger=loggers, log_every_n_steps=1).fit(Module(instruct), batches())
-    last = [row for row in csv.DictReader((tmp_path / "csv/version_0/metrics.csv").open()) if row["lata/alignment/model.layers.2"]][-1]
+    rows = csv.DictReader((tmp_path / "csv/version_0/metrics.csv").read_text().splitlines())
+    last = [row for row in rows if row["lata/alignment/model.layers.2"]][-1]
     assert float(last["lata/alignment/model.layers.2"]) == pytest.approx(callback.alignment.values["model.layers.2"], rel=1e-6)
     events = EventAccumulator(str(tmp_path / "board/version_0")).Reload()
     assert {"lata/alignment", "lata/alignment/model.layers.0", "lata/task_norm/model.layers.0"} <= set(events.Tags()["scalars"])

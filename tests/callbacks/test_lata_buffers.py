@@ -5,12 +5,14 @@ from copy import deepcopy
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning_models import Module, batches, trainer
+from lightning_models import EXPECTED_WARNINGS, Module, batches, trainer
 from tiny_models import read_back
 from torch import nn
 from transformers import LlamaForCausalLM
 
 from lata_lightning import LATACallback, TaskVector, Term, merge
+
+pytestmark = EXPECTED_WARNINGS
 
 
 class Masked(pl.LightningModule):

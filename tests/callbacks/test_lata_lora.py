@@ -13,7 +13,7 @@ import pytest
 import torch
 from conformance import Recorded, check_same, same_batches, steps
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_models import Module, batches, tiny_llama, trainer
+from lightning_models import EXPECTED_WARNINGS, Module, batches, tiny_llama, trainer
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from torch import nn
@@ -22,6 +22,8 @@ from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaF
 from lata_lightning import LATACallback, LataError, TaskVector, align
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.vectors.artefact import verify
+
+pytestmark = EXPECTED_WARNINGS
 
 CONFIGS = {
     "plain": {"target_modules": ["q_proj", "v_proj"]},

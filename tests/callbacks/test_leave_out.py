@@ -6,11 +6,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from conformance import Recorded
-from lightning_models import Module, batches, tiny_llama, trainer
+from lightning_models import EXPECTED_WARNINGS, Module, batches, tiny_llama, trainer
 from torch import nn
 from transformers import LlamaForCausalLM
 
 from lata_lightning import AttentionOnlyFinetuning, LATACallback, LataError, TaskVector, Term, merge
+
+pytestmark = EXPECTED_WARNINGS
 
 
 def fit(directory, module, *callbacks, data=None, **options):

@@ -6,11 +6,13 @@ import pytest
 import torch
 from conformance import Recorded, check_same, fit, instruct, no_leftovers, steps
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from lightning_models import tiny_llama
+from lightning_models import EXPECTED_WARNINGS, tiny_llama
 from test_conformance_resume import Fail, run
 
 from lata_lightning.errors import OutputError
 from lata_lightning.store.run_directory import begin_output, check_output, end_output
+
+pytestmark = EXPECTED_WARNINGS
 
 START = {"a.weight": [1, 2], "b.weight": [3, -4]}
 RESULTS = ("task_vector", "hf")

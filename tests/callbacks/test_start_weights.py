@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_models import Module, batches, shifted, tiny_llama, trainer
+from lightning_models import EXPECTED_WARNINGS, Module, batches, shifted, tiny_llama, trainer
 from transformers import LlamaForCausalLM
 
 from lata_lightning import LATACallback, LataError, TaskVector
@@ -18,6 +18,8 @@ from lata_lightning.errors import CorruptFileError
 from lata_lightning.live.live_model import Shard
 from lata_lightning.live.start_weights import Spill, StartWeights
 from lata_lightning.store.hashing import value_sums
+
+pytestmark = EXPECTED_WARNINGS
 
 
 def fit(directory, models, provider, *callbacks, module=None, resume=None, **options):
