@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lata_lightning.layers import LayerMap, layer_map
     from lata_lightning.linearity.regression import regress
     from lata_lightning.linearity.solving import solve_coefficients
+    from lata_lightning.live.monitor import TaskVectorMonitor
     from lata_lightning.merging.merge import Term, forget, merge
     from lata_lightning.vectors.aligning import align
     from lata_lightning.vectors.metric import LayerAlignment
@@ -31,6 +32,7 @@ _HOMES = {
     "LayerAlignment": "vectors.metric",
     "LayerMap": "layers",
     "TaskVector": "vectors.task_vector",
+    "TaskVectorMonitor": "live.monitor",
     "Term": "merging.merge",
     "align": "vectors.aligning",
     "drop_with_threshold": "weighting",
@@ -52,6 +54,7 @@ __all__ = [
     "LayerAlignment",
     "LayerMap",
     "TaskVector",
+    "TaskVectorMonitor",
     "Term",
     "align",
     "drop_with_threshold",

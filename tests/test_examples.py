@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import subprocess
@@ -118,3 +119,33 @@ def test_a_sequence_of_tasks_goes_on_where_it_was_and_shows_both_matrices(tmp_pa
     stages = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").glob("*/0*")}
     assert stages == {f"{rule}/{stage}" for rule in ("sequential", "merged") for stage in ("01-string", "02-math")}
     assert run("continual.py", "out", 2, cwd=tmp_path) == printed
+
+
+def test_a_loop_of_plain_torch_stops_half_way_and_goes_on_with_its_start(tmp_path):
+    printed = run("torch_loop.py", "out", cwd=tmp_path)
+    assert re.findall(r"^step (\d+): norm \d", printed, re.MULTILINE) == ["2", "4", "6", "8"]
+    assert TaskVector.open(tmp_path / "out/task_vector").manifest.step == 8
+    assert len((tmp_path / "out/history.jsonl").read_text().splitlines()) == 4
+
+
+def test_two_processes_of_fabric_with_shards_measure_the_same(tmp_path):
+    printed = run("fabric.py", "out", 2, "fsdp2", cwd=tmp_path)
+    found = re.findall(r"^process (\d), step (\d+): least aligned (0\.\d+)", printed, re.MULTILINE)
+    assert sorted({(rank, step) for rank, step, _ in found}) == [(rank, step) for rank in "01" for step in ("4", "8")]
+    assert all(len({value for _, step, value in found if step == wanted}) == 1 for wanted in ("4", "8"))
+    assert TaskVector.open(tmp_path / "out/task_vector").manifest.alignment is not None
+
+
+def test_the_trainer_of_transformers_leaves_a_vector_beside_its_checkpoints(tmp_path):
+    printed = run("hf_trainer.py", "out", cwd=tmp_path)
+    assert "lata/alignment" in printed
+    assert TaskVector.open(tmp_path / "out/lata/task_vector").manifest.coefficients is not None
+
+
+def test_a_run_stops_when_its_vector_turns_against_that_of_another_expert(tmp_path):
+    printed = run("stop_on_conflict.py", "out", cwd=tmp_path)
+    epochs, value = re.search(r"stopped after epoch (\d) of 8: cosine (0\.\d+)", printed).groups()
+    cosines = [json.loads(line)["cosine/sums"] for line in (tmp_path / "out/others/history.jsonl").read_text().splitlines()]
+    assert 3 <= int(epochs) == len(cosines) < 8
+    assert f"{cosines[-1]:.3f}" == value
+    assert max(cosines) == cosines[-3]

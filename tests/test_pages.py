@@ -7,7 +7,7 @@ import runpy
 import shlex
 import shutil
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from lata_lightning.cli.main import parser_of
 from lata_lightning.exports.coefficients import export_coefficients
 from lata_lightning.layers import LayerMap, LayerPosition
 from lata_lightning.linearity.solution import Solution
-from lata_lightning.live.history import append_history, summary
+from lata_lightning.live.history import MeasuredStep, append_history, summary
 from lata_lightning.moments import Moments
 from lata_lightning.store.meaning import Meaning
 from lata_lightning.store.seal import sealed
@@ -352,7 +352,8 @@ def test_the_format_names_every_key_of_a_merge_record(short_quickstart, tmp_path
 
 def test_the_format_names_every_key_of_the_history(tmp_path, manifest):
     figures = summary(Moments(1.0, 1.0, 1.0), manifest.alignment, known_instruction=True)
-    append_history(tmp_path / "history.jsonl", 5, 0, figures, replace(manifest.alignment))
+    measured = MeasuredStep(5, 0, {**figures, "cosine/{name}": 0.5}, manifest.alignment, {"math": {"h.0": 0.5}})
+    append_history(tmp_path / "history.jsonl", measured)
     written = json.loads((tmp_path / "history.jsonl").read_text())
     listed = named_keys("`history.jsonl`")
     assert set(written) <= listed

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from lata_lightning.callbacks.handover import DEFAULT_RULE, check_kinds
+from lata_lightning.callbacks.handover import check_kinds
 from lata_lightning.errors import LataError
 from lata_lightning.layers import LayerRule, Level, check_level
+from lata_lightning.live.comparing import check_names
+from lata_lightning.live.weighing import DEFAULT_RULE
 from lata_lightning.moments import Start, check_start
 from lata_lightning.store.dtypes import float_dtype
 from lata_lightning.store.names import LeaveOut
@@ -35,6 +37,7 @@ class RunArguments:
         output_dir: str | Path | None = None,
         export: Sequence[Literal["vector", "pure", "hf", "peft", "mergekit", "coefficients"]] = ("vector",),
         *,
+        compare_with: Mapping[str, str | Path | TaskVector] | None = None,
         threshold: float = DEFAULT_THRESHOLD,
         outside: float = 0.0,
         model: str | None = None,
@@ -54,6 +57,7 @@ class RunArguments:
         self.start, self.weighting, self.level = check_start(start), weighting, check_level(level)
         self.every_n_epochs, self.every_n_train_steps = every_n_epochs, every_n_train_steps
         self.base_weights, self.output_dir, self.export = base_weights, output_dir, check_kinds(export)
+        self.compare_with = check_names(compare_with)
         self.threshold, self.outside = threshold, outside
         self.model, self.layers, self.leave_out = model, layers, LeaveOut(leave_out).patterns
         self.dtype, self.table, self.name = dtype, table, name

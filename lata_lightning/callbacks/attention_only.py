@@ -28,17 +28,17 @@ class AttentionOnlyFinetuning(pl.Callback):
     """Train the weight matrices of the attention projections, Wq Wk Wv Wo, and nothing else.
 
     Everything else in the LightningModule is frozen: MLPs, norms with their running statistics, embeddings, biases, heads. What counts as a
-    projection says ``attention_projections``. Freezing takes place as soon as the model is there (in ``setup``, and after the module's own ``setup``
+    projection says ``attention_projections``. The model is frozen as soon as it is there (in ``setup``, and after the module's own ``setup``
     and ``configure_model``), so before a strategy wraps it and before ``configure_optimizers``. An optimizer over all parameters works as well: what is
     frozen has no gradient, and without one no optimizer of torch moves a parameter, by weight decay or otherwise. DDP needs no ``find_unused_parameters``.
 
     Args:
         train_bias: Train the biases of the projections, too.
-        model: Path of the model inside the LightningModule; by default the transformers model it holds, else the whole module. Attention elsewhere
+        model: Path of the model inside the LightningModule; by default the transformers model in it, else the whole module. Attention elsewhere
             is frozen.
         heads: Paths of heads inside the LightningModule that are trained, too: modules that belong to one task, such as a freshly
             initialised classifier. They take no part in the task vector: a LATACallback beside this one leaves out by itself what the start does not
-            hold; otherwise it must follow a model that does not contain them, ``LATACallback(model="model.vit")`` for a head at
+            have; otherwise it must follow a model that does not contain them, ``LATACallback(model="model.vit")`` for a head at
             ``model.classifier``, or leave them out, ``LATACallback(leave_out=["classifier"])``. A new head that stays frozen causes a warning.
 
     Checkpoint state, which loads with ``weights_only=True``, some 50 bytes per trained tensor:
@@ -78,13 +78,13 @@ class AttentionOnlyFinetuning(pl.Callback):
         """Log which parameters are trained, now that the model is complete; refuse a model in which none are."""
         self._freeze(pl_module)
         self._check_companions(trainer, pl_module)
-        held = dict(pl_module.named_parameters())
-        trained = sum(parameter.numel() for parameter in held.values() if parameter.requires_grad)
-        total = sum(parameter.numel() for parameter in held.values())
+        parameters = dict(pl_module.named_parameters())
+        trained = sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad)
+        total = sum(parameter.numel() for parameter in parameters.values())
         self._warn_of_untrained_head(pl_module)
         heads = f" (with {', '.join(self.heads)})" if self.heads else ""
         rank_zero_info(
-            f"AttentionOnlyFinetuning: {trained:,} parameters in {len(self._trainable)} tensors{heads} are trained, of {total:,} in {len(held)}"
+            f"AttentionOnlyFinetuning: {trained:,} parameters in {len(self._trainable)} tensors{heads} are trained, of {total:,} in {len(parameters)}"
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -155,7 +155,7 @@ class AttentionOnlyFinetuning(pl.Callback):
         if frozen:
             heads = [f"{path}.{module}".removeprefix(".") for module in new.modules(own)]
             rank_zero_warn(
-                f"the head is new, so it holds random numbers, and it is frozen: {first_three(frozen)}. Train it too: AttentionOnlyFinetuning(heads="
+                f"the head is new, so its numbers are random, and it is frozen: {first_three(frozen)}. Train it too: AttentionOnlyFinetuning(heads="
                 f"{heads!r}), or start from a model whose head is trained."
             )
 

@@ -53,13 +53,13 @@ def _try_onto_start(kinds: Sequence[str], tracker: Tracker, measurement: Measure
     from_base = measurement.start == "base" and instruction is not None
     onto = Identity(tracker.location) if instruction is None or not from_base else instruction.manifest.tuned_identity
     if onto.location is None:
-        raise LataError("the model was not loaded from any place.")
+        raise LataError("the model was not loaded from a directory or hub id.")
     source = open_source(onto.location)
-    found = match(source, live, tracker.leave_out)
-    check_same_shapes(found)
-    stored = {found.tuned.origin_name(name): name for name in found.start.names}
+    paired = match(source, live, tracker.leave_out)
+    check_same_shapes(paired)
+    stored = {paired.tuned.origin_name(name): name for name in paired.start.names}
     if not from_base and not tracker.unhashable:
-        wrong = tracker.other_values(View(found.start, stored))
+        wrong = tracker.other_values(View(paired.start, stored))
         if wrong:
             raise LataError(
                 f"training does not start from the values in {onto.location}; other ones, or rounded ones, are in {first_three(wrong)}. Was the model "
@@ -69,5 +69,6 @@ def _try_onto_start(kinds: Sequence[str], tracker: Tracker, measurement: Measure
         start_for_mergekit(source)
     if "peft" in kinds:
         plan_of(
-            [found.start.origin_name(stored[name]) for name in live.names if name in tracker.changing and name in stored], Structure(source)
+            [paired.start.origin_name(stored[name]) for name in live.names if name in tracker.changing and name in stored],
+            Structure(source),
         )

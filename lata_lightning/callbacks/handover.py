@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from lata_lightning.errors import LataError
 from lata_lightning.exports import EXPORTS, export_to
 from lata_lightning.merging.merge import Term
-from lata_lightning.merging.weigh import from_instruct, weigh
+from lata_lightning.merging.weigh import from_instruct
 from lata_lightning.store.head_files import HEAD_TENSORS
 from lata_lightning.store.run_directory import VECTOR_NAME
 from lata_lightning.store.writer import PARTIAL_MARK, replace_directory
 from lata_lightning.vectors.task_vector import TaskVector
-from lata_lightning.weighting import STORED, WEIGHTINGS, Rule, Weighting, follows_alignment
-
-DEFAULT_RULE: Weighting = "linear"
-"""What coefficients are stored if no rule is asked for."""
+from lata_lightning.weighting import STORED, WEIGHTINGS, follows_alignment
 
 
 def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
@@ -34,35 +29,6 @@ def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
 def folder(kind: str) -> str:
     """Return the name of the folder a kind of export is written to, inside the output directory of a run."""
     return VECTOR_NAME if kind == "vector" else kind
-
-
-def weigh_run(
-    vector: TaskVector, weighting: Weighting | Rule | None, instruction: TaskVector | None, *, threshold: float, outside: float
-) -> tuple[TaskVector, TaskVector]:
-    """Give the vector of a run its coefficients, which never ends the run: what was trained is saved also where a rule fails.
-
-    Args:
-        vector: With the alignment that was measured, if any was.
-        weighting: The rule that was asked for, if any was.
-        instruction: What the alignment was measured with.
-        threshold: For the rule ``"threshold"``.
-        outside: Coefficient of the tensors that belong to no layer.
-
-    Returns:
-        The vector with the coefficients to store, and with those to apply in exports: 1 for every tensor where nobody asked for a rule and the
-        alignments are too flat to rank by, or where the rule failed.
-    """
-    alignment = vector.manifest.alignment
-    if alignment is None:
-        return vector, vector
-    settings: dict[str, Any] = {"alignment": alignment, "threshold": threshold, "outside": outside}
-    plain = weigh(vector, "none", instruction, **settings)
-    try:
-        weighted = weigh(vector, weighting or DEFAULT_RULE, instruction, **settings)
-    except Exception as error:  # A rule of one's own may raise anything.
-        warnings.warn(f"the vector is exported without coefficients: {str(error) or repr(error)}", stacklevel=2)
-        return vector, plain
-    return weighted, plain if weighting is None and alignment.flat else weighted
 
 
 def write_exports(

@@ -12,9 +12,10 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lata_lightning.alignment import Alignment
 from lata_lightning.callbacks.arguments import RunArguments
-from lata_lightning.callbacks.loggers import log_figures, log_heat_map
-from lata_lightning.callbacks.run import STATE_VERSION, Phase, Run
+from lata_lightning.callbacks.loggers import log_heat_map, log_measured
+from lata_lightning.callbacks.run import Phase, Run
 from lata_lightning.errors import LataError, OutputError
+from lata_lightning.live.monitor import STATE_VERSION, check_version
 
 
 class LATACallback(RunArguments, pl.Callback):
@@ -34,19 +35,22 @@ class LATACallback(RunArguments, pl.Callback):
         every_n_epochs: Measure at the end of every n-th epoch; 0 for the end of training only.
         every_n_train_steps: Measure whenever another n optimizer steps are done, too.
         base_weights: How the start weights are stored (see below): ``"auto"``, ``"lora"``, ``"source"``, ``"spill"`` or ``"memory"``; any other text is
-            a directory or checkpoint that holds them.
-        output_dir: Where history and vector go; by default a folder named after ``name`` in the trainer's log directory. It must not hold
+            a directory or checkpoint that has them.
+        output_dir: Where history and vector go; by default a folder named after ``name`` in the trainer's log directory. It must not have
             the results of another run. What an unfinished run from the same start weights has left there is replaced, as by a job that is
             requeued before its first checkpoint.
         export: What to write at the end of training: ``"vector"``, and what other tools take (see ``lata_lightning.exports``): ``"pure"``, ``"hf"``,
             ``"peft"``, ``"mergekit"``, ``"coefficients"``. Each goes to a folder of its name in the output directory (the vector to
             ``task_vector``).
+        compare_with: Saved vectors by a name of your choice, as ``{"math": "runs/math/task_vector"}``. The cosine of the task vector with each is
+            measured, too, over the whole model and by layer, as the vectors are stored, without coefficients. So a conflict between experts shows
+            while it arises.
         threshold: For the rule ``"threshold"``.
         outside: Coefficient of the tensors that belong to no layer.
-        model: Path of the model inside the LightningModule, where it holds several.
+        model: Path of the model inside the LightningModule, where it has several.
         layers: Rule that names the blocks, for modules of no known layout (see ``layer_map``).
         leave_out: Regular expressions, searched in tensor names. What matches is neither measured nor exported: a head that belongs to one task,
-            or embeddings to which training adds tokens. A classification head of transformers that the start does not hold, or holds in another size,
+            or embeddings to which training adds tokens. A classification head of transformers that the start does not have, or has in another size,
             is left out by itself. What is left out of such a head is saved in the output directory at the end: ``head.safetensors`` and ``head.json``.
         dtype: Precision of the exported vector.
         table: Print a table of the layers at the end of training.
@@ -61,11 +65,14 @@ class LATACallback(RunArguments, pl.Callback):
     ``{name}/relative_norm``   ‖τ‖ / ‖τ_instr‖ over the whole model
     ``{name}/alignment``       cos(τ + τ_instr, τ_instr) over the whole model
     ``{name}/alignment_min``   smallest alignment of a layer; also ``_max``, and ``_spread`` for their difference
+    ``{name}/cosine/{other}``  cos(τ, other) over the whole model, for each vector of ``compare_with``
     ========================== =================================================================================
 
-    All but the first need an instruction vector. Figures of each layer go to every logger as ``{name}/alignment/{layer}``,
-    ``{name}/relative_norm/{layer}`` and ``{name}/task_norm/{layer}``, and to ``history.jsonl`` in the output directory.
-    TensorBoard and W&B get a picture of the alignments over the run at its end, ``{name}/alignment_by_layer``, where matplotlib is installed.
+    All that have "alignment" or "relative" in their name need an instruction vector. Figures of each layer go to every logger as
+    ``{name}_layers/alignment/{layer}``, ``{name}_layers/relative_norm/{layer}``, ``{name}_layers/task_norm/{layer}`` and
+    ``{name}_layers/cosine/{other}/{layer}``, by the step that Lightning logs by, and to ``history.jsonl`` in the output directory. In the keys, numbers
+    in names of layers are padded with zeros, so that loggers list the layers in order. Where matplotlib is installed, TensorBoard and W&B get a
+    picture of the alignments so far with every measurement, ``{name}/alignment_by_layer``.
 
     Start weights are stored of trainable tensors only, and never below the precision of the trainer. The log says what was chosen and what it costs:
 
@@ -94,7 +101,7 @@ class LATACallback(RunArguments, pl.Callback):
     ``fingerprint`` two sums over the bits of each start tensor, by which a resumed run knows its start again
     =============== =====================================================================================================
 
-    Works on one device, under DDP (and DeepSpeed ZeRO-1 and 2, which hold parameters as DDP does) and under FSDP2
+    Works on one device, under DDP (and DeepSpeed ZeRO-1 and 2, which keep parameters as DDP does) and under FSDP2
     (``ModelParallelStrategy``). Only sums cross between processes, in one reduction per measurement;
     the export gathers one tensor at a time.
 
@@ -195,14 +202,21 @@ class LATACallback(RunArguments, pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the state of the run that is resumed."""
-        version = state_dict.get("version", STATE_VERSION)
-        if version > STATE_VERSION:
-            raise LataError(
-                f"the checkpoint's LATACallback state is of version {version}, this release reads up to {STATE_VERSION}. Upgrade it."
-            )
+        check_version(state_dict, "LATACallback")
         # Testing a checkpoint between two fits says nothing about the run.
         if self.run is not None and self._stage == "fit":
             self.run.load_state_dict(state_dict)
+
+    def on_init_end(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse a Trainer of transformers, which calls this first.
+
+        Raises:
+            LataError: Always.
+        """
+        raise LataError(
+            "LATACallback is for a Trainer of Lightning. The Trainer of transformers, and those of TRL, take LATATrainerCallback, with the same "
+            "arguments: from lata_lightning.callbacks.transformers import LATATrainerCallback"
+        )
 
     def _require_run(self) -> Run:
         if self.run is None:
@@ -223,13 +237,16 @@ class LATACallback(RunArguments, pl.Callback):
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, on_step: bool | None) -> None:
         """Measure and log; ``on_step`` is None where logging through the module is not allowed any more."""
         run = self._require_run()
-        figures = run.measure(trainer.global_step)
+        measured = run.measure(trainer.global_step)
         if not trainer.barebones and on_step is not None:
-            logged = {f"{self.name}/{key}": value for key, value in figures.items()}
+            logged = {f"{self.name}/{key}": value for key, value in measured.figures.items()}
             # For monitors only: loggers get the figures below, with the step they belong to.
             pl_module.log_dict(logged, logger=False, on_step=on_step, on_epoch=not on_step, rank_zero_only=False, batch_size=1)
-        if run.record(figures) and run.alignment is not None:
-            log_figures(trainer.loggers, self.name, figures, run.alignment, trainer.global_step)
+        if run.record(measured):
+            # By the number of the last batch, as Lightning logs its own metrics; after the batch it counts one further.
+            step = max(trainer.fit_loop.epoch_loop._batches_that_stepped - (on_step is not True), 0)
+            log_measured(trainer.loggers, self.name, measured, step)
+            log_heat_map(trainer.loggers, self.name, run.directory, step)
 
     def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure what training ended with, and export it."""
@@ -237,8 +254,6 @@ class LATACallback(RunArguments, pl.Callback):
         if run.last_step != trainer.global_step or run.alignment is None or _ends_with_averages(trainer):
             self._measure(trainer, pl_module, on_step=None)
         run.export(trainer.global_step, trainer.current_epoch)
-        if trainer.is_global_zero:
-            log_heat_map(trainer.loggers, self.name, run.directory, trainer.global_step)
 
 
 def _ends_with_averages(trainer: pl.Trainer) -> bool:

@@ -9,8 +9,9 @@ from pathlib import Path
 from lightning.pytorch.loggers import Logger
 
 from lata_lightning.alignment import Alignment
+from lata_lightning.callbacks.metrics import metrics_of
 from lata_lightning.display.charts import alignment_over_training
-from lata_lightning.live.history import read_history
+from lata_lightning.live.history import MeasuredStep, read_history
 from lata_lightning.store.run_directory import HISTORY_NAME
 
 
@@ -38,15 +39,21 @@ def log_heat_map(loggers: Sequence[Logger], prefix: str, directory: Path | None,
             log_image(key=f"{prefix}/alignment_by_layer", images=[pixels(draw(chart))], step=step)
 
 
-def log_figures(loggers: Sequence[Logger], prefix: str, figures: dict[str, float], alignment: Alignment, step: int) -> None:
-    """Send the figures of the model and of every layer to each logger: as metrics, and the layers as a table where it has tables (W&B)."""
-    metrics = {f"{prefix}/{figure}": value for figure, value in figures.items()}
-    for layer, stats in alignment.layers.items():
-        of_layer = {"alignment": stats.alignment, "relative_norm": stats.relative_norm, "task_norm": stats.task_norm}
-        metrics |= {f"{prefix}/{figure}/{layer}": value for figure, value in of_layer.items() if value is not None}
+def log_measured(loggers: Sequence[Logger], name: str, measured: MeasuredStep, step: int) -> None:
+    """Send a measurement to each logger: as metrics, and the layers as a table where the logger has tables (W&B).
+
+    Args:
+        loggers: Of the trainer.
+        name: Prefix of the keys (see ``metrics_of``).
+        measured: The measurement.
+        step: By which the trainer logs.
+    """
+    epoch = {} if measured.epoch is None else {"epoch": float(measured.epoch)}
+    by_figure = measured.layers()
+    columns = ["alignment", "relative_norm", "task_norm", *(f"cosine/{other}" for other in measured.cosines)]
+    rows = [[layer, *(by_figure[column].get(layer) for column in columns)] for layer in measured.alignment.layers]
     for logger in loggers:
-        logger.log_metrics(metrics, step=step)
+        logger.log_metrics({**metrics_of(name, measured), **epoch}, step=step)
         log_table = getattr(logger, "log_table", None)
         if log_table is not None:
-            rows = [[layer, stats.alignment, stats.relative_norm, stats.task_norm] for layer, stats in alignment.layers.items()]
-            log_table(key=f"{prefix}/layers", columns=["layer", "alignment", "relative_norm", "task_norm"], data=rows, step=step)
+            log_table(key=f"{name}/layers", columns=["layer", *columns], data=rows, step=step)

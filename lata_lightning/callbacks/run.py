@@ -9,27 +9,20 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from lata_lightning.alignment import Alignment, alignment_of
+from lata_lightning.alignment import Alignment
 from lata_lightning.callbacks.arguments import RunArguments
 from lata_lightning.callbacks.export_checks import check_exports
-from lata_lightning.callbacks.handover import closing_lines, folder, weigh_run, write_exports
+from lata_lightning.callbacks.handover import closing_lines, folder, write_exports
 from lata_lightning.display.layer_tables import alignment_table
 from lata_lightning.display.tables import show
-from lata_lightning.errors import LataError
 from lata_lightning.live.fingerprints import Fingerprint
-from lata_lightning.live.gathering import export, manifest_of
-from lata_lightning.live.history import append_history, cut_history, read_history, summary
-from lata_lightning.live.measuring import Measurement
-from lata_lightning.live.new_heads import head_of
-from lata_lightning.live.tracker import Tracker
-from lata_lightning.moments import total
+from lata_lightning.live.history import MeasuredStep, append_history, cut_history, read_history
+from lata_lightning.live.monitor import STATE_VERSION, TaskVectorMonitor
+from lata_lightning.live.weighing import weigh_run
 from lata_lightning.store.head_files import Head
-from lata_lightning.store.names import LeaveOut
 from lata_lightning.store.run_directory import HISTORY_NAME, VECTOR_NAME, begin_output, check_output, end_output, remove_partial_output
 from lata_lightning.vectors.task_vector import TaskVector
 from lata_lightning.weighting import follows_alignment
-
-STATE_VERSION = 1
 
 
 class Phase(IntEnum):
@@ -66,21 +59,28 @@ class Run:
     """
 
     def __init__(self, arguments: RunArguments, root: nn.Module, note: Callable[[str], None]) -> None:
-        self._arguments, self._note = arguments, note
-        self.tracker = Tracker(
+        self._arguments, self.note = arguments, note
+        self.monitor = TaskVectorMonitor(
             root,
-            model=arguments.model,
+            arguments.instruction_vector,
+            start=arguments.start,
+            weighting=arguments.weighting,
+            level=arguments.level,
             base_weights=arguments.base_weights,
+            compare_with=arguments.compare_with,
+            path=arguments.model,
             layers=arguments.layers,
-            leave_out=LeaveOut(arguments.leave_out),
+            leave_out=arguments.leave_out,
+            defer=True,
         )
-        self.measurement = Measurement(self.tracker, _open_instruction(arguments.instruction_vector), arguments.start)
+        self.tracker = self.monitor.tracker
         self.phase = Phase.CAPTURED
         self.fresh = True
         self.directory: Path | None = None
         self.alignment: Alignment | None = None
+        """The last measurement; with coefficients once the vector is written."""
         self.last_step: int | None = None
-        """Optimizer steps at the last measurement."""
+        """Optimizer steps at the last measurement, of this run or of the one it resumes."""
         self.epoch = 0
         """The epoch under way, from 0."""
         self._loaded: Loaded | None = None
@@ -99,7 +99,7 @@ class Run:
 
     def capture(self) -> None:
         """Capture the weights tentatively, before a resumed run restores trained ones."""
-        self.tracker.ranks.agree(self.tracker.capture_early)
+        self.monitor.capture()
 
     def settle(self, check: Callable[[], None]) -> None:
         """Settle which weights are the start: the model has its final precision by now.
@@ -107,13 +107,12 @@ class Run:
         Args:
             check: Refuses what else cannot be right, on every process.
         """
-        tracker, arguments = self.tracker, self._arguments
+        tracker = self.tracker
         tracker.ranks.agree(check)
-        tracker.ranks.agree(lambda: tracker.settle(self.directory))
-        self._note(f"start weights: {tracker.describe()}")
+        self.monitor.settle(self.directory)
+        self.note(f"start weights: {tracker.describe()}")
         if tracker.head.describe():
-            self._note(tracker.head.describe())
-        self.measurement.check_instruction(arguments.level, weighted=arguments.weighting != "none")
+            self.note(tracker.head.describe())
         self.phase = Phase.SETTLED
 
     def state_dict(self) -> dict[str, Any]:
@@ -151,6 +150,7 @@ class Run:
         """Cut the history where the checkpoint that is resumed leaves it."""
         if self.first_process and self.directory is not None:
             cut_history(self.directory / HISTORY_NAME, step)
+        self.monitor.forget_after(step)
         self._find_last_line()
         self.epoch = epoch
         if self.last_step is None:
@@ -166,35 +166,33 @@ class Run:
             self.phase = Phase.TRAINING
         self.tracker.capture_unfrozen()
 
-    def measure(self, step: int) -> dict[str, float]:
-        """Measure the present weights; return the figures of the whole model, the same on every process."""
-        arguments, table = self._arguments, self.measurement.moments()
-        self.alignment = alignment_of(table, self.tracker.positions, arguments.level, arguments.start)
-        self.last_step = step
-        return summary(total(table.values()), self.alignment, arguments.instruction_vector is not None)
+    def measure(self, step: int) -> MeasuredStep:
+        """Measure the present weights; the same on every process."""
+        self.tracker.capture_unfrozen()
+        self.alignment, self.last_step = self.monitor.measure(step, self.epoch), step
+        return self.monitor.history[-1]
 
-    def record(self, figures: dict[str, float]) -> bool:
-        """Add the last measurement to the history; False where it is there already, and on other processes than the first."""
-        if not self.first_process or self.alignment is None or self.last_step is None or self._last_line == self.last_step:
+    def measure_again(self, step: int) -> None:
+        """Measure weights of an earlier step that were restored; the history has that step already, or never will."""
+        self.monitor.forget_after(step)
+        self.measure(step)
+
+    def record(self, measured: MeasuredStep) -> bool:
+        """Add a measurement to the history; False where it is there already, and on other processes than the first."""
+        if not self.first_process or self._last_line == measured.step:
             return False
         if self.directory is not None:
-            append_history(self.directory / HISTORY_NAME, self.last_step, self.epoch, figures, self.alignment)
-        self._last_line = self.last_step
+            append_history(self.directory / HISTORY_NAME, measured)
+        self._last_line = measured.step
         return True
 
     def export(self, step: int, epoch: int) -> None:
         """Write what training ended with, in every form that is wanted."""
-        tracker = self.tracker
-        tracker.ranks.agree(tracker.start_weights.check_origin)
-        alignment = self.alignment if self.measurement.instruction is not None else None
-        manifest = manifest_of(tracker, self._arguments.start, alignment, step, epoch)
-        head = head_of(tracker.look(), tracker.head.names, tracker.location)
-        tracker.ranks.agree(lambda: export(tracker, lambda vector: self._write(vector, head), manifest))
+        self.monitor.hand_over(self._write, self.alignment, step, epoch)
         self.phase = Phase.EXPORTED
-        if self.first_process:
-            tracker.start_weights.close()
-            if self.directory is not None:
-                end_output(self.directory)
+        self.monitor.close()
+        if self.first_process and self.directory is not None:
+            end_output(self.directory)
 
     @property
     def exported(self) -> bool:
@@ -209,9 +207,9 @@ class Run:
         if self.fresh:
             results = dict.fromkeys((VECTOR_NAME, *map(folder, kinds)))
             remark = tracker.ranks.agree(lambda: check_output(directory, tracker.fingerprint, results))
-            tracker.ranks.agree(lambda: check_exports(kinds, tracker, self.measurement))
+            tracker.ranks.agree(lambda: check_exports(kinds, tracker, self.monitor.measurement))
             if remark is not None:
-                self._note(remark)
+                self.note(remark)
         if self.first_process and self.fresh:
             begin_output(directory, tracker.fingerprint)
         elif self.first_process:
@@ -223,7 +221,7 @@ class Run:
 
     def _write(self, vector: TaskVector, head: Head | None) -> None:
         """On the first process: weight the vector, show it, write it and a head that was left out of it, and say what to do with them."""
-        arguments, instruction = self._arguments, self.measurement.instruction
+        arguments, instruction = self._arguments, self.monitor.measurement.instruction
         alignment = vector.manifest.alignment
         vector, handed_over = weigh_run(vector, arguments.weighting, instruction, threshold=arguments.threshold, outside=arguments.outside)
         if alignment is not None:
@@ -233,13 +231,11 @@ class Run:
         if head is not None:
             # Before the vector, which marks the run as finished.
             head.save(self.directory)
-        write_exports(
-            vector, handed_over, arguments.export, self.directory, dtype=arguments.dtype, instruction=instruction, note=self._note
-        )
+        write_exports(vector, handed_over, arguments.export, self.directory, dtype=arguments.dtype, instruction=instruction, note=self.note)
         given = arguments.instruction_vector
         saved = str(given) if isinstance(given, str | Path) else None
         for line in closing_lines(vector, handed_over, arguments.export, self.directory, instruction=saved, head=head is not None):
-            self._note(line)
+            self.note(line)
 
     def _show(self, vector: TaskVector, measured: Alignment) -> None:
         """Print the table of the layers, or say what speaks against ranking them."""
@@ -249,14 +245,4 @@ class Run:
             show(alignment_table(self.alignment, f"{self._arguments.name}: alignment at step {manifest.step}", cautions=ranked))
         elif ranked:
             for sentence in measured.cautions():
-                self._note(sentence)
-
-
-def _open_instruction(given: tuple[str, str] | str | Path | TaskVector | None) -> TaskVector | None:
-    if given is None or isinstance(given, TaskVector):
-        return given
-    if isinstance(given, str | Path):
-        return TaskVector.open(given)
-    if len(given) != 2:
-        raise LataError(f"instruction_vector must be a saved vector or a pair (base, instruct), got {given!r}")
-    return TaskVector.between(given[0], given[1], kind="instruction")
+                self.note(sentence)

@@ -145,7 +145,7 @@ def axis_title(what: str, prefix: str) -> str:
 
 
 def alignment_over_training(
-    measured: Sequence[tuple[int, int, Alignment]],
+    measured: Sequence[tuple[int, int | None, Alignment]],
     key: str = "alignment",
     title: str = "Alignment over training",
     bounds: tuple[float, float] | None = None,
@@ -153,7 +153,7 @@ def alignment_over_training(
     """Return a heat map of alignment: a row for each measurement, a column for each layer, as in every chart of layers.
 
     Args:
-        measured: Step, epoch (from 0) and alignment of each measurement, oldest first.
+        measured: Step, epoch (from 0; None where a loop has none) and alignment of each measurement, oldest first.
         key: Key of the chart.
         title: Title of the chart.
         bounds: Ends of the colour scale.
@@ -184,7 +184,7 @@ def alignment_over_training(
         key=key,
         title=title,
         summary=" ".join(words),
-        rows=tuple(f"step {step}, epoch {epoch}" for step, epoch, _ in shown),
+        rows=tuple(f"step {step}" if epoch is None else f"step {step}, epoch {epoch}" for step, epoch, _ in shown),
         columns=tuple(layers),
         values=values,
         row_title="optimizer steps",

@@ -1,4 +1,4 @@
-"""The model in training as it now stands; one wrapped by peft as the model it stands for, base weights plus what its LoRA layers add."""
+"""The model in training as it is now; one with LoRA as the model it represents: base weights, plus what the LoRA layers add."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from lata_lightning.errors import LataError, first_three
 from lata_lightning.layers import unwrapped
+from lata_lightning.live.litgpt import LitgptLoraModel, lora_layers
 from lata_lightning.live.live_model import LiveModel, find_model
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.store.foreign_adapters import check_no_factors
@@ -20,8 +21,8 @@ from lata_lightning.store.names import NOTHING, LeaveOut
 class LoraModel(LiveModel):
     """A LoRA model in training, under the names of the checkpoint it adapts.
 
-    What an adapter adds to a tensor is given as its factors; the base weights themselves are frozen. Trained copies (``modules_to_save``) stand
-    in the place of what they copy.
+    What an adapter adds to a tensor is given as its factors; the base weights themselves are frozen. Trained copies (``modules_to_save``) replace
+    what they copy.
 
     Args:
         model: A ``peft.PeftModel``.
@@ -50,7 +51,7 @@ class LoraModel(LiveModel):
         return self._adapters.adapted & self._tensors.keys()
 
     def added(self, name: str) -> LowRank:
-        """What the active adapters add to a tensor, as their factors."""
+        """Return what the active adapters add to a tensor, as their factors."""
         return self._adapters.added(name)
 
     @property
@@ -59,7 +60,7 @@ class LoraModel(LiveModel):
         return frozenset(self._adapters.quantised)
 
     def bits(self, name: str) -> Tensor:
-        """The local values of a tensor as they are held, packed ones as they are packed."""
+        """Return the local values of a tensor as they are stored, packed ones as they are packed."""
         packed = self._adapters.quantised.get(name)
         return super().bits(name) if packed is None else packed_bytes(packed)
 
@@ -72,7 +73,7 @@ class LoraModel(LiveModel):
 
 
 def look_at(root: nn.Module, name: str | None = None, leave_out: LeaveOut = NOTHING) -> LiveModel:
-    """The model inside a LightningModule as it now stands (see ``find_model``), without the tensors that are left out."""
+    """Return the model inside a LightningModule as it is now (see ``find_model``), without the tensors that are left out."""
     for part in root.modules():
         # After a forward pass without gradients the parameters of the outermost group stay gathered, as plain tensors.
         if isinstance(part, FSDPModule):
@@ -80,6 +81,8 @@ def look_at(root: nn.Module, name: str | None = None, leave_out: LeaveOut = NOTH
     module = find_model(root, name)
     if isinstance(module, peft_kinds()):
         return LoraModel(module, leave_out)
+    if lora_layers(module):
+        return LitgptLoraModel(module, leave_out)
     check_unwrapped(module)
     check_no_factors((unwrapped(parameter) for parameter, _ in nn.Module.named_parameters(module)), "the model in training")
     return LiveModel(module, leave_out)

@@ -49,6 +49,13 @@ class Fingerprints:
         """Note the sums of tensors that are frozen, in place of what was noted before."""
         self._frozen = self.of(names)
 
+    def uncertain(self, names: Iterable[str]) -> list[str]:
+        """Return the tensors of which it is not certain that they are as they were while they were frozen: changed ones, and those not noted."""
+        listed = list(names)
+        return sorted(
+            {name for name in listed if name not in self._frozen}.union(self._moved_of(name for name in listed if name in self._frozen))
+        )
+
     def note_unfrozen(self, names: Iterable[str]) -> None:
         """Note which of some tensors were changed while they were frozen; they can change from now on."""
         self._moved.update(self._moved_of(name for name in names if name in self._frozen))

@@ -57,8 +57,8 @@ def export(tracker: Tracker, write: Callable[[TaskVector], _Result], start: Mani
         tracker.ranks.from_rank(torch.tensor([_DONE, 0]), 0)
 
 
-def manifest_of(tracker: Tracker, start: Start, alignment: Alignment | None, step: int, epoch: int) -> Manifest:
-    """Manifest of the vector as it now stands, without tensors and identities."""
+def manifest_of(tracker: Tracker, start: Start, alignment: Alignment | None, step: int | None, epoch: int | None) -> Manifest:
+    """Return the manifest of the vector as it is now, without tensors and identities."""
     left_out = (*tracker.leave_out.patterns, *tracker.head.patterns)
     return Manifest(kind="task", start=start, layers=tracker.positions, alignment=alignment, step=step, epoch=epoch, leave_out=left_out)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,10 +32,16 @@ class LiveModel(TensorSource):
     Args:
         module: The model.
         leave_out: Tells of a name whether its tensor is left out.
+        plain_name: Gives the name that a checkpoint has for one in the module; None for what is no tensor of the model, such as a factor of an adapter.
     """
 
-    def __init__(self, module: nn.Module, leave_out: LeaveOut = NOTHING) -> None:
-        held = {unwrapped(name): tensor for name, tensor in [*nn.Module.named_parameters(module), *_persistent_buffers(module)]}
+    def __init__(
+        self, module: nn.Module, leave_out: LeaveOut = NOTHING, plain_name: Callable[[str], str | None] = lambda name: name
+    ) -> None:
+        found = {
+            plain_name(unwrapped(name)): tensor for name, tensor in [*nn.Module.named_parameters(module), *_persistent_buffers(module)]
+        }
+        held = {name: tensor for name, tensor in found.items() if name is not None}
         parameters = {name: tensor for name, tensor in held.items() if isinstance(tensor, nn.Parameter) and not leave_out(name)}
         _check_measurable(parameters)
         if any(is_lazy(parameter) for parameter in parameters.values()):
@@ -174,26 +180,26 @@ def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def find_model(module: nn.Module, name: str | None = None) -> nn.Module:
-    """The model to watch inside a LightningModule.
+    """Return the model to follow inside a LightningModule.
 
     Args:
         module: The LightningModule.
         name: Path of the model inside of it, such as ``"model"``; None to look for it.
 
     Returns:
-        The outermost peft model if there is one, else the outermost transformers model, else the module itself.
+        The outermost peft model if there is one, else the outermost transformers model, else the outermost GPT of LitGPT, else the module itself.
 
     Raises:
-        LataError: There is nothing under that name, or two models of equal standing.
+        LataError: There is nothing under that name, or there are two such models side by side.
     """
     if name is not None:
         try:
-            found = module.get_submodule(name)
+            named = module.get_submodule(name)
         except AttributeError as error:
             children = [child for child, _ in module.named_children()]
             raise LataError(f"the LightningModule has no submodule {name!r}; its children are {children}") from error
-        return _inside_wrappers(found)
-    for kinds in (peft_kinds(), _transformers_kinds()):
+        return _inside_wrappers(named)
+    for kinds in (peft_kinds(), _transformers_kinds(), _litgpt_kinds()):
         models: dict[str, nn.Module] = {}
         for path, candidate in module.named_modules():
             if isinstance(candidate, kinds) and not any(path.startswith(outer + ".") or outer == "" for outer in models):
@@ -214,6 +220,11 @@ def _inside_wrappers(module: nn.Module) -> nn.Module:
         module = children[0][1]
         children = list(module.named_children())
     return module
+
+
+def _litgpt_kinds() -> tuple[Any, ...]:
+    litgpt = sys.modules.get("litgpt.model")
+    return () if litgpt is None else (litgpt.GPT,)
 
 
 def _transformers_kinds() -> tuple[Any, ...]:

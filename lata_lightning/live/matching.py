@@ -4,50 +4,65 @@ from __future__ import annotations
 
 from collections import Counter
 
-from torch import nn
+from torch import Tensor, nn
 
 from lata_lightning.errors import LayoutMismatchError, first_three
 from lata_lightning.layers import unwrapped
 from lata_lightning.live.live_model import LiveModel
+from lata_lightning.live.placements import Shard
+from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.store.names import NOTHING, LeaveOut
 from lata_lightning.store.pairing import pair
 from lata_lightning.store.sources import TensorSource, View
 
 
 def matched_to(live: LiveModel, source: TensorSource, what: str, root: nn.Module, leave_out: LeaveOut = NOTHING) -> TensorSource:
-    """A source under the names of the live model.
+    """Return a source under the names of the live model.
 
     Args:
         live: The model in training.
-        source: Holds the same parameters. Buffers may be on one side only.
+        source: Has the same parameters. Buffers may be on one side only.
         what: What the source is, for messages: ``"the start weights /path"``.
-        root: The LightningModule, in which an error may name the model that is meant.
-        leave_out: What the source need not hold; the live model does not.
+        root: The module that is trained, in which an error may name the model that is meant.
+        leave_out: What the source need not have.
 
     Raises:
-        LayoutMismatchError: The source lacks a parameter, or holds it in another shape.
+        LayoutMismatchError: The source lacks a parameter, or has it in another shape.
     """
     weights = {name: name for name in live.names if name not in live.buffers}
     try:
-        matched, found = pair(live, source, leave_out)
+        matched, other = pair(live, source, leave_out)
     except LayoutMismatchError as error:
         try:
-            matched, found = pair(
+            matched, other = pair(
                 View(live, weights), View(source, {name: name for name in source.names if name not in live.buffers}), leave_out
             )
         except LayoutMismatchError:
             raise LayoutMismatchError(f"{what} must fit the model in training: {error}{_advice(live, source, root)}") from error
     names = {matched.origin_name(name): name for name in matched.names}
-    missing = weights.keys() - names.keys()
+    missing = [name for name in weights if name not in names and not leave_out(name)]
     if missing:
         raise LayoutMismatchError(
-            f"{what} must hold every parameter of the model in training; it lacks {first_three(missing)}.{_advice(live, source, root)}"
+            f"{what} must have every parameter of the model in training; it lacks {first_three(missing)}.{_advice(live, source, root)}"
         )
-    return View(found, names)
+    return View(other, names)
+
+
+def stored_part(source: TensorSource, name: str, shard: Shard | None = None) -> Tensor | LowRank:
+    """Return a tensor as a source stores it, or the part of it that a process has.
+
+    Args:
+        source: Under the names of the live model.
+        name: The tensor.
+        shard: The part; by default all of the tensor, which then may come as factors.
+    """
+    if shard is not None and shard.slices is not None:
+        return source.read_slice(name, shard.slices)
+    return source.low_rank(name) or source.read(name)
 
 
 def _advice(live: LiveModel, source: TensorSource, root: nn.Module) -> str:
-    """What to do about a layout that does not fit, where that can be told; begins with a space."""
+    """Say what to do about a layout that does not fit, where that can be told; begins with a space."""
     wanted = set(source.names)
     below: Counter[str] = Counter()
     for name in live.names:
@@ -55,7 +70,7 @@ def _advice(live: LiveModel, source: TensorSource, root: nn.Module) -> str:
         below.update(".".join(parts[:cut]) for cut in range(1, len(parts)) if ".".join(parts[cut:]) in wanted)
     path, count = max(below.items(), key=lambda item: item[1], default=("", 0))
     if 2 * count > len(wanted):
-        above = next((unwrapped(place) for place, module in root.named_modules() if module is live.module), "")
+        above = next((unwrapped(path) for path, module in root.named_modules() if module is live.module), "")
         return (
             f" {count} of its {len(wanted)} tensors are those below {path!r}: name that model with model={f'{above}.{path}'.strip('.')!r}."
         )

@@ -1,14 +1,18 @@
-"""The three sums of every tensor in training, over all processes."""
+"""The sums of every tensor in training over all processes: three, and an inner product for each vector to compare with."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lata_lightning.errors import WeightingError, first_three
 from lata_lightning.layers import Level
+from lata_lightning.live.comparing import Comparison
 from lata_lightning.live.live_model import LiveModel
-from lata_lightning.live.matching import matched_to
+from lata_lightning.live.matching import matched_to, stored_part
 from lata_lightning.live.tracker import Tracker
 from lata_lightning.moments import Moments, Start
 from lata_lightning.numerics.low_rank import LowRank
@@ -18,8 +22,20 @@ from lata_lightning.store.sources import TensorSource
 from lata_lightning.vectors.task_vector import TaskVector
 
 
+class Sums(NamedTuple):
+    """What one pass over the weights gives; the same on every process.
+
+    Attributes:
+        moments: The three sums, by tensor.
+        inner: Inner product of the vector in training with each vector to compare with, by tensor.
+    """
+
+    moments: dict[str, Moments]
+    inner: dict[str, list[float]]
+
+
 class Measurement:
-    """The sums of a model in training against its start and an instruction vector.
+    """The sums of a model in training against its start, an instruction vector, and vectors to compare with.
 
     Every process of a run has one. Buffers count in no sum. Only sums cross between processes, in one reduction per measurement.
 
@@ -27,39 +43,46 @@ class Measurement:
         tracker: Follows the model.
         instruction: Instruct minus base; None for norms alone.
         start: What the fine-tune starts from.
+        others: Vectors to compare with, by name.
     """
 
-    def __init__(self, tracker: Tracker, instruction: TaskVector | None, start: Start) -> None:
+    def __init__(
+        self, tracker: Tracker, instruction: TaskVector | None, start: Start, others: Mapping[str, TaskVector] | None = None
+    ) -> None:
         self.tracker, self.instruction, self.start = tracker, instruction, start
+        self.comparison = Comparison(tracker, others or {}, start)
         self._direction: TensorSource | None = None
         self._squares: dict[str, float] = {}
         self._local_squares: dict[str, float] = {}
 
-    def check_instruction(self, level: Level, *, weighted: bool) -> None:
-        """Bring the instruction vector under the names of the model.
+    def check(self, level: Level, *, weighted: bool) -> None:
+        """Bring the instruction vector, and the vectors to compare with, under the names of the model. Every process has to call this.
 
         Args:
             level: Unit of the layers.
             weighted: Whether every layer needs an alignment.
 
         Raises:
-            LayoutMismatchError: It lacks a parameter, holds it in another shape, or belongs to a model of other tokens or another function.
-            WeightingError: It is zero in a layer that is to be weighted.
+            LayoutMismatchError: One lacks a parameter, has it in another shape, or belongs to a model of other tokens or another function.
+            WeightingError: The instruction vector is zero in a layer that is to be weighted.
         """
-        if self.instruction is None:
-            return
+        self.comparison.check()
+        if self.instruction is not None:
+            self._check_instruction(self.instruction, level, weighted=weighted)
+
+    def _check_instruction(self, instruction: TaskVector, level: Level, *, weighted: bool) -> None:
         tracker, ranks = self.tracker, self.tracker.ranks
-        what = f"the instruction vector {self.instruction.label}"
-        direction = self._direction = matched_to(tracker.live, self.instruction.tensors, what, tracker.root, tracker.leave_out)
+        what = f"the instruction vector {instruction.label}"
+        direction = self._direction = matched_to(tracker.live, instruction.tensors, what, tracker.root, tracker.leave_out)
         check_same_meaning(
             (tracker.live.label, meaning_in_memory(tracker.live.config, tracker.live.location)),
-            (what, self.instruction.manifest.meaning),
+            (what, instruction.manifest.meaning),
         )
         names = [name for name in direction.names if name not in tracker.live.buffers]
         sums = torch.zeros(len(names), 3, dtype=torch.float64)
         for index, name in enumerate(names):
             if index % ranks.world == ranks.rank:
-                sums[index] = tensor_sums(_stored(direction, name))
+                sums[index] = tensor_sums(stored_part(direction, name))
         table = moments_table(dict(zip(names, ranks.total(sums), strict=True)))
         self._squares = {name: row.task for name, row in table.items()}
         layers = tracker.positions.layers(level)
@@ -70,59 +93,60 @@ class Measurement:
                 "Use a coarser level, or weighting='none'."
             )
 
-    def moments(self) -> dict[str, Moments]:
-        """The sums of every tensor over all processes, the same on each of them.
+    def sums(self) -> Sums:
+        """Return the sums of every tensor over all processes, the same on each of them.
 
         Raises:
             CorruptFileError: A sum is not finite: training diverged.
             LataError: The start weights cannot be read any more.
         """
         live = self.tracker.look()
-        rows = self.tracker.ranks.agree(lambda: self._own_sums(live))
-        return moments_table(dict(zip(live.names, self.tracker.ranks.total(rows), strict=True)))
+        rows = self.tracker.ranks.total(self.tracker.ranks.agree(lambda: self._own_sums(live)))
+        moments = moments_table(dict(zip(live.names, rows[:, :3], strict=True)))
+        return Sums(moments, dict(zip(live.names, rows[:, 3:].tolist(), strict=True)))
 
     def _own_sums(self, live: LiveModel) -> Tensor:
-        """What this process adds to the sums, of shape (tensors, 3)."""
+        """Return what this process adds to the sums, of shape (tensors, 3 + vectors to compare with)."""
         tracker = self.tracker
         tracker.start_weights.check_origin()
-        rows = torch.zeros(len(live.names), 3, dtype=torch.float64)
+        rows = torch.zeros(len(live.names), 3 + len(self.comparison.names), dtype=torch.float64)
         for index, name in enumerate(live.names):
             if name in live.buffers:
                 continue
             if name not in tracker.changing:
-                rows[index] = self._frozen_sums(name) if tracker.ranks.rank == 0 else 0.0
+                rows[index, :3] = self._frozen_sums(name) if tracker.ranks.rank == 0 else 0.0
             elif tracker.counts(name):
                 rows[index] = self._sums_of(name)
         return rows
 
     def _sums_of(self, name: str) -> Tensor:
+        """Return the sums over the part of a tensor that this process has."""
         # Without an instruction vector there is nothing to take off, whatever the start was.
         start: Start = self.start if self._direction is not None else "instruct"
         tracker, known = self.tracker, self._local_squares.get(name)
         shard = tracker.live.shard(name)
         direction: Tensor | LowRank | None = None
         if self._direction is not None:
-            direction = _stored(self._direction, name) if shard.slices is None else self._direction.read_slice(name, shard.slices)
+            direction = stored_part(self._direction, name, shard)
         if name in tracker.live.adapted:
-            sums = tensor_sums(tracker.added(name), direction, start=start, instruction_squared=known)
+            added = tracker.added(name)
+            sums = tensor_sums(added, direction, start=start, instruction_squared=known)
+            inner = self.comparison.inner(name, added)
         else:
             origin = tracker.start_weights.read(name, shard)
             sums = tensor_sums(shard.local, direction, subtract=origin, start=start, instruction_squared=known)
+            inner = self.comparison.inner(name, shard.local, subtract=origin, shard=shard)
             if not torch.isfinite(sums).all() and same_values(shard.local, origin):
                 # Equal to the start means unchanged, though infinite entries have no difference.
                 sums = tensor_sums(torch.zeros_like(shard.local), direction, start=start, instruction_squared=known)
+                inner = torch.zeros_like(inner)
         if direction is not None:
-            # Of the part that this process holds, which stays the same while it trains.
+            # Of the part that this process has, which stays the same while it trains.
             self._local_squares[name] = sums[2].item()
-        return sums.cpu()
+        return torch.cat([sums.cpu(), inner])
 
     def _frozen_sums(self, name: str) -> Tensor:
         square = self._squares.get(name, 0.0)
         # Frozen, so the difference is zero; from base, that means the task vector takes the whole instruction vector back.
         row = [0.0, 0.0, square] if self.start == "instruct" else [-square, square, square]
         return torch.tensor(row, dtype=torch.float64)
-
-
-def _stored(source: TensorSource, name: str) -> Tensor | LowRank:
-    """A tensor in the form a source holds it in, for sums that do not need the dense one."""
-    return source.low_rank(name) or source.read(name)

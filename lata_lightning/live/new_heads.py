@@ -1,4 +1,4 @@
-"""Heads of classifiers that belong to one task: which tensors of a model in training its start does not hold."""
+"""Heads of classifiers that belong to one task: which tensors of a model in training its start does not have."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class NewHead(NamedTuple):
 
     Attributes:
         names: Its tensors, as a checkpoint of the model in training names them.
-        beside: Tensors that only the start holds, such as another head.
+        beside: Tensors that only the start has, such as another head.
         patterns: Regular expressions that match both, for vectors without them.
         unknown: Why it cannot be told whether the head is new; empty where it can.
     """
@@ -37,7 +37,7 @@ class NewHead(NamedTuple):
     unknown: str = ""
 
     def describe(self) -> str:
-        """What becomes of the head, for the log; empty where there is nothing to say."""
+        """Say what becomes of the head, for the log; empty where there is nothing to say."""
         if self.unknown:
             return f"it cannot be told whether the head is new, so it is part of the task vector: {self.unknown}. If it is new, leave it out: leave_out=…"
         if not self.names:
@@ -48,16 +48,16 @@ class NewHead(NamedTuple):
         )
 
     def modules(self, every: Iterable[str]) -> list[str]:
-        """Paths of the modules that hold nothing but tensors of the head; ``every`` are the names of all tensors of the model."""
-        kept = {prefix for name in set(every) - set(self.names) for prefix in _prefixes(name)}
-        return sorted({next((prefix for prefix in _prefixes(name) if prefix not in kept), name) for name in self.names})
+        """Return the paths of the modules that have nothing but tensors of the head; ``every`` are the names of all tensors of the model."""
+        shared = {prefix for name in set(every) - set(self.names) for prefix in _prefixes(name)}
+        return sorted({next((prefix for prefix in _prefixes(name) if prefix not in shared), name) for name in self.names})
 
 
 NO_HEAD = NewHead()
 
 
 def new_head(live: LiveModel, start: str | None = None) -> NewHead:
-    """Which tensors of a classifier of transformers are new: its start lacks them, or has them outside the encoder in another shape.
+    """Return which tensors of a classifier of transformers are new: its start lacks them, or has them outside the encoder in another shape.
 
     Args:
         live: The model in training, with nothing left out. Only names and shapes are looked at.
@@ -79,11 +79,11 @@ def new_head(live: LiveModel, start: str | None = None) -> NewHead:
         own = paired.tuned.origin_name(name)
         if paired.start.shape(name) != paired.tuned.shape(name) and not own.startswith(_encoder(live)):
             beside, new = beside | {paired.start.origin_name(name)}, new | {own}
-    kept = [name for name in live.names if name not in new]
+    others = [name for name in live.names if name not in new]
     # Anything else than a few modules outside the layers is no head.
-    if leave_out_pattern(new, kept) is None:
+    if leave_out_pattern(new, others) is None:
         return NO_HEAD
-    patterns = dict.fromkeys(_pattern(name.removeprefix(_encoder(live)), name, kept) for name in sorted(beside | new))
+    patterns = dict.fromkeys(_pattern(name.removeprefix(_encoder(live)), name, others) for name in sorted(beside | new))
     return NewHead(tuple(sorted(new)), tuple(sorted(beside)), tuple(patterns))
 
 
@@ -103,7 +103,7 @@ def is_classifier(module: nn.Module) -> bool:
 
 
 def head_of(live: LiveModel, new: Collection[str], start: str | None) -> Head | None:
-    """The head of a classifier as it now stands, whole and on the CPU. Every process has to call this.
+    """Return the head of a classifier as it is now, whole and on the CPU. Every process has to call this.
 
     Args:
         live: The model in training, in which the head is left out.
@@ -128,14 +128,14 @@ def head_of(live: LiveModel, new: Collection[str], start: str | None) -> Head | 
 
 
 def _encoder(live: LiveModel) -> str:
-    """What the names of all tensors of the encoder in a classifier of transformers begin with."""
+    """Return what the names of all tensors of the encoder in a classifier of transformers begin with."""
     return f"{live.module.base_model_prefix}."
 
 
-def _pattern(short: str, name: str, kept: Collection[str]) -> str:
-    """A pattern for a tensor that also matches under another prefix, unless that would match a tensor to keep."""
+def _pattern(short: str, name: str, others: Collection[str]) -> str:
+    """Return a pattern for a tensor that also matches under another prefix, unless that would match a tensor to keep."""
     pattern = rf"(^|\.){re.escape(short)}$"
-    return rf"^{re.escape(name)}$" if any(re.search(pattern, other) for other in kept) else pattern
+    return rf"^{re.escape(name)}$" if any(re.search(pattern, other) for other in others) else pattern
 
 
 def _whole(tensor: Tensor) -> Tensor:

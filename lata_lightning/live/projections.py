@@ -13,7 +13,7 @@ _ATTENTION_PARTS = ("attention", "cross_attention")
 _PROJECTION = re.compile(
     r"q|k|v|o|qk|kv|qkv|qkvz|wq|wk|wv|wo|wqkv|query|key|value|queries|keys|values|out|output|dense|post", re.IGNORECASE
 )
-# Whole names that say so only in the place they stand in: inside attention.
+# Whole names that say so only inside attention.
 _PROJECTION_NAME = re.compile(
     r"c_attn|c_proj|att_proj|attn_proj|in_proj|proj|proj_out|projection|projection_layer|vision_proj|text_proj", re.IGNORECASE
 )
@@ -29,7 +29,7 @@ _WRAPPED = ("linear",)
 
 
 def attention_projections(model: nn.Module, *, train_bias: bool = False) -> dict[str, nn.Parameter]:
-    """The weight matrices Wq, Wk, Wv and Wo of all attention in a model.
+    """Return the weight matrices Wq, Wk, Wv and Wo of all attention in a model.
 
     Separate and fused layouts, linear modules, ``Conv1D`` and ``torch.nn.MultiheadAttention``, grouped queries, low-rank factors and
     cross-attention count alike, in every tower of the model. Norms, position tables and biases, gates, sinks and routers inside attention are
@@ -45,26 +45,26 @@ def attention_projections(model: nn.Module, *, train_bias: bool = False) -> dict
 
     Source: arXiv:2407.07089.
     """
-    held = {
+    parameters = {
         unwrapped(f"{path}.{leaf}".removeprefix(".")): (owner, parameter)
         for path, owner in model.named_modules()
         for leaf, parameter in owner.named_parameters(recurse=False)
     }
-    places = layer_map(held, structure=model).positions
+    positions = layer_map(parameters, structure=model).positions
     modules = {unwrapped(path): module for path, module in model.named_modules()}
-    found: dict[str, nn.Parameter] = {}
+    projections: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
-    for name, (owner, parameter) in held.items():
-        block, part = places[name]
+    for name, (owner, parameter) in parameters.items():
+        block, part = positions[name]
         if block is None and part == "other":
-            # Attention that stands alone, in no numbered list.
+            # Attention outside of any numbered list.
             block, part = "", part_of(name, "", modules)
         if part in _ATTENTION_PARTS and block is not None and id(parameter) not in seen:
             seen.add(id(parameter))
             below = name.removeprefix(f"{block}.").split(".")
             if not isinstance(owner, nn.Embedding) and _is_projection(below, parameter, train_bias=train_bias):
-                found[name] = parameter
-    return found
+                projections[name] = parameter
+    return projections
 
 
 def _is_projection(path: list[str], parameter: nn.Parameter, *, train_bias: bool) -> bool:

@@ -152,19 +152,16 @@ class Tracker:
         if self._base_weights == "spill" and self._spill_to is not None and (self._spill_to / SPILL_NAME).is_dir():
             self.start_weights.adopt(self._spill_to / SPILL_NAME)
         if recorded is not None:
-            self._take_up_factors(recorded)
             self._take_up_trained(recorded)
             self._take_up_untrained(recorded)
             self._check_complete()
 
-    def _take_up_factors(self, recorded: Fingerprint) -> None:
+    def _take_up_trained(self, recorded: Fingerprint) -> None:
+        """Capture what the first run trained, also if it is frozen now."""
         for name in self._start_factors.names:
             # The first run's adapters started at zero: what they add now was trained before the checkpoint.
             if list(recorded.get(name, ())) == value_sums(self.live.bits(name).cpu()).tolist():
                 self._start_factors.discard(name)
-
-    def _take_up_trained(self, recorded: Fingerprint) -> None:
-        """Capture what the first run trained, also if it is frozen now."""
         for name in set(self.live.names) & set(recorded):
             if name not in self._changing and self._base_weights not in PROVIDERS and self.counts(name):
                 self.start_weights.capture(name, self.live.shard(name))
@@ -206,7 +203,7 @@ class Tracker:
             return
         if recorded is None:
             raise LataError(
-                f"this run resumes from a checkpoint that holds no state of LATACallback, so the weights it first started from are unknown. {_ADVICE}"
+                f"this run resumes from a checkpoint without state of the callback, so the weights it first started from are unknown. {_ADVICE}"
             )
         wrong = [name for name in self._changing if name in recorded and list(recorded[name]) != self.fingerprint[name]]
         if wrong:
@@ -257,6 +254,10 @@ class Tracker:
             self._capture(new)
             self._fingerprints.note_start(new)
             self._spill()
+
+    def unfrozen_unseen(self) -> list[str]:
+        """Return the tensors that can change by now, were never captured, and are not certain to have their start values still."""
+        return self._fingerprints.uncertain(name for name in self.live.changing if name not in self._changing)
 
     def moved_frozen(self) -> list[str]:
         """Return the tensors that were changed while they asked for no gradient, as a teacher that follows its student; their start is not known."""

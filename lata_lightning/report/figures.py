@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from lata_lightning.alignment import Alignment, LayerStats
 from lata_lightning.display.charts import (
@@ -41,16 +42,28 @@ def alignment_heat_maps(histories: Histories) -> list[HeatMap]:
 
 
 def growth(histories: Histories) -> list[Lines]:
-    """Return charts of norm, relative norm and alignment of the whole model over the steps; those that no run has are left out."""
+    """Return charts of norm, relative norm, alignment and cosines with other vectors, of the whole model over the steps.
+
+    Those that no run has are left out.
+    """
+    others = sorted({other for _, _, rows in histories for row in rows for other in row.cosines})
     return [
         chart
         for chart in (
             _over_steps(histories, "growth-norm", "Norm of the task vector", "‖task vector‖", ".4g", lambda row: row.task_norm),
             _over_steps(histories, "growth-relative", "Relative norm", "‖task‖ / ‖instruction‖", ".4f", lambda row: row.relative_norm),
             _over_steps(histories, "growth-alignment", "Alignment of the whole model", "alignment", ".4f", lambda row: row.alignment),
+            *(
+                _over_steps(histories, f"cosine-{other}", f"Cosine with {other}", "cosine", ".4f", partial(_cosine_with, other))
+                for other in others
+            ),
         )
         if chart is not None
     ]
+
+
+def _cosine_with(other: str, row: HistoryEntry) -> float | None:
+    return row.cosines.get(other)
 
 
 def by_layer(alignments: Sequence[tuple[int, str, Alignment]]) -> list[Lines]:

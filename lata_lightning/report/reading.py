@@ -11,7 +11,7 @@ from typing import Any
 
 from lata_lightning.alignment import Alignment
 from lata_lightning.errors import CorruptFileError, LataError, SourceError, first_three
-from lata_lightning.live.history import read_history
+from lata_lightning.live.history import COSINE, MeasuredStep, read_history
 from lata_lightning.store.directories import MERGE_RECORD, SCORES_NAME, holds_vector, read_object
 from lata_lightning.store.run_directory import HISTORY_NAME, VECTOR_NAME
 from lata_lightning.vectors.task_vector import TaskVector
@@ -25,11 +25,12 @@ class HistoryEntry:
     """One line of a history: the figures of the whole model, and of every layer."""
 
     step: int
-    epoch: int
+    epoch: int | None
     task_norm: float
     alignment: float | None
     relative_norm: float | None
     layers: Alignment
+    cosines: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -216,10 +217,13 @@ def _history(path: Path) -> tuple[HistoryEntry, ...]:
 
 
 def _entry(row: Mapping[str, Any]) -> HistoryEntry:
-    alignment = Alignment.from_json(row)
-    figures = [row["task_norm"], row.get("alignment"), row.get("relative_norm")]
+    measured = MeasuredStep.from_json(row)
+    figures, alignment = measured.figures, measured.alignment
+    cosines = {name.removeprefix(COSINE): value for name, value in figures.items() if name.startswith(COSINE)}
+    numbers: list[float | None] = list(figures.values())
     for stats in (*alignment.layers.values(), *alignment.outside.values()):
-        figures += [stats.alignment, stats.relative_norm, stats.task_norm, stats.instruction_norm, stats.coefficient]
-    if not all(value is None or math.isfinite(value) for value in figures):
+        numbers += [stats.alignment, stats.relative_norm, stats.task_norm, stats.instruction_norm, stats.coefficient]
+    if not all(value is None or math.isfinite(value) for value in numbers):
         raise ValueError("a value that is not finite")
-    return HistoryEntry(int(row["step"]), int(row["epoch"]), float(figures[0]), figures[1], figures[2], alignment)
+    whole = figures.get("alignment"), figures.get("relative_norm")
+    return HistoryEntry(measured.step, measured.epoch, figures["task_norm"], *whole, alignment, cosines)

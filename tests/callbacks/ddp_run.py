@@ -27,7 +27,10 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     models, output, provider = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     module = Module(LlamaForCausalLM.from_pretrained(models / "instruct"))
-    callback = LATACallback(models / "instruction", output_dir=output / "lata", every_n_train_steps=2, base_weights=provider)
+    other = {"other": models / "other"} if (models / "other").exists() else None
+    callback = LATACallback(
+        models / "instruction", output_dir=output / "lata", every_n_train_steps=2, base_weights=provider, compare_with=other
+    )
     # A monitored value that is missing on one rank, or differs between ranks, would leave the other waiting here.
     checkpoint = ModelCheckpoint(output / "kept", monitor="lata/alignment_min", mode="max", save_last=True)
     breaking = [Break()] if provider == "spill" else []

@@ -41,6 +41,15 @@ EXPECTED_WARNINGS = [
         r"Be aware that when using `ckpt_path`",
         r".*there is no last checkpoint available",
         r".*was called without a model\. The last model of the previous",
+        r"The dirpath has changed from",
+        # A checkpoint of an epoch without measurement.
+        r".*could not find the monitored key",
+        # Backbones that a test freezes twice.
+        r"The provided params to be frozen already exist",
+        # Half precision is asked for on a CPU.
+        r".*AMP with fp16 is not supported on CPU",
+        # torch.compile looks at the gradients of whatever it traces.
+        r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed",
         # peft asks a model of transformers for gradient checkpointing under an older name.
         r"`is_gradient_checkpointing` is deprecated:FutureWarning",
     )

@@ -38,15 +38,16 @@ def fit(tmp_path, instruct, given, instruction):
     trainer(tmp_path, callback, logger=given).fit(Module(instruct), batches())
 
 
-def test_loggers_of_figures_and_of_images_get_the_heat_map_of_the_run_once_at_its_end(tmp_path, models, instruct):
+def test_loggers_of_figures_and_of_images_get_the_heat_map_of_the_run_with_every_measurement(tmp_path, models, instruct):
     images = Images()
     fit(tmp_path, instruct, [TensorBoardLogger(tmp_path, name="board"), images, CSVLogger(tmp_path)], models / "instruction")
-    ((key, (picture,), step),) = images.images
-    assert (key, step) == ("lata/alignment_by_layer", 12)
+    assert [(key, step) for key, _, step in images.images] == [("lata/alignment_by_layer", 5), ("lata/alignment_by_layer", 11)]
+    (picture,) = images.images[-1][1]
     assert (picture.dtype, picture.ndim) == (np.uint8, 3)
     events = EventAccumulator(str(tmp_path / "board/version_0")).Reload()
-    (image,) = events.Images("lata/alignment_by_layer")
-    assert (image.step, image.height, image.width) == (12, *picture.shape[:2])
+    first, image = events.Images("lata/alignment_by_layer")
+    assert (first.step, image.step) == (5, 11)
+    assert (image.height, image.width) == picture.shape[:2]
 
 
 def test_without_an_instruction_vector_there_is_no_picture(tmp_path, instruct):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning_models import EXPECTED_WARNINGS, Module, batches, tiny_llama, trainer
+from lightning_models import EXPECTED_WARNINGS, Module, batches, shifted, tiny_llama, trainer
 from transformers import LlamaForCausalLM
 
 from lata_lightning import LATACallback, LataError, TaskVector, align
@@ -221,10 +221,13 @@ def test_every_logger_gets_the_figures_of_each_layer(tmp_path, models, instruct)
     callback = LATACallback(models / "instruction", table=False)
     trainer(tmp_path, callback, logger=loggers, log_every_n_steps=1).fit(Module(instruct), batches())
     rows = csv.DictReader((tmp_path / "csv/version_0/metrics.csv").read_text().splitlines())
-    last = [row for row in rows if row["lata/alignment/model.layers.2"]][-1]
-    assert float(last["lata/alignment/model.layers.2"]) == pytest.approx(callback.alignment.values["model.layers.2"], rel=1e-6)
+    last = [row for row in rows if row["lata_layers/alignment/model.layers.2"]][-1]
+    assert (last["step"], last["epoch"]) == ("11", "1.0")
+    assert float(last["lata_layers/alignment/model.layers.2"]) == pytest.approx(callback.alignment.values["model.layers.2"], rel=1e-6)
     events = EventAccumulator(str(tmp_path / "board/version_0")).Reload()
-    assert {"lata/alignment", "lata/alignment/model.layers.0", "lata/task_norm/model.layers.0"} <= set(events.Tags()["scalars"])
+    assert {"lata/alignment", "lata_layers/alignment/model.layers.0", "lata_layers/task_norm/model.layers.0"} <= set(
+        events.Tags()["scalars"]
+    )
     assert (tmp_path / "csv/version_0/lata/task_vector/task_vector.json").is_file()
 
 
@@ -244,7 +247,7 @@ def test_a_logger_with_tables_gets_a_table(tmp_path, models, instruct):
         Module(instruct), batches()
     )
     columns = ["layer", "alignment", "relative_norm", "task_norm"]
-    assert logger.tables == [("lata/layers", columns, 3, 6), ("lata/layers", columns, 3, 12)]
+    assert logger.tables == [("lata/layers", columns, 3, 5), ("lata/layers", columns, 3, 11)]
 
 
 def test_the_table_at_the_end_names_every_layer_and_says_that_it_is_too_flat(tmp_path, models, instruct, capsys):
@@ -253,6 +256,28 @@ def test_the_table_at_the_end_names_every_layer_and_says_that_it_is_too_flat(tmp
     assert "(blocks of model.layers)" in printed
     assert all(re.search(rf"^ {index} +\d", printed, re.MULTILINE) for index in range(3))
     assert "too little to rank the layers by" in printed
+
+
+def test_cosines_with_other_experts_can_be_monitored_and_are_those_of_whole_float64_vectors(tmp_path, models, instruct):
+    experts = {name: shifted(LlamaForCausalLM.from_pretrained(models / "instruct"), seed) for name, seed in (("math", 2), ("code", 3))}
+    for name, expert in experts.items():
+        TaskVector.between(models / "instruct", expert).save(tmp_path / name)
+    callback = LATACallback(compare_with={name: tmp_path / name for name in experts}, output_dir=tmp_path / "lata", table=False)
+    # No cosine is above 0.9, so the first measurement stops the run.
+    conflict = EarlyStopping("lata/cosine/math", mode="max", divergence_threshold=0.9, check_on_train_epoch_end=True)
+    module = Module(instruct)
+    run = trainer(tmp_path, callback, conflict, max_epochs=9)
+    run.fit(module, batches())
+    assert run.current_epoch == 1
+    start = dict(LlamaForCausalLM.from_pretrained(models / "instruct").named_parameters())
+    own = {name: parameter.detach().double() - start[name].detach().double() for name, parameter in module.model.named_parameters()}
+    (row,) = history(tmp_path / "lata")
+    for name, expert in experts.items():
+        stored = {key: parameter.detach().double() - start[key].detach().double() for key, parameter in expert.named_parameters()}
+        for prefix, value in {"": row[f"cosine/{name}"], **{f"{layer}.": value for layer, value in row["cosines"][name].items()}}.items():
+            sides = [torch.cat([side[key].flatten() for key in side if key.startswith(prefix)]) for side in (own, stored)]
+            assert value == pytest.approx(torch.nn.functional.cosine_similarity(*sides, dim=0).item(), abs=1e-7)
+        assert run.callback_metrics[f"lata/cosine/{name}"].item() == pytest.approx(row[f"cosine/{name}"], abs=1e-6)
 
 
 # --- capture, resume, refusals -------------------------------------------------------------------------------------------------------------
@@ -301,7 +326,7 @@ def test_resuming_with_a_model_built_from_other_weights_is_refused_and_base_weig
 def test_resuming_a_run_that_never_had_the_callback_is_refused(tmp_path, models, instruct):
     checkpoint = ModelCheckpoint(tmp_path, filename="plain")
     trainer(tmp_path, checkpoint, max_epochs=1, enable_checkpointing=True).fit(Module(instruct), batches())
-    with pytest.raises(LataError, match="holds no state of LATACallback"):
+    with pytest.raises(LataError, match="without state of the callback"):
         trainer(tmp_path, LATACallback(output_dir=tmp_path / "lata")).fit(Module(instruct), batches(), ckpt_path=tmp_path / "plain.ckpt")
 
 

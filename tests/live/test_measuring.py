@@ -36,7 +36,7 @@ def test_buffers_count_in_no_norm_whatever_they_hold(buffer):
     tracker, measurement = follow(module)
     before = copies(module)
     train(module)
-    table = measurement.moments()
+    table = measurement.sums().moments
     assert table["layers.0.norm.running_var"].task == 0.0
     assert total(table.values()).task_norm == pytest.approx(parameter_norm(module, before), rel=1e-9)
     assert tracker.positions.positions["extra"].part == "statistics"
@@ -50,7 +50,7 @@ def test_buffers_that_change_to_infinity_or_to_another_shape_end_no_measurement(
     before = copies(module)
     train(module)
     module.extra, module.peak = mask(5), torch.full((2,), math.inf)
-    assert total(measurement.moments().values()).task_norm == pytest.approx(parameter_norm(module, before), rel=1e-9)
+    assert total(measurement.sums().moments.values()).task_norm == pytest.approx(parameter_norm(module, before), rel=1e-9)
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -59,7 +59,7 @@ def test_a_parameter_with_infinite_entries_that_stays_as_it_is_counts_as_unchang
     module.bias = torch.nn.Parameter(mask(), requires_grad=trained)
     _, measurement = follow(module)
     train(module)
-    table = measurement.moments()
+    table = measurement.sums().moments
     assert table["bias"].task == 0.0
     assert table["layers.1.attention.weight"].task > 0.0
 
@@ -71,4 +71,4 @@ def test_training_that_diverged_is_refused(value):
     with torch.no_grad():
         module.layers[0].attention.weight[0, 0] = value
     with pytest.raises(CorruptFileError, match="step at which training diverged"):
-        measurement.moments()
+        measurement.sums()

@@ -291,6 +291,17 @@ def test_a_run_without_instruction_vector_says_what_to_pass(tmp_path):
     assert "a run writes it when training ends" in section(found, "parts").empty
 
 
+def test_cosines_with_other_vectors_are_drawn_over_the_steps_of_runs_that_know_them(tmp_path):
+    watched = [
+        {**row(step, {"h.0": 0.9}, epoch=None), "cosine/math": value, "cosines": {"math": {"h.0": value}}}
+        for step, value in ((10, 0.3), (20, -0.1))
+    ]
+    report = build([write_run(tmp_path / "watched", watched), write_run(tmp_path / "plain", [row(10, {"h.0": 0.8})])])
+    (series,) = charts(report)["cosine-math"].series
+    assert series.points == {10: 0.3, 20: -0.1}
+    assert charts(report)["alignment-1"].rows == ("step 10", "step 20")
+
+
 def test_a_part_that_a_block_lacks_has_no_value():
     names = ["h.0.attn.weight", "h.0.mlp.weight", "h.1.attn.weight"]
     (found,) = figures.by_part([(0, "run", {name: Moments(task=4.0) for name in names})], layer_map(names))

@@ -1,14 +1,8 @@
 import pytest
 from report_inputs import row, write_model, write_run
 
-from lata_lightning.callbacks.handover import VECTOR_NAME
 from lata_lightning.errors import CorruptFileError, LataError, SourceError
-from lata_lightning.report import reading
 from lata_lightning.report.contents import build
-
-
-def test_the_name_of_the_vector_in_a_run_is_that_of_the_callback():
-    assert reading.VECTOR_NAME == VECTOR_NAME
 
 
 def test_labels_are_the_last_component_or_the_whole_path_where_those_are_equal(tmp_path):
