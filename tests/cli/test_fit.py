@@ -3,21 +3,14 @@ import json
 import pytest
 import torch
 import yaml
+from passed_warnings import CHECKPOINTS_EXIST, EMPTY_LOADER, FEW_BATCHES, FEW_WORKERS, GRADIENT_CHECKPOINTING, JSONARGPARSE, LEAF_SPEC
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lata_lightning import TaskVector
 from lata_lightning.cli.main import main
 from lata_lightning.quickstart.make_checkpoints import make_tokenizer
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*number of training batches .* smaller than the logging interval"),
-    pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero"),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing"),
-    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
-]
+pytestmark = [FEW_WORKERS, LEAF_SPEC, FEW_BATCHES, EMPTY_LOADER, CHECKPOINTS_EXIST, GRADIENT_CHECKPOINTING, JSONARGPARSE]
 
 
 @pytest.fixture

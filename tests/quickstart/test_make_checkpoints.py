@@ -1,16 +1,13 @@
 import pytest
 import torch
+from passed_warnings import EMPTY_LOADER, FEW_WORKERS, LEAF_SPEC
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lata_lightning.errors import OutputError
 from lata_lightning.quickstart import make_checkpoints
 from lata_lightning.quickstart.make_checkpoints import CHECKPOINTS, main, make_tokenizer
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec"),
-    pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero"),
-]
+pytestmark = [FEW_WORKERS, LEAF_SPEC, EMPTY_LOADER]
 
 
 @pytest.fixture(scope="module")

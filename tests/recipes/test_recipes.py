@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from passed_warnings import CHECKPOINTS_EXIST, EMPTY_LOADER, FEW_BATCHES, FEW_WORKERS, GRADIENT_CHECKPOINTING, JSONARGPARSE, LEAF_SPEC
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from lata_lightning import TaskVector
@@ -18,15 +19,7 @@ from lata_lightning.cli.main import main
 from lata_lightning.quickstart.experts import INSTRUCT
 from lata_lightning.quickstart.make_checkpoints import make_tokenizer
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*number of training batches .* smaller than the logging interval"),
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing"),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-    pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero"),
-    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
-]
+pytestmark = [FEW_WORKERS, LEAF_SPEC, FEW_BATCHES, GRADIENT_CHECKPOINTING, CHECKPOINTS_EXIST, EMPTY_LOADER, JSONARGPARSE]
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = {path.stem: path.read_text("utf-8") for path in sorted((ROOT / "recipes").glob("*.yaml"))}
 FITS = [name for name, text in RECIPES.items() if "\nlata:" in text]

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from passed_warnings import FEW_WORKERS, GRADIENT_CHECKPOINTING, LEAF_SPEC, NO_VALIDATION_LOADER
 from peft import PeftModel
 from tiny_models import llama
 from torch.utils.data import DataLoader
@@ -17,12 +18,7 @@ from lata_lightning.training.loading import load_causal_lm, with_adapters
 from lata_lightning.training.module import CausalLMModule
 from lata_lightning.training.optimizing import learning_rate_share
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
-]
+pytestmark = [FEW_WORKERS, LEAF_SPEC, GRADIENT_CHECKPOINTING, NO_VALIDATION_LOADER]
 QUIET = {
     "accelerator": "cpu",
     "logger": False,

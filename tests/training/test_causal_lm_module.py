@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from passed_warnings import CHECKPOINTS_EXIST, EMPTY_LOADER, FEW_WORKERS, LEAF_SPEC
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lata_lightning.errors import LataError, SourceError
@@ -12,13 +13,7 @@ from lata_lightning.training.loading import load_causal_lm
 from lata_lightning.training.module import CausalLMModule
 from lata_lightning.training.optimizing import learning_rate_share
 
-pytestmark = [
-    # One process reads the data: it is in memory already.
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec"),
-    pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero"),
-    pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
-]
+pytestmark = [FEW_WORKERS, LEAF_SPEC, EMPTY_LOADER, CHECKPOINTS_EXIST]
 QUIET = {
     "accelerator": "cpu",
     "logger": False,

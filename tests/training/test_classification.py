@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from passed_warnings import EMPTY_LOADER, FEW_WORKERS, LEAF_SPEC
 from PIL import Image
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
@@ -14,11 +15,7 @@ from lata_lightning.quickstart.make_checkpoints import make_tokenizer
 from lata_lightning.training.classification import ImageClassificationModule, SequenceClassificationModule
 from lata_lightning.training.labelled_data import ImageDataModule, LabelledTextDataModule
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec"),
-    pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero"),
-]
+pytestmark = [FEW_WORKERS, LEAF_SPEC, EMPTY_LOADER]
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 WORDS = {"low": "abc", "high": "xyz"}

@@ -8,6 +8,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from passed_warnings import CHECKPOINTS_EXIST, FEW_BATCHES, FEW_WORKERS, LEAF_SPEC, NO_VALIDATION_LOADER
 from tiny_models import llama, read_back, same_bits
 
 from lata_lightning.callbacks.lata import LATACallback
@@ -17,14 +18,7 @@ from lata_lightning.training.continual import Task, learn_in_sequence
 from lata_lightning.training.module import CausalLMModule
 from lata_lightning.vectors.task_vector import TaskVector
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
-    pytest.mark.filterwarnings("ignore:The number of training batches"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
-    # Lightning says so of every resumed run.
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty"),
-]
+pytestmark = [FEW_WORKERS, LEAF_SPEC, FEW_BATCHES, NO_VALIDATION_LOADER, CHECKPOINTS_EXIST]
 OPTIONS = {
     "accelerator": "cpu", "devices": 1, "max_epochs": 2, "limit_val_batches": 0,
     "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
