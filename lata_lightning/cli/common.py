@@ -1,4 +1,4 @@
-"""What the commands share: their form, common arguments, a progress bar."""
+"""Shared parts of the commands: their form, common arguments, and progress bars."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Command(NamedTuple):
     Attributes:
         help: A sentence.
         add_arguments: Adds its arguments to a parser.
-        run: Does the work, with the arguments and the command line as it was typed.
+        run: Runs the command, with the arguments and the command line as typed.
         parses_itself: Whether ``run`` parses the command line too; then its arguments are empty.
     """
 
@@ -40,7 +40,7 @@ class Command(NamedTuple):
 
 
 def add_format(parser: ArgumentParser) -> None:
-    """``--format table|json``."""
+    """Add ``--format table|json``."""
     parser.add_argument("--format", type=Format, default="table", help="How to print the result.")
 
 
@@ -55,11 +55,11 @@ def add_all(parser: ArgumentParser) -> None:
 
 
 def add_weighting(parser: ArgumentParser, default: str) -> None:
-    """Add the arguments that decide which coefficients a vector is applied with.
+    """Add the arguments that decide with which coefficients a vector is applied.
 
     Args:
-        parser: Of the command.
-        default: Rule that is used with ``--instruction`` if none is asked for.
+        parser: Parser of the command.
+        default: The rule with ``--instruction`` if none is given.
     """
     parser.add_argument("--instruction", type=str | None, help="Instruction vector (instruct − base) to measure the alignment with.")
     parser.add_argument(
@@ -85,7 +85,7 @@ def add_weighting(parser: ArgumentParser, default: str) -> None:
 
 
 def weighed(options: Namespace, vector: TaskVector, instruction: TaskVector | None, default: Weighting) -> TaskVector:
-    """Return a vector with the coefficients that the arguments of ``add_weighting`` ask for, counted from instruct.
+    """Return a vector relative to instruct, with the coefficients that the arguments of ``add_weighting`` ask for.
 
     Raises:
         LataError: An argument has no effect on what is applied; or as ``lata_lightning.merging.weigh.weigh``.
@@ -104,7 +104,7 @@ def weighed(options: Namespace, vector: TaskVector, instruction: TaskVector | No
 
 
 def add_start(parser: ArgumentParser) -> None:
-    """``--start`` and the switch for provenance checks."""
+    """Add ``--start`` and the switches for provenance checks."""
     parser.add_argument(
         "--start",
         type=Literal["instruct", "base"] | None,
@@ -114,13 +114,13 @@ def add_start(parser: ArgumentParser) -> None:
 
 
 def add_checks(parser: ArgumentParser) -> None:
-    """The switches for checks of where vectors come from."""
+    """Add the switches for provenance checks."""
     parser.add_argument("--check-base", type=bool, default=True, help="Refuse vectors that are known to belong to different weights.")
     add_check_config(parser)
 
 
 def add_check_config(parser: ArgumentParser) -> None:
-    """``--check-config``."""
+    """Add ``--check-config``."""
     parser.add_argument(
         "--check-config",
         type=bool,
@@ -130,7 +130,7 @@ def add_check_config(parser: ArgumentParser) -> None:
 
 
 def add_leave_out(parser: ArgumentParser) -> None:
-    """``--leave-out``, which may be given several times."""
+    """Add ``--leave-out``, which may be given several times."""
     parser.add_argument(
         "--leave-out",
         metavar="PATTERN",
@@ -142,7 +142,7 @@ def add_leave_out(parser: ArgumentParser) -> None:
 
 
 def add_model(parser: ArgumentParser) -> None:
-    """``--model``."""
+    """Add ``--model``."""
     parser.add_argument(
         "--model",
         type=str | None,
@@ -152,7 +152,7 @@ def add_model(parser: ArgumentParser) -> None:
 
 
 def add_workers(parser: ArgumentParser) -> None:
-    """``--workers``."""
+    """Add ``--workers``."""
     parser.add_argument(
         "--workers",
         type=PositiveInt | None,
@@ -161,18 +161,18 @@ def add_workers(parser: ArgumentParser) -> None:
 
 
 def print_json(data: Any) -> None:
-    """JSON on standard output."""
+    """Print JSON on standard output."""
     sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def note(text: str) -> None:
-    """One line on standard error."""
+    """Print one line on standard error."""
     sys.stderr.write(f"lata: {text}\n")
 
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error with bytes per second and time left; silent where that is no terminal."""
+    """Show a bar on standard error with bytes per second and time left, if standard error is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -195,7 +195,7 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def point_progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Points done and time left on standard error: a bar on a terminal, elsewhere a line every few seconds."""
+    """Show points done and time left on standard error: a bar on a terminal, otherwise a line every few seconds."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

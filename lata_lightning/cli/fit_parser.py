@@ -21,7 +21,7 @@ class FitParser(LightningArgumentParser):
     """Parses the arguments of ``lata fit``; wrong ones end with one line and status 2."""
 
     def parse_args(self, args: Any = None, *rest: Any, **settings: Any) -> Any:
-        """As of ``LightningArgumentParser``; options of trainer and callback that do not exist are named first, with the nearest that does."""
+        """Parse as ``LightningArgumentParser`` does, but first refuse unknown options of trainer and callback, naming the nearest known one."""
         for word in args or []:
             name = word.partition("=")[0]
             known = [option for option in self._names() if "." in option]
@@ -35,7 +35,7 @@ class FitParser(LightningArgumentParser):
         self.exit(2)
 
     def _names(self) -> list[str]:
-        """The long options of this parser and of its subcommands."""
+        """Return the long options of this parser and of its subcommands."""
         parsers = [self, *(self._subcommands_action.choices.values() if self._subcommands_action else ())]
         return [option for parser in parsers for option in parser._option_string_actions if option.startswith("--")]
 

@@ -15,7 +15,7 @@ def check_hub(repository: str) -> None:
         repository: Its name on the hub, ``owner/name`` or ``name``.
 
     Raises:
-        LataError: The name is none that the hub takes, the process is offline, there is no token, or the hub does not accept it.
+        LataError: The name is not valid on the hub, the process is offline, there is no token, or the hub rejects it.
     """
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -36,7 +36,7 @@ def check_hub(repository: str) -> None:
 
 
 def upload(directory: str | Path, repository: str) -> None:
-    """Upload a directory, after making the repository, private, if there is none; one that exists keeps its visibility.
+    """Upload a directory to a repository, which is created as a private one if it does not exist.
 
     Raises:
         OutputError: The hub refuses it, or cannot be reached; the directory stays as it is.

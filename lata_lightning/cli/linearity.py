@@ -54,7 +54,7 @@ def _solve_arguments(parser: ArgumentParser) -> None:
 
 
 def add_samples(parser: ArgumentParser, data: str, *, required: bool = True) -> None:
-    """The start model, the vectors, and the samples that are run through it."""
+    """Add the arguments for the start model, the vectors, and the samples that run through it."""
     add_model(parser)
     parser.add_argument("start_model", metavar="START", help="Model the fine-tunes started from: directory or hub id, with tokenizer.")
     parser.add_argument("vectors", metavar="VECTOR", nargs="+", help="Saved vectors, or tuned models, whose vector is tuned − START.")
@@ -155,7 +155,7 @@ def _solve(options: Namespace, command: str) -> None:
 
 
 def check_data(options: Namespace) -> None:
-    """Refuse another number of files than of vectors."""
+    """Raise a LataError unless there is one file for each vector."""
     if len(options.data) != len(options.vectors):
         raise LataError(
             f"give one file of samples for each vector, in the same order: got {len(options.data)} files for {len(options.vectors)} vectors"
@@ -163,7 +163,7 @@ def check_data(options: Namespace) -> None:
 
 
 def vectors_of(options: Namespace) -> list[TaskVector]:
-    """The vectors that a command names, saved ones or of tuned models."""
+    """Return the vectors that a command names: saved vectors, or differences of tuned models."""
     from lata_lightning.merging.open_vector import added_to, open_vector
 
     # Refuses a model that neither the start nor a tuned model holds.
@@ -173,7 +173,7 @@ def vectors_of(options: Namespace) -> list[TaskVector]:
 
 
 def samples_of(options: Namespace, data: Sequence[str]) -> list[list[dict[str, Tensor]]]:
-    """Batches of inputs from each file, by the tokenizer of the start."""
+    """Return batches of inputs from each file, made by the tokenizer of the start."""
     from lata_lightning.rows.inputs import model_inputs, tokenised
     from lata_lightning.rows.reading import read_rows
     from lata_lightning.rows.schema import read_samples

@@ -51,7 +51,7 @@ _DESCRIPTION = "Layer-Aware Task Arithmetic: extract task vectors, measure their
 
 
 def parser_of(name: str) -> CommandParser:
-    """The parser of one command."""
+    """Return the parser of one command."""
     command: Command = COMMANDS[name]
     parser = CommandParser(name, command.help, EXAMPLES[name])
     parser.add_argument(
@@ -65,7 +65,7 @@ def parser_of(name: str) -> CommandParser:
 
 
 def build_parser() -> ArgumentParser:
-    """The parser of all commands together, from which shell completion is made."""
+    """Return one parser for all commands, from which shell completion is made."""
     parser = ArgumentParser(prog="lata", description=_DESCRIPTION, version=version("lata_lightning"))
     subcommands = parser.add_subcommands(dest="command")
     for name, command in COMMANDS.items():
@@ -74,7 +74,7 @@ def build_parser() -> ArgumentParser:
 
 
 def overview() -> str:
-    """Every command with a sentence of help."""
+    """Return a list of all commands with a sentence of help each."""
     width = max(map(len, COMMANDS)) + 2
     lines = ["usage: lata COMMAND [arguments]", "", *wrap(_DESCRIPTION, 100), "", "commands:"]
     for name, command in COMMANDS.items():
@@ -86,7 +86,7 @@ def overview() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status.
+    """Run one command and return the exit status.
 
     Returns:
         0, 1 after a ``LataError``, or 130 after an interruption by the keyboard. Wrong usage raises ``SystemExit`` with status 2.
@@ -131,5 +131,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run() -> None:
-    """Console script."""
+    """Run the command line and exit with its status; the console script."""
     sys.exit(main())

@@ -125,7 +125,7 @@ def _settings(options: Namespace) -> dict[str, Any]:
 
 
 def _whole_terms(options: Namespace, scales: Sequence[float]) -> list[Term]:
-    """The vectors without coefficients, for methods that make one vector of all."""
+    """Return the vectors without coefficients, for methods that make one vector of all."""
     from lata_lightning.merging.merge import Term
 
     weighted = [name for name in ("instruction", "coefficients", "level", "threshold", "outside") if options[name] is not None]
@@ -171,7 +171,7 @@ def _vector(options: Namespace, onto: str, path: str) -> tuple[TaskVector, Weigh
 
 
 def _instruction(options: Namespace, onto: str, vector: TaskVector) -> TaskVector | None:
-    """The instruction vector, with the rows of the vector where vocabularies may differ; None if none is given."""
+    """Return the instruction vector, with the rows of the vector if vocabularies may differ; None if none is given."""
     from lata_lightning.merging.vocabularies import resized
     from lata_lightning.store.opening import open_source
     from lata_lightning.vectors.task_vector import TaskVector

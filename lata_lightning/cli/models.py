@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def add_loading(parser: ArgumentParser) -> None:
-    """``--dtype``, ``--autocast`` and ``--device``."""
+    """Add ``--dtype``, ``--autocast`` and ``--device``."""
     parser.add_argument(
         "--dtype",
         type=Literal["float32", "bfloat16", "float16"],
@@ -31,13 +31,13 @@ def add_loading(parser: ArgumentParser) -> None:
 
 
 def add_rows(parser: ArgumentParser) -> None:
-    """``--context-length`` and ``--template``: how rows become tokens."""
+    """Add ``--context-length`` and ``--template``, which say how rows become tokens."""
     parser.add_argument("--context-length", type=int, default=128, help="For the perplexity of text: most tokens of a window.")
     add_template(parser)
 
 
 def add_head(parser: ArgumentParser) -> None:
-    """``--head``: classification heads that were saved beside task vectors."""
+    """Add ``--head``, for classification heads that were saved beside task vectors."""
     parser.add_argument(
         "--head",
         metavar="RUN",
@@ -49,7 +49,7 @@ def add_head(parser: ArgumentParser) -> None:
 
 
 def heads_of(options: Namespace, paths: Sequence[str], metrics: Iterable[str]) -> dict[str, Head]:
-    """The head of each file of data; none where ``--head`` is not given.
+    """Return the head for each file of data; none if ``--head`` is not given.
 
     Args:
         options: With ``head``.
@@ -81,7 +81,7 @@ def heads_of(options: Namespace, paths: Sequence[str], metrics: Iterable[str]) -
 
 
 def add_template(parser: ArgumentParser) -> None:
-    """``--template``."""
+    """Add ``--template``."""
     parser.add_argument(
         "--template",
         type=Literal["chat", "plain"],
@@ -91,7 +91,7 @@ def add_template(parser: ArgumentParser) -> None:
 
 
 def load(options: Namespace, path: str, *, classifier: bool = False, head: Head | None = None) -> tuple[Any, Any]:
-    """A model in evaluation mode, and its tokenizer.
+    """Load a model in evaluation mode, and its tokenizer.
 
     Args:
         options: With ``dtype`` and ``device``; without a device, a GPU if there is one.
@@ -119,7 +119,7 @@ def load(options: Namespace, path: str, *, classifier: bool = False, head: Head 
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a model.
+    """Load the tokenizer of a model.
 
     Raises:
         SourceError: It cannot be loaded.

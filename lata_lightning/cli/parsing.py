@@ -57,7 +57,7 @@ class CommandParser(ArgumentParser):
         super().__init__(prog=f"lata {name}", description=description, epilog=epilog, formatter_class=_Formatter)
 
     def add_argument(self, *names: Any, **settings: Any) -> Any:
-        """As of ``ArgumentParser``; notes the type, for messages, and shows the choices of a literal as its value's name."""
+        """Add an argument as ``ArgumentParser`` does; record its type for messages, and show the choices of a literal as the name of its value."""
         kind = _without_none(settings.get("type"))
         if get_origin(kind) is Literal and "metavar" not in settings and names[0].startswith("-"):
             settings["metavar"] = "|".join(map(str, get_args(kind)))
@@ -71,17 +71,17 @@ class CommandParser(ArgumentParser):
         return action
 
     def format_usage(self) -> str:
-        """One line: arguments by position, options that must be given, and where the others stand."""
+        """Return one line with positional arguments, required options, and a placeholder for the others."""
         positional = [f"{action.metavar}..." if action.nargs == "+" else str(action.metavar) for action in self._positional()]
         required = [f"{action.option_strings[0]} {_metavar(action)}" for action in self._optional() if action.dest in self.required]
         return f"usage: {' '.join([self.prog, *positional, *required])} [options]\n"
 
     def format_help(self, formatter: Any = None) -> str:
-        """The help, which begins with the one-line usage."""
+        """Return the help, which begins with the one-line usage."""
         return f"{self.format_usage()}\n{super().format_help()}"
 
     def arranged(self, arguments: Sequence[str]) -> list[str]:
-        """The same arguments with those by position first, wherever the options stood.
+        """Return the same arguments with positional ones first, wherever the options were.
 
         An option with several numbers ends at the first word that is no number, one with several texts at the next option. A switch without a
         word behind it is switched on.
@@ -125,7 +125,7 @@ class CommandParser(ArgumentParser):
         return [action for action in self._actions if action.option_strings]
 
     def _action(self, name: str) -> Any:
-        """The option of that name, or of the only one that begins so."""
+        """Return the option of that name, or the only one that begins with it."""
         by_name = {string: action for action in self._optional() for string in action.option_strings}
         if name in by_name:
             return by_name[name]
@@ -135,7 +135,7 @@ class CommandParser(ArgumentParser):
         self.error(f"there is no option {name}{nearest(name, by_name)}")
 
     def _values(self, action: Any, rest: Sequence[str]) -> Iterator[str]:
-        """The words that follow an option and belong to it."""
+        """Return the words after an option that belong to it."""
         kind, numeric = self.types.get(action.dest), self.types.get(action.dest) in (float, int, PositiveInt)
         for position, word in enumerate(rest):
             is_number = _NUMBER.fullmatch(word) is not None
@@ -149,7 +149,7 @@ class CommandParser(ArgumentParser):
                 return
 
     def _plain(self, message: str) -> str:
-        """What the parser library says, in the words of this command line."""
+        """Rephrase a message of the parser library in the words of this command line."""
         missing = MISSING.search(message)
         if missing:
             return f"{' and '.join(self._shown(key) for key in missing[1].split(', '))} must be given."
@@ -184,7 +184,7 @@ class CommandParser(ArgumentParser):
         return f"{self._shown(key, False)} needs a value{'' if wanted == _WANTED[str] else f': {wanted}'}."
 
     def _shown(self, key: str, with_value: bool = True) -> str:
-        """An argument as a user types it."""
+        """Return an argument as a user types it."""
         for action in self._actions:
             if action.dest == key:
                 if not action.option_strings:
@@ -211,7 +211,7 @@ class _Formatter(CommandHelp):
 
 
 def _without_none(kind: Any) -> Any:
-    """X of ``X | None``; any other type as it is."""
+    """Return X for ``X | None``, and any other type itself."""
     kinds = [part for part in get_args(kind) if part is not NoneType]
     return kinds[0] if get_origin(kind) is not Literal and NoneType in get_args(kind) and len(kinds) == 1 else kind
 
@@ -221,6 +221,6 @@ def _metavar(action: Any) -> str:
 
 
 def first_sentence(text: str) -> str:
-    """The first line of a message that is not blank, as a sentence."""
+    """Return the first line of a message that is not blank, as a sentence."""
     line = next((line.strip() for line in text.splitlines() if line.strip()), "the arguments cannot be understood")
     return line if line.endswith((".", "?")) else f"{line}."

@@ -7,7 +7,7 @@ from lata_lightning.cli.main import COMMANDS, overview, parser_of
 
 
 def reference() -> str:
-    """The help of all commands as Markdown, as ``--help`` prints it."""
+    """Return the help of all commands, as ``--help`` prints it, as Markdown."""
     lines = ["# All commands", "", "```text", overview().rstrip(), "```", ""]
     for name, command in COMMANDS.items():
         text = HELP if command.parses_itself else parser_of(name).format_help()

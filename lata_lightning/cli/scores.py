@@ -16,9 +16,9 @@ class Row(NamedTuple):
     """One score of one model.
 
     Attributes:
-        model, data, metric: Whose score it is, and of what.
-        value: None where it is no finite number.
-        n: Rows it was taken on; None where that is not known.
+        model, data, metric: The model, the data and the metric.
+        value: The score; None where it is not finite.
+        n: Number of rows it was measured on; None if not known.
         interval: Ends of the 95 % confidence interval; None where there is none.
     """
 

@@ -1,4 +1,4 @@
-"""Recipes, checkpoints and data that the package ships, by names that work in any directory."""
+"""Shipped recipes, checkpoints and data, by names that work in any directory."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _FOLDERS = {"quickstart": _PACKAGE / "quickstart" / "checkpoints", "recipes": RE
 
 
 def recipes() -> dict[str, Path]:
-    """The shipped recipes by name."""
+    """Return the shipped recipes by name."""
     return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
 
 
 def recipe(name: str) -> str:
-    """Path of the shipped recipe of that name, which may end in ``.yaml``; a file that exists, and any other path, as it is.
+    """Return the path of a shipped recipe by its name, which may end in ``.yaml``; existing files and other paths are returned unchanged.
 
     Raises:
-        LataError: The name is no path, and there is no such recipe.
+        LataError: The name is not a path, and there is no such recipe.
     """
     if Path(name).is_file() or "/" in name or "\\" in name:
         return name
@@ -37,7 +37,7 @@ def recipe(name: str) -> str:
 
 
 def located(value: Any) -> Any:
-    """The same arguments with every ``quickstart:NAME`` and ``recipes:NAME`` in place of which the path of that checkpoint or data file stands.
+    """Return the arguments with every ``quickstart:NAME`` and ``recipes:NAME`` replaced by the path of that checkpoint or data file.
 
     Raises:
         LataError: There is nothing of that name.
@@ -54,7 +54,7 @@ def located(value: Any) -> Any:
 
 
 def summary(path: Path) -> str:
-    """What a recipe is for: its first sentences, up to the commands."""
+    """Return the purpose of a recipe: its first sentences, up to the commands."""
     return path.read_text("utf-8").split("\n", 1)[0].lstrip("# ").rstrip(":")
 
 

@@ -168,14 +168,14 @@ def _run(options: Namespace, command: str) -> None:
 
 
 def _sides(options: Namespace) -> tuple[dict[str, str], dict[str, str]]:
-    """Files of validation data and of control data, by name."""
+    """Return the files of validation data and of control data, by name."""
     from lata_lightning.evaluation.questions import names_of
 
     return names_of(options.data), names_of(options.control)
 
 
 def _metric(options: Namespace, rows: Mapping[str, Sequence[Sample]]) -> MetricName:
-    """The one metric to choose by."""
+    """Return the metric to choose by."""
     from lata_lightning.evaluation.questions import metric_of
 
     if options.metric is not None:
@@ -209,7 +209,7 @@ def _note_few(options: Namespace, rows: Mapping[str, Sequence[Sample]]) -> None:
 
 
 def _methods(options: Namespace) -> list[MatrixMethod]:
-    """The methods to try that make one vector of all."""
+    """Return the methods to try that make one vector of all."""
     methods = [method for method in dict.fromkeys(options.method) if method != "sum"]
     if methods and options.forget:
         raise LataError(f"--method {methods[0]} makes one vector of several to merge; with --forget the vectors are taken off as they are")
@@ -259,7 +259,7 @@ def _show(options: Namespace, found: Tuning) -> None:
 
 
 def _next_command(options: Namespace, weighting: str, scale: float) -> str:
-    """The command that writes the chosen model; what takes off several vectors is a merge at a negative scale."""
+    """Return the command that writes the chosen model; several vectors are subtracted by a merge at a negative scale."""
     one = options.forget and len(options.vectors) == 1
     chosen = "--method" if weighting in options.method else "--weighting"
     words = ["lata", "forget" if one else "merge", options.onto, *options.vectors, chosen, weighting]

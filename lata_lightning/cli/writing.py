@@ -1,4 +1,4 @@
-"""What commands that write have in common: a dry run, replacing earlier output, and uploading it to the hub."""
+"""Shared parts of commands that write: a dry run, replacing earlier output, and uploading it to the hub."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def add_writing(parser: ArgumentParser, *, overwrite: bool = True, hub: bool = F
 
 
 def policy_of(options: Namespace) -> OutputPolicy:
-    """The policy that the arguments of ``add_writing`` ask for."""
+    """Return the policy that the arguments of ``add_writing`` ask for."""
     return OutputPolicy(
         overwrite=bool(options.get("overwrite")),
         dry_run=bool(options.get("dry_run")),
@@ -56,7 +56,7 @@ def policy_of(options: Namespace) -> OutputPolicy:
 
 @contextmanager
 def applying(terms: Iterable[Term]) -> Iterator[None]:
-    """Say on standard error, after the block, which coefficients the vectors were applied with; in a dry run it is said with what would be written."""
+    """Print on standard error, after the block, with which coefficients the vectors were applied; a dry run prints it with what would be written."""
     from lata_lightning.merging.weigh import applied
 
     terms = list(terms)
@@ -79,7 +79,7 @@ def show_plan(options: Namespace, stopped: DryRun) -> None:
 
 
 def size_in_words(size: int) -> str:
-    """A number of bytes as people write it."""
+    """Format a number of bytes with a unit."""
     for unit, name in _UNITS:
         if size >= unit:
             return f"{size / unit:.3g} {name}"
@@ -121,7 +121,7 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _read(options: Namespace) -> dict[str, str]:
-    """What a command reads, by path, with what it is."""
+    """Return what a command reads: a description by path."""
     given = [options.get(key) for key in _READ]
     return _described(path for value in given for path in (value if isinstance(value, list) else [value]) if isinstance(path, str))
 
