@@ -7,14 +7,27 @@ import torch
 from lata_lightning import TaskVector
 from lata_lightning.numerics.chunks import factor_chunks
 from lata_lightning.numerics.low_rank import Factors, LowRank
-from lata_lightning.store.sources import View
+from lata_lightning.store.views import Forwarding
 from lata_lightning.vectors.entries import TensorEntry
 
 
-class _InFactors(View):
-    def __init__(self, vector, factors):
-        super().__init__(vector.tensors, {name: name for name in vector})
-        self._factors = {name: LowRank(vector.shape(name), (Factors(*pair),)) for name, pair in factors.items()}
+class InFactors(Forwarding):
+    """A source of which some tensors are products of a left and a right factor; each is its only part."""
+
+    def __init__(self, source, factors):
+        super().__init__(source.origin)
+        self._source = source
+        self._factors = {name: LowRank(source.shape(name), (Factors(*pair),)) for name, pair in factors.items()}
+
+    @property
+    def names(self):
+        return self._source.names
+
+    def target(self, name):
+        return self._source, name
+
+    def read(self, name):
+        return self._factors[name].dense() if name in self._factors else super().read(name)
 
     def low_rank(self, name):
         return self._factors.get(name)
@@ -27,7 +40,7 @@ def vector_in_factors(directory, weights, factors):
     """The saved vector; factors are pairs of left and right by the name of the tensor."""
     zero = TaskVector.between(weights, {name: tensor.clone() for name, tensor in weights.items()})
     entries = {name: TensorEntry(tuple(weights[name].shape), "float32", unchanged=True) for name in weights if name not in factors}
-    return TaskVector(_InFactors(zero, factors), replace(zero.manifest, tensors=entries)).save(directory)
+    return TaskVector(InFactors(zero.tensors, factors), replace(zero.manifest, tensors=entries)).save(directory)
 
 
 def random_factors(weights, names, *, rank=2, seed=0):

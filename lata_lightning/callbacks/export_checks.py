@@ -12,7 +12,7 @@ from lata_lightning.live.measuring import Measurement
 from lata_lightning.live.tracker import Tracker
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import check_same_shapes, match
-from lata_lightning.store.sources import View
+from lata_lightning.store.views import View
 from lata_lightning.vectors.manifest import Identity
 
 _ONTO_START = ("hf", "peft", "mergekit")

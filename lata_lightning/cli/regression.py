@@ -96,7 +96,7 @@ def _from_vectors(options: Namespace) -> TaskVector:
     from lata_lightning.store.directories import holds_vector
     from lata_lightning.store.opening import open_source
     from lata_lightning.store.pairing import pair
-    from lata_lightning.store.sources import View
+    from lata_lightning.store.views import View
     from lata_lightning.vectors.aligning import check_same_model
 
     unused = [f"--{name.replace('_', '-')}" for name, default in _ONLY_WITH_DATA.items() if options[name] != default]

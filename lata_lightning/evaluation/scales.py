@@ -15,7 +15,7 @@ from lata_lightning.linearity.shell import Shell
 from lata_lightning.merging.sum import Sum
 from lata_lightning.merging.term import Term
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
-from lata_lightning.store.sources import StateDictSource, TensorSource
+from lata_lightning.store.sources import Origin, StateDictSource, TensorSource
 from lata_lightning.vectors.task_vector import TaskVector
 
 
@@ -48,7 +48,7 @@ class Reweighting:
         saved = under_checkpoint_names(model, copies)
         self._copied: dict[int, TensorSource] = {}
         narrowed = {name: _narrowed(tensor, (dtypes or {}).get(name)) for name, tensor in saved.items()}
-        self._onto = StateDictSource(narrowed, "the model", StateDictSource(model).config)
+        self._onto = StateDictSource(narrowed, Origin("the model", config=StateDictSource(model).config))
 
     def apply(self, terms: Sequence[Term]) -> None:
         """Set the weights to onto + Σ scale · coefficient · vector.
@@ -96,7 +96,9 @@ class Reweighting:
             return term
         # Vectors that differ only in their coefficients share one source.
         if id(source) not in self._copied:
-            self._copied[id(source)] = StateDictSource({name: source.read(name).clone() for name in source.names}, term.vector.label)
+            self._copied[id(source)] = StateDictSource(
+                {name: source.read(name).clone() for name in source.names}, Origin(term.vector.label)
+            )
         return replace(term, vector=TaskVector(self._copied[id(source)], term.vector.manifest))
 
 

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
-from typing import Any, Literal, get_args
+from typing import Any, Literal, final, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lata_lightning.errors import CorruptFileError
 from lata_lightning.layers import LayerMap
@@ -19,7 +20,8 @@ from lata_lightning.numerics.low_rank import Factors, LowRank
 from lata_lightning.numerics.matrix_regression import Figures, Operand, Settings, regressed, regressed_factors, working_bytes
 from lata_lightning.numerics.measure import all_finite
 from lata_lightning.numerics.singular import iso_c, tsv_m
-from lata_lightning.store.sources import TensorSource
+from lata_lightning.store.sources import Origin, TensorSource
+from lata_lightning.store.views import Computed
 from lata_lightning.vectors.manifest import OUTSIDE
 
 MatrixMethod = Literal["regression", "tsv", "iso"]
@@ -33,7 +35,8 @@ _BY_SINGULAR_VECTORS: Mapping[str, Callable[[Sequence[Tensor]], Tensor]] = {"tsv
 _MEMORY = 4 << 30
 
 
-class MatrixMerge(TensorSource):
+@final
+class MatrixMerge(Computed):
     """The merge of some vectors, of which each tensor is computed when it is read.
 
     Args:
@@ -60,35 +63,27 @@ class MatrixMerge(TensorSource):
         settings: Settings | None = None,
         memory: int = _MEMORY,
     ) -> None:
+        origin = Origin(f"the {NAMES[method]} of {len(vectors)} vectors")
+        super().__init__(vectors[-1], origin, dtype=torch.float32, parallel=all(vector.parallel for vector in vectors))
         self._vectors, self._labels, self._unchanged, self._layers = vectors, _distinct(labels), unchanged, layers
         self._method, self._settings = method, settings or Settings()
         self._memory = MemoryLimit(memory)
         self._low_rank: dict[str, LowRank] = {}
         self._figures: dict[str, Figures] = {}
-        self.location = f"the {NAMES[method]} of {len(vectors)} vectors"
-        self.parallel = all(vector.parallel for vector in vectors)
         forms = matrix_forms({name: vectors[-1].shape(name) for name in self.names}, layers)
         everywhere = method == "regression" or not layers.blocks
         self.forms = {name: form for name, form in forms.items() if everywhere or layers.positions[name].block is not None}
 
-    @property
-    def names(self) -> tuple[str, ...]:  # noqa: D102
-        return self._vectors[-1].names
-
-    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
-        return self._vectors[-1].shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:  # noqa: D102
-        return torch.float32
-
-    def read(self, name: str) -> Tensor:  # noqa: D102
+    @override
+    def read(self, name: str) -> Tensor:
         factors = self.low_rank(name)
         if factors is not None:
             return factors.dense()
         count = math.prod(self.shape(name))
         return self.chunks(name)(0, count).reshape(self.shape(name)).float()
 
-    def chunks(self, name: str) -> ChunkReader:  # noqa: D102
+    @override
+    def chunks(self, name: str) -> ChunkReader:
         acting = self._acting(name)
         if not acting:
             return tensor_chunks(torch.zeros(self.shape(name)))
@@ -96,7 +91,8 @@ class MatrixMerge(TensorSource):
             return self._vectors[acting[0]].chunks(name)
         return streamed(self._blocks(name, acting), math.prod(self.shape(name)))
 
-    def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
+    @override
+    def low_rank(self, name: str) -> LowRank | None:
         acting = self._acting(name)
         if len(acting) == 1:
             return self._vectors[acting[0]].low_rank(name)

@@ -10,11 +10,12 @@ import math
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial, wraps
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from typing_extensions import override
 
 from lata_lightning.errors import CorruptFileError, LataError, first_three
 from lata_lightning.linearity.lockstep import Stand, in_lockstep
@@ -24,11 +25,13 @@ from lata_lightning.linearity.walk import Batch, call, relative
 from lata_lightning.numerics.matrix_regression import Settings
 from lata_lightning.numerics.measure import all_finite
 from lata_lightning.store.meta_model import copy_without_weights
-from lata_lightning.store.sources import TensorSource
+from lata_lightning.store.sources import Origin, TensorSource
+from lata_lightning.store.views import Computed
 from lata_lightning.store.writer import Progress
 
 
-class Merged(TensorSource):
+@final
+class Merged(Computed):
     """Fitted matrices, and of every other tensor the mean of the vectors, which is computed when it is read.
 
     Args:
@@ -40,22 +43,13 @@ class Merged(TensorSource):
     """
 
     def __init__(self, vectors: Sequence[TensorSource], location: str) -> None:
+        # Matching each with the next may have left names out.
+        super().__init__(vectors[-1], Origin(location), dtype=torch.float32, parallel=all(vector.parallel for vector in vectors))
         self._vectors = vectors
         self.fitted: dict[str, Tensor] = {}
-        self.location, self.parallel = location, all(vector.parallel for vector in vectors)
 
-    @property
-    def names(self) -> tuple[str, ...]:  # noqa: D102
-        # Matching each with the next may have left names out.
-        return self._vectors[-1].names
-
-    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
-        return self._vectors[-1].shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:  # noqa: D102
-        return torch.float32
-
-    def read(self, name: str) -> Tensor:  # noqa: D102
+    @override
+    def read(self, name: str) -> Tensor:
         if name in self.fitted:
             return self.fitted[name]
         total = torch.zeros(self.shape(name), dtype=torch.float64)

@@ -24,7 +24,8 @@ from lata_lightning.linearity.units import Blocks, Unit
 from lata_lightning.store.meta_model import copy_without_weights, model_without_weights
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import named_like, pair
-from lata_lightning.store.sources import TensorSource, View
+from lata_lightning.store.sources import TensorSource
+from lata_lightning.store.views import View
 from lata_lightning.store.writer import Progress
 from lata_lightning.vectors.aligning import check_same_model, check_same_start
 from lata_lightning.vectors.task_vector import TaskVector

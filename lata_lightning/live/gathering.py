@@ -6,23 +6,26 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, final
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from typing_extensions import override
 
 from lata_lightning.alignment import Alignment
 from lata_lightning.errors import first_three
 from lata_lightning.layers import LayerMap
 from lata_lightning.live.tracker import Tracker
 from lata_lightning.moments import Start
+from lata_lightning.numerics.chunks import ChunkReader, factor_chunks
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.numerics.measure import same_values
 from lata_lightning.store.hashing import hash_values
 from lata_lightning.store.meaning import meaning_in_memory
-from lata_lightning.store.sources import TensorSource
+from lata_lightning.store.sources import Origin, TensorSource
 from lata_lightning.store.tied_names import ties_of
+from lata_lightning.store.views import Forwarding
 from lata_lightning.vectors.differences import Difference
 from lata_lightning.vectors.entries import TensorEntry
 from lata_lightning.vectors.manifest import Identity, Manifest
@@ -124,47 +127,75 @@ def _task_vector(tracker: Tracker, manifest: Manifest, still: Set[str], lost: Se
     return TaskVector(_LiveDifference(tracker, sides["start"], sides["live"], known, still), manifest)
 
 
+@final
 class _Gathered(TensorSource):
     """One side of the difference, gathered when it is read."""
 
     def __init__(self, tracker: Tracker, side: Side, names: tuple[str, ...]) -> None:
+        super().__init__(Origin(tracker.live.location if side == "start" else None))
         self._tracker, self._side, self._names = tracker, side, names
-        self.location = tracker.live.location if side == "start" else None
 
     @property
+    @override
     def names(self) -> tuple[str, ...]:
         return self._names
 
+    @override
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tracker.live.shape(name)
 
+    @override
     def dtype(self, name: str) -> torch.dtype:
         return self._tracker.live.dtype(name)
 
+    @override
     def read(self, name: str) -> Tensor:
         request = torch.tensor([self._tracker.live.index[name], _SIDES.index(self._side)])
         self._tracker.ranks.from_rank(request, 0)
         return _gather(self._tracker, name, self._side)
 
 
-class _LiveDifference(Difference):
+@final
+class _LiveDifference(Forwarding):
     """Live minus start weights; of a tensor under an adapter, what the adapter adds, without a detour over the sum."""
 
     def __init__(self, tracker: Tracker, start: TensorSource, live: TensorSource, known: Mapping[str, str], still: Set[str]) -> None:
-        super().__init__(start, live, start.names, known=known)
+        self._difference = Difference(start, live, start.names, known=known)
+        super().__init__(self._difference.origin, parallel=self._difference.parallel)
         self._model, self._tracker, self._still = tracker.live, tracker, still
 
+    @property
+    @override
+    def names(self) -> tuple[str, ...]:
+        return self._difference.names
+
+    @override
+    def target(self, name: str) -> tuple[TensorSource, str]:
+        return self._difference, name
+
+    @override
     def read(self, name: str) -> Tensor:
         if name in self._still:
             return torch.zeros(self.shape(name))
         factors = self.low_rank(name)
         return super().read(name) if factors is None else factors.dense(self.dtype(name))
 
+    @override
+    def chunks(self, name: str) -> ChunkReader:
+        factors = self.low_rank(name)
+        return super().chunks(name) if factors is None else factor_chunks(factors)
+
+    @override
     def low_rank(self, name: str) -> LowRank | None:
         return self._tracker.added(name).copy() if name in self._model.adapted else None
 
+    @override
+    def sides(self, name: str) -> tuple[TensorSource, TensorSource, str] | None:
+        return None if name in self._model.adapted else super().sides(name)
+
+    @override
     def content_hashes(self) -> tuple[str | None, str | None]:
-        start, tuned = super().content_hashes()
+        start, tuned = self._difference.content_hashes()
         # The sum of a weight and what an adapter adds to it is never formed, so it has no hash.
         return start, None if self._model.adapted else tuned
 

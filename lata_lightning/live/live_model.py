@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
+from typing_extensions import override
 
 from lata_lightning.errors import LataError, first_three
 from lata_lightning.layers import unwrapped
@@ -19,7 +20,7 @@ from lata_lightning.store.checkpoint_names import under_checkpoint_names
 from lata_lightning.store.lora import peft_kinds
 from lata_lightning.store.names import NOTHING, LeaveOut
 from lata_lightning.store.roles import named_role
-from lata_lightning.store.sources import TensorSource
+from lata_lightning.store.sources import Origin, TensorSource
 
 
 class LiveModel(TensorSource):
@@ -53,9 +54,9 @@ class LiveModel(TensorSource):
         """Hold these tensors of a module, named as the module names them."""
         self.module = module
         config = getattr(module, "config", None)
-        self.config = config.to_dict() if config is not None and hasattr(config, "to_dict") else None
+        settings = config.to_dict() if config is not None and hasattr(config, "to_dict") else None
         # Transformers notes here what the weights were loaded from.
-        self.location = getattr(config, "_name_or_path", None) or None
+        super().__init__(Origin(getattr(config, "_name_or_path", None) or None, config=settings))
         self._held = held
         named = under_checkpoint_names(module, held)
         whole = {id(tensor) for tensor in held.values()}
@@ -77,10 +78,12 @@ class LiveModel(TensorSource):
         self._changing: tuple[tuple[bool, ...], tuple[str, ...]] | None = None
 
     @property
-    def names(self) -> tuple[str, ...]:  # noqa: D102
+    @override
+    def names(self) -> tuple[str, ...]:
         return self._names
 
     @property
+    @override
     def label(self) -> str:
         """Not where it was loaded from: a message may tell the model from what lies there."""
         return "the model in training"
@@ -94,13 +97,16 @@ class LiveModel(TensorSource):
         """A tensor that is left out, as it stands."""
         return self._left_out[name]
 
-    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
+    @override
+    def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
 
-    def dtype(self, name: str) -> torch.dtype:  # noqa: D102
+    @override
+    def dtype(self, name: str) -> torch.dtype:
         return self._tensors[name].dtype
 
-    def read(self, name: str) -> Tensor:  # noqa: D102
+    @override
+    def read(self, name: str) -> Tensor:
         return self._tensors[name]
 
     def shard(self, name: str) -> Shard:

@@ -13,7 +13,8 @@ from lata_lightning.live.placements import Shard
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.store.names import NOTHING, LeaveOut
 from lata_lightning.store.pairing import pair
-from lata_lightning.store.sources import TensorSource, View
+from lata_lightning.store.sources import TensorSource
+from lata_lightning.store.views import View
 
 
 def matched_to(live: LiveModel, source: TensorSource, what: str, root: nn.Module, leave_out: LeaveOut = NOTHING) -> TensorSource:

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import final
 
-import torch
-from torch import Tensor
+from typing_extensions import override
 
 from lata_lightning.errors import BaseMismatchError, LataError
 from lata_lightning.layers import LayerMap, LayerPosition
 from lata_lightning.merging.term import Term
 from lata_lightning.numerics.combine import Summand
-from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.store.hashing import content_hash
 from lata_lightning.store.names import NOTHING, LeaveOut
 from lata_lightning.store.pairing import Pairing, check_same_shapes, match
 from lata_lightning.store.roles import is_variance
-from lata_lightning.store.sources import TensorSource, View
+from lata_lightning.store.sources import TensorSource
+from lata_lightning.store.views import Forwarding, View, Zeros
 
 
-class Padded(View):
+@final
+class Padded(Forwarding):
     """A vector with zeros for the tensors that it does not hold.
 
     Args:
@@ -29,31 +30,21 @@ class Padded(View):
     """
 
     def __init__(self, source: TensorSource, onto: TensorSource) -> None:
-        super().__init__(source, {name: name for name in source.names})
-        self._onto, self._held = onto, frozenset(source.names)
+        super().__init__(source.origin, parallel=source.parallel)
+        self._source, self._zeros, self._held = source, Zeros(onto), frozenset(source.names)
 
     @property
-    def names(self) -> tuple[str, ...]:  # noqa: D102
-        return self._onto.names
+    @override
+    def names(self) -> tuple[str, ...]:
+        return self._zeros.names
+
+    @override
+    def target(self, name: str) -> tuple[TensorSource, str]:
+        return (self._source if name in self._held else self._zeros), name
 
     def holds(self, name: str) -> bool:
-        """Whether the vector itself has the tensor."""
+        """Return whether the vector itself has the tensor."""
         return name in self._held
-
-    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
-        return super().shape(name) if name in self._held else self._onto.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:  # noqa: D102
-        return super().dtype(name) if name in self._held else torch.float32
-
-    def read(self, name: str) -> Tensor:  # noqa: D102
-        return super().read(name) if name in self._held else torch.zeros(self._onto.shape(name))
-
-    def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:  # noqa: D102
-        return super().read_slice(name, slices) if name in self._held else TensorSource.read_slice(self, name, slices)
-
-    def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
-        return super().low_rank(name) if name in self._held else None
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from lata_lightning.store.names import LeaveOut
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import named_like, pair_names
 from lata_lightning.store.seal import sealed
-from lata_lightning.store.sources import Fingerprinted, TensorSource
+from lata_lightning.store.sources import TensorSource
+from lata_lightning.store.views import Fingerprinted
 from lata_lightning.store.writer import (
     MAX_SHARD_BYTES,
     Progress,

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lata_lightning.numerics.chunks import ChunkReader, tensor_chunks
 from lata_lightning.numerics.low_rank import LowRank
-from lata_lightning.store.sources import TensorSource, View
+from lata_lightning.store.sources import TensorSource
+from lata_lightning.store.views import Forwarding
 
 
-class Rows(View):
+@final
+class Rows(Forwarding):
     """A source in which some tensors are put together from rows of several sources, one tensor at a time.
 
     Args:
@@ -25,24 +30,35 @@ class Rows(View):
     def __init__(
         self, source: TensorSource, axes: Mapping[str, int], size: int, pieces: Sequence[tuple[TensorSource, Iterable[int]]]
     ) -> None:
-        super().__init__(source, {name: name for name in source.names})
         # Rows of several models have no tokenizer of their own.
-        self.directory = None
-        self._axes, self._size = axes, size
+        super().__init__(replace(source.origin, directory=None), parallel=source.parallel)
+        self._source, self._axes, self._size = source, axes, size
         self._pieces = [(piece, torch.tensor(sorted(rows), dtype=torch.int64)) for piece, rows in pieces]
 
-    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
+    @property
+    @override
+    def names(self) -> tuple[str, ...]:
+        return self._source.names
+
+    @override
+    def target(self, name: str) -> tuple[TensorSource, str]:
+        return self._source, name
+
+    @override
+    def shape(self, name: str) -> tuple[int, ...]:
         shape = super().shape(name)
         axis = self._axes.get(name)
         return shape if axis is None else (*shape[:axis], self._size, *shape[axis + 1 :])
 
-    def dtype(self, name: str) -> torch.dtype:  # noqa: D102
+    @override
+    def dtype(self, name: str) -> torch.dtype:
         found = super().dtype(name)
         for piece, _ in self._pieces if name in self._axes else ():
             found = torch.promote_types(found, piece.dtype(name))
         return found
 
-    def read(self, name: str) -> Tensor:  # noqa: D102
+    @override
+    def read(self, name: str) -> Tensor:
         axis = self._axes.get(name)
         if axis is None:
             return super().read(name)
@@ -51,19 +67,18 @@ class Rows(View):
             found.index_copy_(axis, rows, piece.read(name).index_select(axis, rows).to(found.dtype))
         return found
 
-    def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:  # noqa: D102
-        if name in self._axes:
-            return self.read(name) if slices is None else self.read(name)[slices]
-        return super().read_slice(name, slices)
-
-    def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
+    @override
+    def low_rank(self, name: str) -> LowRank | None:
         return None if name in self._axes else super().low_rank(name)
 
-    def chunks(self, name: str) -> ChunkReader:  # noqa: D102
+    @override
+    def chunks(self, name: str) -> ChunkReader:
         return tensor_chunks(self.read(name)) if name in self._axes else super().chunks(name)
 
-    def byte_range(self, name: str) -> Hashable:  # noqa: D102
+    @override
+    def byte_range(self, name: str) -> Hashable:
         return None if name in self._axes else super().byte_range(name)
 
-    def sides(self, name: str) -> tuple[TensorSource, TensorSource, str] | None:  # noqa: D102
+    @override
+    def sides(self, name: str) -> tuple[TensorSource, TensorSource, str] | None:
         return None if name in self._axes else super().sides(name)

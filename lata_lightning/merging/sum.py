@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.store.directories import find_weights
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import named_like
-from lata_lightning.store.sources import Fingerprinted, TensorSource
+from lata_lightning.store.sources import StateDictSource, TensorSource
+from lata_lightning.store.views import Fingerprinted
 from lata_lightning.vectors.aligning import check_same_model, check_same_start
 
 Onto = str | Path | nn.Module | Mapping[str, Tensor] | TensorSource
@@ -63,7 +65,7 @@ class Sum:
         opened = open_source(start_of(terms, onto))
         if isinstance(onto, nn.Module) and opened.config is not None and not opened.config.get("architectures"):
             # transformers writes the class into the config only when a model is saved.
-            opened.config = {**opened.config, "architectures": [type(onto).__name__]}
+            opened = StateDictSource(onto, replace(opened.origin, config={**opened.config, "architectures": [type(onto).__name__]}))
         self.source = named_like(opened, terms[0].vector.tensors)
         self._matched = match_terms(self.source, terms)
         check_same_model(self.source, [term.vector for term in terms])

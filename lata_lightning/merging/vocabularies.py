@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,13 +13,13 @@ from lata_lightning.errors import LataError, LayoutMismatchError, first_three
 from lata_lightning.layers import LayerRule
 from lata_lightning.merging.rows import Rows
 from lata_lightning.moments import Start
-from lata_lightning.store.hashing import content_hash
 from lata_lightning.store.meaning import Meaning, check_same_tokens, meaning_of, refuse_tokens, stated_sizes
 from lata_lightning.store.names import LeaveOut
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import pair_names
-from lata_lightning.store.sources import Fingerprinted, TensorSource
+from lata_lightning.store.sources import TensorSource
 from lata_lightning.store.tokens import Tokens, read_tokens, within
+from lata_lightning.store.views import Fingerprinted
 from lata_lightning.store.vocabulary import Comparison, compare, resized_config
 from lata_lightning.vectors.differences import Difference
 from lata_lightning.vectors.manifest import Kind
@@ -50,19 +50,6 @@ class Fitted:
     tokenizer: TensorSource
     config: Mapping[str, Any] | None
     notes: tuple[str, ...]
-
-
-class _SharedDifference(Difference):
-    """A difference over shared rows, which still identifies its two sides by all the rows they have."""
-
-    def __init__(self, start: TensorSource, tuned: TensorSource, names: Iterable[str], sides: tuple[Fingerprinted, Fingerprinted]) -> None:
-        super().__init__(start, tuned, names, identify=False)
-        self._sides = sides
-
-    def content_hashes(self) -> tuple[str | None, str | None]:
-        found = [{name: side.hashes[name] for name in self.names if name in side.hashes} for side in self._sides]
-        one, other = (content_hash(hashes) if len(hashes) == len(self.names) else None for hashes in found)
-        return one, other
 
 
 def between_vocabularies(
@@ -118,7 +105,7 @@ def between_vocabularies(
             notes.append(
                 f"only {side.label} has {_described(rows, found.tokens)}: no difference is known there, they are {what} in the vector"
             )
-    found_vector = TaskVector(_SharedDifference(*ready, vector.tensors.names, sides), replace(vector.manifest, meaning=meaning))
+    found_vector = TaskVector(Difference(*ready, vector.tensors.names, hashed=sides), replace(vector.manifest, meaning=meaning))
     return found_vector, tuple(notes)
 
 

@@ -58,16 +58,22 @@ def streamed(blocks: Iterable[Tensor], size: int) -> ChunkReader:
     """
     coming = iter(blocks)
     waiting: list[Tensor] = []
+    first = 0
 
     def load(begin: int, end: int) -> Tensor:
-        count = end - begin
-        while sum(part.numel() for part in waiting) < count:
+        nonlocal first
+        if begin < first:
+            raise ValueError(f"entries of a stream come in order; those from {begin} on were asked for after those before {first}")
+        while first + sum(part.numel() for part in waiting) < end:
             waiting.append(next(coming).reshape(-1))
+            while waiting and first + waiting[0].numel() <= begin:
+                first += waiting.pop(0).numel()
         joined = torch.cat(waiting) if len(waiting) > 1 else waiting[0]
-        waiting[:] = [joined[count:]] if joined.numel() > count else []
+        waiting[:] = [joined[end - first :]] if joined.numel() > end - first else []
+        first, skipped = end, begin - first
         if end == size:
             deque(coming, maxlen=0)
-        return joined[:count]
+        return joined[skipped : skipped + end - begin]
 
     return load
 

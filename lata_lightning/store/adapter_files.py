@@ -17,7 +17,7 @@ from lata_lightning.store.formats.table import find_format
 from lata_lightning.store.lora import RESIDUAL, AdaptedModel, check_kind
 from lata_lightning.store.meaning import rows_of
 from lata_lightning.store.meta_model import meta_model
-from lata_lightning.store.sources import TensorSource
+from lata_lightning.store.sources import Origin, TensorSource
 
 # The models with a head that adapters of a task type are trained on.
 _HEADS = {
@@ -252,5 +252,5 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
     path = next((directory / name for name in ADAPTER_WEIGHTS if (directory / name).is_file()), None)
     if path is None:
         raise SourceError(f"{directory} holds neither {' nor '.join(ADAPTER_WEIGHTS)}. Is it complete?")
-    stored = find_format(path).open(path, str(path), None)
+    stored = find_format(path).open(path, Origin(str(path)), None)
     return {name: stored.read(name) for name in stored.names} | {alias: stored.read(name) for alias, name in stored.tied.items()}

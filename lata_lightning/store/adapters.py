@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import final
+
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lata_lightning.errors import BaseMismatchError, LataError, LayoutMismatchError, SourceError, first_three
 from lata_lightning.numerics.chunks import ChunkReader, zeros
@@ -14,9 +18,11 @@ from lata_lightning.store.checkpoint_names import under_checkpoint_names
 from lata_lightning.store.hashing import content_hash, hash_values
 from lata_lightning.store.lora import AdaptedModel
 from lata_lightning.store.names import leave_out_pattern
-from lata_lightning.store.sources import TensorSource
+from lata_lightning.store.sources import IN_MEMORY, Origin, TensorSource
+from lata_lightning.store.views import Computed
 
 
+@final
 class AdapterDifference(TensorSource):
     """What a LoRA adapter adds to the weights it was trained on, tensor by tensor.
 
@@ -26,10 +32,11 @@ class AdapterDifference(TensorSource):
     Args:
         start: The weights the adapter was trained on; with ``before``, the weights that those and the other adapter make.
         adapted: The model with the adapter on it; its base weights may be empty (meta tensors).
-        location: Where the adapter lies, for messages and provenance; None for a model in memory.
+        origin: Where the adapter comes from.
         before: What another adapter adds to the weights this one was trained on. Then this is what the one adds more than the other.
 
     Attributes:
+        start: The weights that the adapter, or both adapters, add to.
         unchanged: Names of the tensors that the adapter leaves as they are.
         left_out: Names of the tensors of a head that the adapted model has and the start has not.
 
@@ -39,12 +46,15 @@ class AdapterDifference(TensorSource):
         SourceError: Peft cannot merge a layer of it.
     """
 
-    def __init__(self, start: TensorSource, adapted: AdaptedModel, location: str | None, before: AdapterDifference | None = None) -> None:
+    def __init__(
+        self, start: TensorSource, adapted: AdaptedModel, origin: Origin = IN_MEMORY, before: AdapterDifference | None = None
+    ) -> None:
+        super().__init__(origin)
         self._hashed, self._before = start, before
-        self._adapted, self.location = adapted, location
+        self._adapted = adapted
         self.left_out: tuple[str, ...] = ()
-        self._start: TensorSource = start if before is None else before._start
-        start = self._start
+        self.start: TensorSource = start if before is None else before.start
+        start = self.start
         own = {name: tensor for name, tensor in self._adapted.plain.items() if not tensor.is_meta}
         self._whole = {name: tensor.detach() for name, tensor in under_checkpoint_names(self._adapted.module, own).items()}
         self._names = tuple(name for name in start.names if start.dtype(name).is_floating_point)
@@ -88,34 +98,40 @@ class AdapterDifference(TensorSource):
     def _is_start(self, name: str) -> bool:
         """Whether a tensor held whole is that of the start, as rounded to the precision it was loaded in."""
         held = self._whole[name].cpu()
-        return torch.equal(held, self._start.read(name).to(held.dtype))
+        return torch.equal(held, self.start.read(name).to(held.dtype))
 
     @property
-    def names(self) -> tuple[str, ...]:  # noqa: D102
+    @override
+    def names(self) -> tuple[str, ...]:
         return self._names
 
-    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
-        return self._start.shape(name)
+    @override
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.start.shape(name)
 
-    def dtype(self, name: str) -> torch.dtype:  # noqa: D102
-        return torch.promote_types(self._start.dtype(name), torch.float32)
+    @override
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.promote_types(self.start.dtype(name), torch.float32)
 
-    def read(self, name: str) -> Tensor:  # noqa: D102
+    @override
+    def read(self, name: str) -> Tensor:
         if name in self.unchanged:
             return torch.zeros(self.shape(name), dtype=self.dtype(name))
         factors, before = self.low_rank(name), self._before
         if factors is not None:
             return factors.dense(self.dtype(name))
         if before is None:
-            return difference(self.whole(name), self._start.read(name)).to(self.dtype(name))
+            return difference(self.whole(name), self.start.read(name)).to(self.dtype(name))
         if name in self._by_layer or name in before._by_layer:
             return (self._dense(name) - before._dense(name)).to(self.dtype(name))
         return difference(self.whole(name), before.whole(name)).to(self.dtype(name))
 
-    def chunks(self, name: str) -> ChunkReader:  # noqa: D102
+    @override
+    def chunks(self, name: str) -> ChunkReader:
         return zeros(self.dtype(name)) if name in self.unchanged else super().chunks(name)
 
-    def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
+    @override
+    def low_rank(self, name: str) -> LowRank | None:
         if self._before is None:
             return self._factors(name)
         now, before, nothing = self._factors(name), self._before._factors(name), LowRank(self.shape(name), ())
@@ -128,7 +144,7 @@ class AdapterDifference(TensorSource):
         """The values of a tensor that no factors are added to, in float64 if an adapter computes them from those of the start."""
         if name in self._whole:
             return self._whole[name].cpu()
-        return self._adapted.values(name, self._start.read) if name in self._adapted.merged else self._start.read(name)
+        return self._adapted.values(name, self.start.read) if name in self._adapted.merged else self.start.read(name)
 
     @property
     def _by_layer(self) -> frozenset[str]:
@@ -140,17 +156,19 @@ class AdapterDifference(TensorSource):
         factors = self._factors(name)
         if factors is not None:
             return factors.dense(torch.float64)
-        return difference(self.whole(name), self._start.read(name)).double()
+        return difference(self.whole(name), self.start.read(name)).double()
 
     def _factors(self, name: str) -> LowRank | None:
         return self._adapted.added(name).copy() if name in self._adapted.adapted else None
 
+    @override
     def content_hashes(self) -> tuple[str | None, str | None]:
-        """Content hash of the start, which is read for it, and None: the sums of weights and what is added to them are never formed."""
+        # The start is read for its hash. The sums of weights and what is added to them are never formed, so they have none.
         return content_hash({name: hash_values(self._hashed.read(name)) for name in self._names}), None
 
 
-class AdaptedWeights(TensorSource):
+@final
+class AdaptedWeights(Computed):
     """The whole weights that a start and an adapter make: sums in float64, rounded once to the start's dtype; trained copies as they are.
 
     Args:
@@ -162,25 +180,21 @@ class AdaptedWeights(TensorSource):
     """
 
     def __init__(self, start: TensorSource, added: AdapterDifference) -> None:
+        super().__init__(start, replace(added.origin, directory=start.directory, config=start.config))
         self.base, self.added = start, added
-        self.location, self.directory, self.config = added.location, start.directory, start.config
 
-    @property
-    def names(self) -> tuple[str, ...]:  # noqa: D102
-        return self.base.names
-
-    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
-        return self.base.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:  # noqa: D102
-        return self.base.dtype(name)
-
-    def read(self, name: str) -> Tensor:  # noqa: D102
+    @override
+    def read(self, name: str) -> Tensor:
         factors = self.added.low_rank(name)
         if factors is None:
             values = self.added.whole(name)
             return values if values.dtype == self.dtype(name) else combine(values, [], self.dtype(name))
         return combine(self.base.read(name), [(factors, 1.0)], self.dtype(name))
+
+
+def adapter_in(weights: TensorSource) -> AdapterDifference | None:
+    """Return what an adapter adds in weights that a start and an adapter make; None for any other weights."""
+    return weights.added if isinstance(weights, AdaptedWeights) else None
 
 
 def check_same_base(start: TensorSource, base: TensorSource, adapter: str) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lata_lightning.numerics.chunks import ChunkReader, tensor_chunks
 from lata_lightning.numerics.low_rank import LowRank
@@ -17,6 +18,7 @@ from lata_lightning.store.names import differing_prefixes, keyed
 from lata_lightning.store.sources import TensorSource
 
 
+@final
 class Converted(TensorSource):
     """The tensors of another source as a checkpoint stores them; each piece is read by itself where it is a part of one tensor.
 
@@ -31,22 +33,25 @@ class Converted(TensorSource):
     def __init__(
         self, source: TensorSource, module: nn.Module, pieces: Mapping[str, Piece], origins: Mapping[str, str], others: Mapping[str, str]
     ) -> None:
+        super().__init__(source.origin, parallel=source.parallel)
         self._source, self._module, self._pieces, self._origins, self._others = source, module, pieces, dict(origins), dict(others)
-        self.location, self.revision, self.directory = source.location, source.revision, source.directory
-        self.config, self.parallel = source.config, source.parallel
 
     @property
-    def names(self) -> tuple[str, ...]:  # noqa: D102
+    @override
+    def names(self) -> tuple[str, ...]:
         return (*self._pieces, *self._others)
 
-    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
+    @override
+    def shape(self, name: str) -> tuple[int, ...]:
         whole = self._whole(name)
         return self._pieces[name].shape if whole is None else self._source.shape(whole)
 
-    def dtype(self, name: str) -> torch.dtype:  # noqa: D102
+    @override
+    def dtype(self, name: str) -> torch.dtype:
         return self._source.dtype(self._stored_name(name))
 
-    def read(self, name: str) -> Tensor:  # noqa: D102
+    @override
+    def read(self, name: str) -> Tensor:
         whole = self._whole(name)
         if whole is not None:
             return self._source.read(whole)
@@ -65,11 +70,13 @@ class Converted(TensorSource):
             entries[begin:end] = load(piece.offset + begin, piece.offset + end)
         return entries.as_strided(piece.shape, piece.stride).contiguous()
 
-    def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
+    @override
+    def low_rank(self, name: str) -> LowRank | None:
         whole = self._whole(name)
         return None if whole is None else self._source.low_rank(whole)
 
-    def chunks(self, name: str) -> ChunkReader:  # noqa: D102
+    @override
+    def chunks(self, name: str) -> ChunkReader:
         whole, offset = self._whole(name), self._offset(name)
         if whole is not None:
             return self._source.chunks(whole)
@@ -78,18 +85,21 @@ class Converted(TensorSource):
         load = self._source.chunks(self._stored_name(name))
         return lambda begin, end: load(offset + begin, offset + end)
 
-    def byte_range(self, name: str) -> Hashable:  # noqa: D102
+    @override
+    def byte_range(self, name: str) -> Hashable:
         place = self._source.byte_range(self._stored_name(name))
         whole, offset = self._whole(name), self._offset(name)
         if place is None or whole is not None:
             return place
         return None if offset is None else (place, offset, self.shape(name))
 
-    def sides(self, name: str) -> tuple[TensorSource, TensorSource, str] | None:  # noqa: D102
+    @override
+    def sides(self, name: str) -> tuple[TensorSource, TensorSource, str] | None:
         whole = self._whole(name)
         return None if whole is None else self._source.sides(whole)
 
-    def origin_name(self, name: str) -> str:  # noqa: D102
+    @override
+    def origin_name(self, name: str) -> str:
         return self._source.origin_name(self._stored_name(name))
 
     def _stored_name(self, name: str) -> str:

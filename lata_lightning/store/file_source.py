@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lata_lightning.numerics.chunks import ChunkReader
 from lata_lightning.store.descriptors import DESCRIPTORS, fill
 from lata_lightning.store.dtypes import item_size, torch_dtype
 from lata_lightning.store.layout import Span, check_readable, joined, safetensors_spans
-from lata_lightning.store.sources import TensorSource
+from lata_lightning.store.sources import IN_MEMORY, Origin, TensorSource
 
 
+@final
 class FileSource(TensorSource):
     """Tensors in one or several files; a tensor, or the rows of one that are asked for, is read when it is asked for.
 
@@ -26,59 +27,43 @@ class FileSource(TensorSource):
 
     Args:
         spans: Where each tensor lies.
-        location: Path or hub id, for messages and provenance.
-        directory: The model directory they belong to, if there is one.
-        config: Content of its config.json.
+        origin: Where they come from.
         tied: Other names of tensors that are listed once.
 
     Raises:
         SourceError: A tensor is of a dtype that cannot be read.
     """
 
-    parallel = True
-
-    def __init__(
-        self,
-        spans: Mapping[str, Span],
-        location: str | None,
-        *,
-        directory: Path | None = None,
-        config: Mapping[str, Any] | None = None,
-        tied: Mapping[str, str] | None = None,
-    ) -> None:
-        check_readable(location or "the file", {name: span.entry for name, span in spans.items()})
+    def __init__(self, spans: Mapping[str, Span], origin: Origin = IN_MEMORY, tied: Mapping[str, str] | None = None) -> None:
+        super().__init__(origin, tied=tied, parallel=True)
+        check_readable(origin.location or "the file", {name: span.entry for name, span in spans.items()})
         self._spans = dict(spans)
-        self.location, self.directory, self.config, self.tied = location, directory, config, dict(tied or {})
         weakref.finalize(self, DESCRIPTORS.close, {span.file for span in spans.values()})
 
     @property
-    def names(self) -> tuple[str, ...]:  # noqa: D102
+    @override
+    def names(self) -> tuple[str, ...]:
         return tuple(self._spans)
 
-    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
+    @override
+    def shape(self, name: str) -> tuple[int, ...]:
         return self._spans[name].entry.shape
 
-    def dtype(self, name: str) -> torch.dtype:  # noqa: D102
+    @override
+    def dtype(self, name: str) -> torch.dtype:
         return torch_dtype(self._spans[name].entry.code)
 
-    def read(self, name: str) -> Tensor:  # noqa: D102
+    @override
+    def read(self, name: str) -> Tensor:
         return read_span(self._spans[name])
 
-    def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:  # noqa: D102
-        shape, span = self.shape(name), self._spans[name]
-        rows_only = slices and all((part.start, part.stop) == (0, length) for part, length in zip(slices[1:], shape[1:], strict=False))
-        if slices is None or not rows_only or span.strides is not None:
-            return super().read_slice(name, slices)
-        first, last = slices[0].start, slices[0].stop
-        tensor = torch.empty((last - first, *shape[1:]), dtype=self.dtype(name))
-        fill_entries(tensor, span, first * math.prod(shape[1:]))
-        return tensor
-
-    def chunks(self, name: str) -> ChunkReader:  # noqa: D102
+    @override
+    def chunks(self, name: str) -> ChunkReader:
         span = self._spans[name]
         return super().chunks(name) if span.strides is not None else load_span(span)
 
-    def byte_range(self, name: str) -> Hashable:  # noqa: D102
+    @override
+    def byte_range(self, name: str) -> Hashable:
         file, begin, entry, strides = self._spans[name]
         return (file.device, file.number, begin, entry, strides)
 
@@ -90,7 +75,7 @@ def open_safetensors(files: Iterable[Path], location: str | Path | None = None) 
         CorruptFileError: A file is missing or not whole, or two hold other values of one tensor.
         SourceError: A file cannot be read, or holds a dtype that cannot be read.
     """
-    return FileSource(joined(safetensors_spans(file) for file in files), None if location is None else str(location))
+    return FileSource(joined(safetensors_spans(file) for file in files), Origin(None if location is None else str(location)))
 
 
 def read_span(span: Span) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lata_lightning.errors import SourceError
 from lata_lightning.store.adapter_files import adapted_model, named_base
-from lata_lightning.store.adapters import AdaptedWeights, AdapterDifference, check_same_base
+from lata_lightning.store.adapters import AdaptedWeights, AdapterDifference, adapter_in, check_same_base
 from lata_lightning.store.checkpoint_content import UnknownModelError, part_of
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
 from lata_lightning.store.directories import ADAPTER_CONFIG, adapter_directory, find_weights
@@ -18,7 +18,8 @@ from lata_lightning.store.foreign_adapters import check_no_factors
 from lata_lightning.store.formats.table import find_format
 from lata_lightning.store.lora import AdaptedModel, check_unwrapped, peft_kinds
 from lata_lightning.store.names import differing_prefixes, keyed
-from lata_lightning.store.sources import StateDictSource, TensorSource, View
+from lata_lightning.store.sources import Origin, StateDictSource, TensorSource
+from lata_lightning.store.views import View
 
 Weights: TypeAlias = str | Path | nn.Module | Mapping[str, Tensor] | TensorSource
 """What weights can be given as."""
@@ -58,11 +59,9 @@ def open_source(weights: Weights, model: str | None = None) -> TensorSource:
     if adapter is not None and model is not None:
         raise UnknownModelError(f"{weights} is an adapter, which holds no model named {model!r}. Leave --model out for it.")
     if adapter is not None:
-        source = _open_adapted(adapter, str(weights))
-    else:
-        source = find_format(path).open(path, str(weights), model)
-        check_no_factors(source.names, source.label, source.config)
-    source.revision = revision
+        return _open_adapted(adapter, Origin(str(weights), revision))
+    source = find_format(path).open(path, Origin(str(weights), revision), model)
+    check_no_factors(source.names, source.label, source.config)
     return source
 
 
@@ -113,23 +112,23 @@ def open_difference(weights: object, start: TensorSource) -> AdapterDifference |
     """
     if isinstance(weights, peft_kinds()):
         model = AdaptedModel(weights)
-        return AdapterDifference(_named_for(start, model), model, None, start.added if isinstance(start, AdaptedWeights) else None)
+        return AdapterDifference(_named_for(start, model), model, before=adapter_in(start))
     if not isinstance(weights, str | Path):
         return None
     path, revision = find_weights(weights)
     directory = adapter_directory(path)
     if directory is None:
         return None
-    before = start.added if isinstance(start, AdaptedWeights) and _same_place(named_base(directory), start.base) else None
+    before = adapter_in(start)
+    if before is not None and not _same_place(named_base(directory), before.start):
+        before = None
     if before is None:
         _check_base(start, directory, str(weights))
     model = adapted_model(start, directory)
-    added = AdapterDifference(_named_for(start, model), model, str(weights), before)
-    added.revision = revision
-    return added
+    return AdapterDifference(_named_for(start, model), model, Origin(str(weights), revision), before)
 
 
-def _open_adapted(directory: Path, location: str) -> TensorSource:
+def _open_adapted(directory: Path, origin: Origin) -> TensorSource:
     named = named_base(directory)
     if named is None:
         raise SourceError(
@@ -142,13 +141,13 @@ def _open_adapted(directory: Path, location: str) -> TensorSource:
     start = open_source(named)
     model = adapted_model(start, directory)
     start = _named_for(start, model)
-    return AdaptedWeights(start, AdapterDifference(start, model, location))
+    return AdaptedWeights(start, AdapterDifference(start, model, origin))
 
 
 def _named_for(start: TensorSource, adapted: AdaptedModel) -> TensorSource:
     """The start under the names of the model that was adapted, which may have a head, and so a prefix, that the start lacks."""
     wanted = under_checkpoint_names(adapted.module, adapted.plain).keys()
-    if isinstance(start, AdaptedWeights) or wanted <= set(start.names):
+    if adapter_in(start) is not None or wanted <= set(start.names):
         return start
     stored = keyed(start.names, start.label)
     prefix, missing = differing_prefixes(stored, wanted, start.label)

@@ -27,8 +27,9 @@ from lata_lightning.store.names import (
     restored,
 )
 from lata_lightning.store.roles import Role, is_counter, named_role, roles_of
-from lata_lightning.store.sources import TensorSource, View
+from lata_lightning.store.sources import TensorSource
 from lata_lightning.store.ties import Ties, same_values
+from lata_lightning.store.views import View
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lata_lightning.errors import CorruptFileError
 from lata_lightning.numerics.chunks import ChunkReader, tensor_chunks
@@ -14,41 +16,44 @@ from lata_lightning.store.dtypes import torch_dtype
 from lata_lightning.store.file_source import fill_entries, read_span
 from lata_lightning.store.layout import Span, check_readable
 from lata_lightning.store.sharded_metadata import Chunk, ShardedTensor
-from lata_lightning.store.sources import TensorSource
+from lata_lightning.store.sources import Origin, TensorSource
 from lata_lightning.store.torch_archive import TorchArchive
 
 
+@final
 class ShardedSource(TensorSource):
     """The tensors of a sharded checkpoint; the chunks of one are read, and put together, when it is asked for.
 
     Args:
         tensors: By name.
-        location: Path of the checkpoint, for messages and provenance.
+        origin: Where they come from.
         tied: Other names of tensors that are listed once.
 
     Raises:
         SourceError: A tensor is of a dtype that cannot be read.
     """
 
-    parallel = True
-
-    def __init__(self, tensors: Mapping[str, ShardedTensor], location: str, tied: Mapping[str, str]) -> None:
-        check_readable(location, {name: tensor.entry for name, tensor in tensors.items()})
+    def __init__(self, tensors: Mapping[str, ShardedTensor], origin: Origin, tied: Mapping[str, str]) -> None:
+        super().__init__(origin, tied=tied, parallel=True)
+        check_readable(self.label, {name: tensor.entry for name, tensor in tensors.items()})
         self._tensors = dict(tensors)
         self._spans: dict[Chunk, Span] = {}
-        self.location, self.tied = location, dict(tied)
 
     @property
-    def names(self) -> tuple[str, ...]:  # noqa: D102
+    @override
+    def names(self) -> tuple[str, ...]:
         return tuple(self._tensors)
 
-    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
+    @override
+    def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].entry.shape
 
-    def dtype(self, name: str) -> torch.dtype:  # noqa: D102
+    @override
+    def dtype(self, name: str) -> torch.dtype:
         return torch_dtype(self._tensors[name].entry.code)
 
-    def read(self, name: str) -> Tensor:  # noqa: D102
+    @override
+    def read(self, name: str) -> Tensor:
         tensor = self._tensors[name]
         whole = torch.empty(tensor.entry.shape, dtype=self.dtype(name))
         for chunk in tensor.chunks:
@@ -56,7 +61,8 @@ class ShardedSource(TensorSource):
             whole[tuple(slice(begin, begin + size) for begin, size in begins)] = read_span(self._span(tensor, chunk))
         return whole
 
-    def chunks(self, name: str) -> ChunkReader:  # noqa: D102
+    @override
+    def chunks(self, name: str) -> ChunkReader:
         tensor = self._tensors[name]
         spans = [(chunk, self._span(tensor, chunk)) for chunk in tensor.chunks]
         shape = tensor.entry.shape

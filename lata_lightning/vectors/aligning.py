@@ -16,7 +16,8 @@ from lata_lightning.numerics.measure import factored_sums, moments_table, stream
 from lata_lightning.store.meaning import check_all_mean_the_same, check_same_meaning, meaning_of
 from lata_lightning.store.names import LeaveOut
 from lata_lightning.store.pairing import brought_to
-from lata_lightning.store.sources import TensorSource, View
+from lata_lightning.store.sources import TensorSource
+from lata_lightning.store.views import View
 from lata_lightning.vectors.task_vector import TaskVector
 
 

@@ -15,7 +15,6 @@ from lata_lightning.errors import CorruptFileError, first_three
 from lata_lightning.numerics.chunks import ChunkReader, chunk_bounds, in_parallel, tensor_chunks, worker_count
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.numerics.measure import all_finite
-from lata_lightning.store.adapters import AdapterDifference
 from lata_lightning.store.directories import shard_files
 from lata_lightning.store.dtypes import float_dtype
 from lata_lightning.store.file_source import open_safetensors
@@ -24,7 +23,7 @@ from lata_lightning.store.sources import TensorSource, hashes_of
 from lata_lightning.store.tied_names import TiedNames, ties_of
 from lata_lightning.store.writer import Progress, ShardWriter, atomic_directory, check_free_directory, layout_size
 from lata_lightning.vectors.cards import vector_card
-from lata_lightning.vectors.differences import Difference, LossMeter, Stored
+from lata_lightning.vectors.differences import LossMeter, Stored
 from lata_lightning.vectors.entries import FactorEntry, TensorEntry, factor_names
 from lata_lightning.vectors.manifest import Derivation, Manifest, Measured, read_manifest, write_manifest
 
@@ -172,8 +171,6 @@ def _tied(tensors: TensorSource, manifest: Manifest) -> TiedNames:
 
 def _identities(tensors: TensorSource, manifest: Manifest) -> dict[str, Any]:
     """Identities of both sides with the hashes that reading them has brought."""
-    if not isinstance(tensors, Difference | AdapterDifference):
-        return {}
     start, tuned = tensors.content_hashes()
     return {
         "start_identity": replace(manifest.start_identity, content_hash=manifest.start_identity.content_hash or start),

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from typing import final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lata_lightning.numerics.chunks import ChunkReader, zeros
 from lata_lightning.numerics.kernels import loss
 from lata_lightning.numerics.low_rank import Factors, LowRank
 from lata_lightning.numerics.measure import all_finite, difference, same_entries
 from lata_lightning.store.hashing import content_hash
-from lata_lightning.store.sources import Fingerprinted, TensorSource
+from lata_lightning.store.sources import Origin, TensorSource
+from lata_lightning.store.views import Fingerprinted
 from lata_lightning.vectors.entries import PrecisionLoss, factor_names
 from lata_lightning.vectors.manifest import Manifest
 
 
+@final
 class Difference(TensorSource):
     """Tuned minus start, computed when it is read; notes the hashes of both sides if it is to identify them.
 
@@ -25,6 +29,7 @@ class Difference(TensorSource):
         names: The tensors to hold.
         identify: Whether to hash what is read.
         known: Hashes of tensors that are equal on both sides and need not be read.
+        hashed: Sources of start and tuned that hash what is read of them already, where the two sides hold rows of these only.
     """
 
     def __init__(
@@ -35,50 +40,56 @@ class Difference(TensorSource):
         *,
         identify: bool = True,
         known: Mapping[str, str] | None = None,
+        hashed: tuple[Fingerprinted, Fingerprinted] | None = None,
     ) -> None:
-        self._start, self._tuned = (Fingerprinted(start), Fingerprinted(tuned)) if identify else (start, tuned)
-        self._names, self._known = tuple(names), dict(known or {})
-        self.location = f"{tuned.label} − {start.label}"
-        self.parallel = start.parallel and tuned.parallel
+        super().__init__(Origin(f"{tuned.label} − {start.label}"), parallel=start.parallel and tuned.parallel)
+        self._sides, self._names, self._known = (tuned, start), tuple(names), dict(known or {})
+        self._hashed = hashed
+        if hashed is None and identify:
+            self._hashed = start, tuned = Fingerprinted(start), Fingerprinted(tuned)
+        self._start, self._tuned = start, tuned
 
     @property
-    def names(self) -> tuple[str, ...]:  # noqa: D102
+    @override
+    def names(self) -> tuple[str, ...]:
         return self._names
 
-    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
+    @override
+    def shape(self, name: str) -> tuple[int, ...]:
         return self._start.shape(name)
 
-    def dtype(self, name: str) -> torch.dtype:  # noqa: D102
+    @override
+    def dtype(self, name: str) -> torch.dtype:
         return torch.promote_types(torch.promote_types(self._start.dtype(name), self._tuned.dtype(name)), torch.float32)
 
-    def read(self, name: str) -> Tensor:  # noqa: D102
+    @override
+    def read(self, name: str) -> Tensor:
         return _change(self._tuned.read(name).cpu(), self._start.read(name).cpu())
 
-    def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:  # noqa: D102
-        if slices is None:
-            return self.read(name)
-        return _change(self._tuned.read_slice(name, slices).cpu(), self._start.read_slice(name, slices).cpu())
-
-    def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
+    @override
+    def low_rank(self, name: str) -> LowRank | None:
         one, other = self._start.low_rank(name), self._tuned.low_rank(name)
         return None if one is None or other is None else other.minus(one)
 
-    def chunks(self, name: str) -> ChunkReader:  # noqa: D102
+    @override
+    def chunks(self, name: str) -> ChunkReader:
         if self.low_rank(name) is not None:
             return super().chunks(name)
         tuned, start = self._tuned.chunks(name), self._start.chunks(name)
         return lambda begin, end: _change(tuned(begin, end), start(begin, end))
 
-    def sides(self, name: str) -> tuple[TensorSource, TensorSource, str] | None:  # noqa: D102
+    @override
+    def sides(self, name: str) -> tuple[TensorSource, TensorSource, str] | None:
         if self.low_rank(name) is not None:
             return None
-        tuned, start = ((side.source if isinstance(side, Fingerprinted) else side) for side in (self._tuned, self._start))
-        return tuned, start, name
+        return *self._sides, name
 
+    @override
     def content_hashes(self) -> tuple[str | None, str | None]:
-        """Content hash of start and tuned; None as long as not every tensor has been read."""
-        sides = ({**self._known, **side.hashes} if isinstance(side, Fingerprinted) else {} for side in (self._start, self._tuned))
-        one, other = (content_hash(hashes) if len(hashes) == len(self._names) else None for hashes in sides)
+        if self._hashed is None:
+            return None, None
+        known = ({**self._known, **{name: side.hashes[name] for name in self._names if name in side.hashes}} for side in self._hashed)
+        one, other = (content_hash(hashes) if len(hashes) == len(self._names) else None for hashes in known)
         return one, other
 
 
@@ -88,37 +99,36 @@ def _change(tuned: Tensor, start: Tensor) -> Tensor:
     return found if all_finite(found) else found.masked_fill(same_entries(tuned, start), 0.0)
 
 
+@final
 class Stored(TensorSource):
     """The tensors of an artefact, in float32; frozen ones are zeros that no file holds."""
 
     def __init__(self, files: TensorSource, manifest: Manifest) -> None:
+        super().__init__(Origin(files.location), parallel=files.parallel)
         self._files, self._entries = files, manifest.tensors
-        self.location, self.parallel = files.location, files.parallel
 
     @property
-    def names(self) -> tuple[str, ...]:  # noqa: D102
+    @override
+    def names(self) -> tuple[str, ...]:
         return tuple(self._entries)
 
-    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
+    @override
+    def shape(self, name: str) -> tuple[int, ...]:
         return self._entries[name].shape
 
-    def dtype(self, name: str) -> torch.dtype:  # noqa: D102
+    @override
+    def dtype(self, name: str) -> torch.dtype:
         return torch.float32
 
-    def read(self, name: str) -> Tensor:  # noqa: D102
+    @override
+    def read(self, name: str) -> Tensor:
         entry, factors = self._entries[name], self.low_rank(name)
         if factors is not None:
             return factors.dense()
         return torch.zeros(entry.shape) if entry.unchanged else self._files.read(name).float()
 
-    def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:  # noqa: D102
-        if self._entries[name].unchanged:
-            return torch.zeros(()).expand(self.shape(name))[slices or ...].contiguous()
-        if slices is None or self._entries[name].factors is not None:
-            return super().read_slice(name, slices)
-        return self._files.read_slice(name, slices).float()
-
-    def chunks(self, name: str) -> ChunkReader:  # noqa: D102
+    @override
+    def chunks(self, name: str) -> ChunkReader:
         entry = self._entries[name]
         if entry.unchanged:
             return zeros(torch.float32)
@@ -127,82 +137,14 @@ class Stored(TensorSource):
         stored = self._files.chunks(name)
         return lambda begin, end: stored(begin, end).float()
 
-    def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
+    @override
+    def low_rank(self, name: str) -> LowRank | None:
         entry = self._entries[name]
         if entry.factors is None:
             return None
         sides = [tuple(self._files.read(stored).float() for stored in factor_names(name, index)) for index in range(len(entry.factors))]
         parts = (Factors(left, right, held.scale) for (left, right), held in zip(sides, entry.factors, strict=True))
         return LowRank(entry.shape, tuple(parts))
-
-
-class Scaled(TensorSource):
-    """The tensors of a source, each times a factor of its own."""
-
-    def __init__(self, source: TensorSource, factor_of: Callable[[str], float], location: str) -> None:
-        self._source, self._factor_of = source, factor_of
-        self.location, self.parallel = location, source.parallel
-
-    @property
-    def names(self) -> tuple[str, ...]:  # noqa: D102
-        return self._source.names
-
-    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
-        return self._source.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:  # noqa: D102
-        return self._source.dtype(name)
-
-    def read(self, name: str) -> Tensor:  # noqa: D102
-        return self._source.read(name) * self._factor_of(name)
-
-    def chunks(self, name: str) -> ChunkReader:  # noqa: D102
-        if self.low_rank(name) is not None:
-            return super().chunks(name)
-        load, factor = self._source.chunks(name), self._factor_of(name)
-        return lambda begin, end: load(begin, end) * factor
-
-    def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
-        factors = self._source.low_rank(name)
-        return None if factors is None else factors.scaled(self._factor_of(name))
-
-
-class Chosen(TensorSource):
-    """Tensors of several sources, each read from the source that is chosen for its name.
-
-    Args:
-        source_of: The source of each tensor, which knows it by the same name.
-        location: What they are together, for messages.
-    """
-
-    def __init__(self, source_of: Mapping[str, TensorSource], location: str) -> None:
-        self._source_of = dict(source_of)
-        self.location, self.parallel = location, all(source.parallel for source in source_of.values())
-
-    @property
-    def names(self) -> tuple[str, ...]:  # noqa: D102
-        return tuple(self._source_of)
-
-    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
-        return self._source_of[name].shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:  # noqa: D102
-        return self._source_of[name].dtype(name)
-
-    def read(self, name: str) -> Tensor:  # noqa: D102
-        return self._source_of[name].read(name)
-
-    def read_slice(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:  # noqa: D102
-        return self._source_of[name].read_slice(name, slices)
-
-    def chunks(self, name: str) -> ChunkReader:  # noqa: D102
-        return self._source_of[name].chunks(name)
-
-    def low_rank(self, name: str) -> LowRank | None:  # noqa: D102
-        return self._source_of[name].low_rank(name)
-
-    def sides(self, name: str) -> tuple[TensorSource, TensorSource, str] | None:  # noqa: D102
-        return self._source_of[name].sides(name)
 
 
 class LossMeter:

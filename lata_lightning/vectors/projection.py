@@ -8,9 +8,10 @@ from dataclasses import replace
 from lata_lightning.errors import BaseMismatchError
 from lata_lightning.layers import Level, check_level
 from lata_lightning.moments import STARTS, total
-from lata_lightning.store.sources import TensorSource, View
+from lata_lightning.store.sources import TensorSource
+from lata_lightning.store.views import Chosen, Scaled, View
 from lata_lightning.vectors.aligning import check_matching_instruction, measure, weights_along
-from lata_lightning.vectors.differences import Chosen, Difference, Scaled
+from lata_lightning.vectors.differences import Difference
 from lata_lightning.vectors.entries import TensorEntry
 from lata_lightning.vectors.manifest import OUTSIDE, PROJECTED, Derivation, Input, Measured
 from lata_lightning.vectors.task_vector import TaskVector

@@ -21,11 +21,12 @@ from lata_lightning.store.meta_model import meta_model
 from lata_lightning.store.names import NOTHING, LeaveOut
 from lata_lightning.store.opening import narrowed, open_difference, open_source
 from lata_lightning.store.pairing import brought_to, check_same_shapes, match, measured_names
-from lata_lightning.store.sources import TensorSource, View
+from lata_lightning.store.sources import TensorSource
 from lata_lightning.store.tied_names import ties_by_alias, ties_of
+from lata_lightning.store.views import Scaled, View
 from lata_lightning.store.writer import MAX_SHARD_BYTES, Progress
 from lata_lightning.vectors.artefact import derivation_of, open_stored, save_vector
-from lata_lightning.vectors.differences import Difference, Scaled
+from lata_lightning.vectors.differences import Difference
 from lata_lightning.vectors.entries import TensorEntry
 from lata_lightning.vectors.manifest import Derivation, Identity, Kind, Manifest
 from lata_lightning.weighting import CLOSED_FORM, DEFAULT_THRESHOLD, ORIGINS, Rule, Weighting, is_own_name, rule_name

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from in_factors import InFactors
 from safetensors.torch import load_file, save_file
 from tiny_models import llama, read_back, same_bits, weights, write_checkpoint, write_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -21,9 +22,8 @@ from lata_lightning.errors import LataError, LayoutMismatchError
 from lata_lightning.merging.merge import Term, forget, merge
 from lata_lightning.merging.rows import Rows
 from lata_lightning.merging.vocabularies import between_vocabularies, resized
-from lata_lightning.numerics.low_rank import Factors, LowRank
 from lata_lightning.store.opening import open_source
-from lata_lightning.store.sources import StateDictSource, View
+from lata_lightning.store.sources import StateDictSource
 from lata_lightning.vectors.aligning import align
 from lata_lightning.vectors.task_vector import TaskVector
 
@@ -533,22 +533,15 @@ def test_tokens_in_the_padding_of_an_unknown_architecture_are_refused(tmp_path):
 
 
 def test_rows_of_factors_are_those_of_the_matrix_they_make():
-    class Held(StateDictSource):
-        def low_rank(self, name):
-            return LowRank((4, 3), (Factors(left, right),))
-
-        def read(self, name):
-            return self.low_rank(name).dense()
-
     # Small integers, whose products no order of summing rounds.
     left, right = torch.randint(-4, 5, (4, 2)).float(), torch.randint(-4, 5, (2, 3)).float()
-    held = Held({"embedding": left @ right, "other": left @ right})
+    matrices = StateDictSource({"embedding": left @ right, "other": left @ right})
+    held = InFactors(matrices, {"embedding": (left, right), "other": (left, right)})
     found = Rows(held, {"embedding": 0}, 6, [(held, range(3))])
     assert found.low_rank("embedding") is None
     assert found.low_rank("other") is not None
     assert torch.equal(found.read("embedding"), torch.cat([(left @ right)[:3], torch.zeros(3, 3)]))
     assert torch.equal(found.read_slice("other", (slice(1, 2), slice(0, 3))), (left @ right)[1:2])
-    assert isinstance(found, View)
 
 
 def test_shards_and_stored_copies_of_tied_weights_are_merged_as_one(tmp_path):

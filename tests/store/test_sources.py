@@ -12,7 +12,8 @@ from lata_lightning.store.directories import shard_files
 from lata_lightning.store.hashing import content_hash, hash_stored, hash_values
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import named_like, pair
-from lata_lightning.store.sources import Fingerprinted, StateDictSource, View
+from lata_lightning.store.sources import Origin, StateDictSource
+from lata_lightning.store.views import Fingerprinted, View
 
 
 def contents(source):
@@ -404,4 +405,4 @@ def test_a_config_that_is_no_json_object_is_refused(tmp_path, text, words):
 
 def test_a_source_in_memory_says_where_it_comes_from():
     assert StateDictSource(weights()).label == "the weights in memory"
-    assert StateDictSource(weights(), "here.ckpt").label == "here.ckpt"
+    assert StateDictSource(weights(), Origin("here.ckpt")).label == "here.ckpt"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from lata_lightning.errors import SourceError
 
 if TYPE_CHECKING:
-    from lata_lightning.store.sources import TensorSource
+    from lata_lightning.store.sources import Origin, TensorSource
 
 
 class Format(NamedTuple):
@@ -18,14 +18,15 @@ class Format(NamedTuple):
     Attributes:
         name: What it is called in messages, such as ``"safetensors file"``.
         recognise: Whether a path is of this kind, by its content.
-        open: Its tensors. The second argument is the path or hub id it was named by, the third the module that is meant, or None for the whole.
+        open: Returns its tensors. The second argument tells the path or hub id by which it was named, the third the name of the module that is meant
+            (None for the whole).
         inspect: Facts about it as plain types, from headers alone; the second argument is the module that is meant, or None.
         verify: Compares its tensors with the hashes that were recorded, and gives their number.
     """
 
     name: str
     recognise: Callable[[Path], bool]
-    open: Callable[[Path, str, str | None], TensorSource]
+    open: Callable[[Path, Origin, str | None], TensorSource]
     inspect: Callable[[Path, str | None], dict[str, Any]]
     verify: Callable[[Path], int]
 
@@ -50,8 +51,8 @@ def not_read(name: str, recognise: Callable[[Path], bool], advice: str) -> Forma
         advice: What to do instead, a sentence; ``{path}`` in it becomes the path.
     """
 
-    def refuse(path: Path, location: str | None = None, model: str | None = None) -> NoReturn:
-        raise SourceError(f"{location or path} is a {name}, which is not read here. {advice.format(path=path)}")
+    def refuse(path: Path, origin: Origin | None = None, model: str | None = None) -> NoReturn:
+        raise SourceError(f"{path if origin is None else origin.location} is a {name}, which is not read here. {advice.format(path=path)}")
 
     def inspect(path: Path, model: str | None) -> dict[str, Any]:
         return {"holds": f"{name}, which is not read here", "what to do": advice.format(path=path)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from lata_lightning.store.formats.torch_file import read_weights
 from lata_lightning.store.layout import Span, joined, safetensors_spans, weights_facts
 
 if TYPE_CHECKING:
-    from lata_lightning.store.sources import TensorSource
+    from lata_lightning.store.sources import Origin, TensorSource
 
 _NAME = "model directory"
 
@@ -24,14 +25,14 @@ def _recognise(path: Path) -> bool:
     return path.is_dir()
 
 
-def _open(path: Path, location: str, model: str | None) -> TensorSource:
+def _open(path: Path, origin: Origin, model: str | None) -> TensorSource:
     from lata_lightning.store.file_source import FileSource
 
     config = model_config(path)
     _, weights = _read(path, config)
-    check_not_quantised(location, weights.entries, config)
+    check_not_quantised(origin.location, weights.entries, config)
     weights = weights.of(model, str(path))
-    return FileSource(weights.places, location, directory=path, config=config, tied=weights.tied)
+    return FileSource(weights.places, replace(origin, directory=path, config=config), weights.tied)
 
 
 def _inspect(path: Path, model: str | None) -> dict[str, Any]:

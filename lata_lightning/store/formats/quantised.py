@@ -25,7 +25,7 @@ _PACKED = {
 }
 
 
-def check_not_quantised(location: str, entries: Mapping[str, Entry], config: Mapping[str, Any] | None) -> None:
+def check_not_quantised(location: str | None, entries: Mapping[str, Entry], config: Mapping[str, Any] | None) -> None:
     """Refuse quantised weights: the difference of two roundings says nothing about the weights.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from lata_lightning.store.formats.quantised import check_not_quantised
 from lata_lightning.store.layout import Span, safetensors_spans, weights_facts
 
 if TYPE_CHECKING:
-    from lata_lightning.store.sources import TensorSource
+    from lata_lightning.store.sources import Origin, TensorSource
 
 _NAME = "safetensors file"
 
@@ -25,13 +26,13 @@ def _recognise(path: Path) -> bool:
     return begin[8:] == b"{" or (path.suffix == ".safetensors" and begin[:4] != b"vers")
 
 
-def _open(path: Path, location: str, model: str | None) -> TensorSource:
+def _open(path: Path, origin: Origin, model: str | None) -> TensorSource:
     from lata_lightning.store.file_source import FileSource
 
     weights = _weights(path, model)
-    check_not_quantised(location, weights.entries, None)
+    check_not_quantised(origin.location, weights.entries, None)
     home = home_of(path)
-    return FileSource(weights.places, location, directory=home, config=None if home is None else model_config(home))
+    return FileSource(weights.places, replace(origin, directory=home, config=None if home is None else model_config(home)))
 
 
 def _inspect(path: Path, model: str | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from lata_lightning.store.layout import weights_facts
 from lata_lightning.store.sharded_metadata import METADATA, ShardedTensor, read_metadata
 
 if TYPE_CHECKING:
-    from lata_lightning.store.sources import TensorSource
+    from lata_lightning.store.sources import Origin, TensorSource
 
 _NAME = "sharded checkpoint directory"
 
@@ -21,11 +21,11 @@ def _recognise(path: Path) -> bool:
     return (path / METADATA).is_file() and first_bytes(path / METADATA, 1) == b"\x80"
 
 
-def _open(path: Path, location: str, model: str | None) -> TensorSource:
+def _open(path: Path, origin: Origin, model: str | None) -> TensorSource:
     from lata_lightning.store.sharded_source import ShardedSource
 
     weights = _weights(path, model)
-    return ShardedSource(weights.places, location, weights.tied)
+    return ShardedSource(weights.places, origin, weights.tied)
 
 
 def _inspect(path: Path, model: str | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from lata_lightning.store.pickles import mapping
 from lata_lightning.store.torch_archive import LEGACY, ZIP, TorchArchive
 
 if TYPE_CHECKING:
-    from lata_lightning.store.sources import TensorSource
+    from lata_lightning.store.sources import Origin, TensorSource
 
 _NAME = "file of torch.save"
 _PART = re.compile(r"consolidated\.\d+\.pth")
@@ -57,14 +58,14 @@ def _recognise(path: Path) -> bool:
     return begin == LEGACY or begin.startswith(ZIP)
 
 
-def _open(path: Path, location: str, model: str | None) -> TensorSource:
+def _open(path: Path, origin: Origin, model: str | None) -> TensorSource:
     from lata_lightning.store.file_source import FileSource
 
     weights = read_weights(path, model)
-    check_not_quantised(location, weights.entries, None)
+    check_not_quantised(origin.location, weights.entries, None)
     home = home_of(path)
     config = None if home is None else model_config(home)
-    return FileSource(weights.places, location, directory=home, config=config, tied=weights.tied)
+    return FileSource(weights.places, replace(origin, directory=home, config=config), weights.tied)
 
 
 def _inspect(path: Path, model: str | None) -> dict[str, Any]:
