@@ -80,7 +80,7 @@ class LayerMap:
         return names_by_layer
 
     def outside(self) -> dict[str, str]:
-        """Role by tensor name, for the weights that belong to no block."""
+        """Return role by tensor name, for the weights that belong to no block."""
         return {name: place.part for name, place in self.positions.items() if place.block is None and place.part != STATISTICS}
 
     @cached_property
@@ -127,24 +127,24 @@ def check_level(level: str) -> Level:
 
 
 def unwrapped(name: str) -> str:
-    """Name of a tensor or module without the parts that wrappers add: torch.compile, activation checkpointing and FSDP."""
+    """Return name of a tensor or module without the parts that wrappers add: torch.compile, activation checkpointing and FSDP."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def layer_map(names: Iterable[str], *, structure: nn.Module | None = None, rule: LayerRule | str | None = None) -> LayerMap:
-    """LayerPosition of every named tensor.
+    """Return the block and the part of every named tensor.
 
     Args:
         names: Tensor names as in a Hugging Face checkpoint or ``named_parameters()``.
         structure: The module the names come from (meta tensors suffice). Without it names alone decide.
-        rule: For modules that follow no known layout: a callable from tensor name to block name (None: outside), or a regular
+        rule: For modules whose layout is not recognised: a callable from tensor name to block name (None: outside), or a regular
             expression searched in the name, whose group ``block`` (else the whole match) is the block name.
 
     Returns:
-        A map that covers every name. All tensors are outside the blocks if no part of the model repeats.
+        A map of every name. All tensors are outside the blocks if no part of the model repeats.
 
     Raises:
-        LataError: The rule is no valid regular expression, or puts no tensor into a block.
+        LataError: The rule is no valid regular expression, or assigns no tensor to a block.
     """
     names = list(names)
     # Of a wrapper and what it wraps, both under one name, the inner one comes later and counts.
@@ -256,7 +256,7 @@ def _holds_attention(child: str, stack: _List, modules: Mapping[str, nn.Module])
 
 
 def _repeats(stack: _List, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether at least two children are alike: of one class or, from names alone, with a tensor name in common."""
+    """Return whether at least two children are alike: of one class or, from names alone, with a tensor name in common."""
     children = list(stack.children)
     kinds = [{type(modules[child]).__name__} for child in children] if modules else [stack.children[child] for child in children]
     return any(first & second for index, first in enumerate(kinds) for second in kinds[index + 1 :])

@@ -26,10 +26,11 @@ from lata_lightning.live.history import MeasuredStep, append_history, summary
 from lata_lightning.moments import Moments
 from lata_lightning.store.meaning import Meaning
 from lata_lightning.store.seal import sealed
-from lata_lightning.store.tokens import Vocabulary
+from lata_lightning.store.tokens import TokenizerIdentity
 from lata_lightning.vectors.artefact import verify
 from lata_lightning.vectors.entries import FactorEntry, PrecisionLoss, TensorEntry
-from lata_lightning.vectors.manifest import Derivation, Identity, Input, Manifest, Measured, library_versions
+from lata_lightning.vectors.manifest import Manifest, library_versions
+from lata_lightning.vectors.provenance import Derivation, Identity, Input, LayerValues
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -302,7 +303,7 @@ def manifest():
         coefficients={"b": 1.0},
         alignment=Alignment("block", "instruct", {"b": stats}, {"e": stats}),
         instruction_identity=(Identity("base"), Identity("start")),
-        meaning=Meaning({"rope_theta": 1.0}, (Vocabulary.from_json(vocabulary),)),
+        meaning=Meaning({"rope_theta": 1.0}, (TokenizerIdentity.from_json(vocabulary),)),
         tied=(("e", "h"),),
         leave_out=("head",),
         step=1,
@@ -313,7 +314,7 @@ def manifest():
             {"ridge": 1.0},
             (Input("one", Identity("tuned"), {"samples": 30}),),
             ("w",),
-            (Measured("interference", {"b": 0.5}, "one"),),
+            (LayerValues("interference", {"b": 0.5}, "one"),),
         ),
         tensors={
             "w": TensorEntry((2, 2), "float32", None, False, (FactorEntry(1, 2.0, "blake3:02", "blake3:03"),)),

@@ -10,10 +10,11 @@ from lata_lightning.exports.plan import plan_of
 from lata_lightning.exports.structure import Structure
 from lata_lightning.live.measuring import Measurement
 from lata_lightning.live.tracker import Tracker
+from lata_lightning.store.mismatches import check_same_shapes
 from lata_lightning.store.opening import open_source
-from lata_lightning.store.pairing import check_same_shapes, match
+from lata_lightning.store.pairing import match
 from lata_lightning.store.views import View
-from lata_lightning.vectors.manifest import Identity
+from lata_lightning.vectors.provenance import Identity
 
 _ONTO_START = ("hf", "peft", "mergekit")
 
@@ -56,7 +57,7 @@ def _try_onto_start(kinds: Sequence[str], tracker: Tracker, measurement: Measure
         raise LataError("the model was not loaded from a directory or hub id.")
     source = open_source(onto.location)
     paired = match(source, live, tracker.leave_out)
-    check_same_shapes(paired)
+    check_same_shapes(paired.start, paired.tuned)
     stored = {paired.tuned.origin_name(name): name for name in paired.start.names}
     if not from_base and not tracker.unhashable:
         wrong = tracker.other_values(View(paired.start, stored))

@@ -14,7 +14,8 @@ from lata_lightning.store.pairing import pair
 from lata_lightning.store.sources import TensorSource
 from lata_lightning.vectors.aligning import check_same_start
 from lata_lightning.vectors.entries import TensorEntry
-from lata_lightning.vectors.manifest import Derivation, Identity, Input, Manifest
+from lata_lightning.vectors.manifest import Manifest
+from lata_lightning.vectors.provenance import Derivation, Identity, Input
 from lata_lightning.vectors.task_vector import TaskVector
 
 

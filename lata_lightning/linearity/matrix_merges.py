@@ -22,7 +22,7 @@ from lata_lightning.numerics.measure import all_finite
 from lata_lightning.numerics.singular import iso_c, tsv_m
 from lata_lightning.store.sources import Origin, TensorSource
 from lata_lightning.store.views import Computed
-from lata_lightning.vectors.manifest import OUTSIDE
+from lata_lightning.vectors.provenance import OUTSIDE
 
 MatrixMethod = Literal["regression", "tsv", "iso"]
 MATRIX_METHODS: tuple[MatrixMethod, ...] = get_args(MatrixMethod)

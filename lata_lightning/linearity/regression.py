@@ -13,7 +13,8 @@ from lata_lightning.linearity.walk import Batch, StartModel, check_samples, open
 from lata_lightning.numerics.matrix_regression import Prior, Settings
 from lata_lightning.store.writer import Progress
 from lata_lightning.vectors.entries import TensorEntry
-from lata_lightning.vectors.manifest import Derivation, Identity, Input, Manifest
+from lata_lightning.vectors.manifest import Manifest
+from lata_lightning.vectors.provenance import Derivation, Identity, Input
 from lata_lightning.vectors.task_vector import TaskVector
 
 DEFAULT_OFF_DIAGONAL = 0.9

@@ -12,7 +12,8 @@ from typing import Any
 from lata_lightning.errors import BaseMismatchError, CorruptFileError, LataError, OutputError, SourceError
 from lata_lightning.layers import Level, check_level
 from lata_lightning.store.writer import check_free, write_json
-from lata_lightning.vectors.manifest import Identity, library_versions
+from lata_lightning.vectors.manifest import library_versions
+from lata_lightning.vectors.provenance import Identity
 from lata_lightning.vectors.task_vector import TaskVector
 from lata_lightning.weighting import CLOSED_FORM
 

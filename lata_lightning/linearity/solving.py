@@ -14,7 +14,7 @@ from lata_lightning.linearity.positions import few_positions
 from lata_lightning.linearity.solution import Fit, Solution, SolvedVector
 from lata_lightning.linearity.walk import Batch, Passage, StartModel, Walker, check_samples, row_count
 from lata_lightning.store.writer import Progress
-from lata_lightning.vectors.manifest import Identity
+from lata_lightning.vectors.provenance import Identity
 from lata_lightning.vectors.task_vector import TaskVector
 
 DEFAULT_RIDGE = 1e-6

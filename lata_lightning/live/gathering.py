@@ -28,7 +28,8 @@ from lata_lightning.store.tied_names import ties_of
 from lata_lightning.store.views import Forwarding
 from lata_lightning.vectors.differences import Difference
 from lata_lightning.vectors.entries import TensorEntry
-from lata_lightning.vectors.manifest import Identity, Manifest
+from lata_lightning.vectors.manifest import Manifest
+from lata_lightning.vectors.provenance import Identity
 from lata_lightning.vectors.task_vector import TaskVector
 
 Side = Literal["start", "live"]

@@ -13,8 +13,9 @@ from lata_lightning.layers import LayerMap, LayerPosition
 from lata_lightning.merging.term import Term
 from lata_lightning.numerics.combine import Summand
 from lata_lightning.store.hashing import content_hash
+from lata_lightning.store.mismatches import check_same_shapes
 from lata_lightning.store.names import NOTHING, LeaveOut
-from lata_lightning.store.pairing import Pairing, check_same_shapes, match
+from lata_lightning.store.pairing import Pairing, match
 from lata_lightning.store.roles import is_variance
 from lata_lightning.store.sources import TensorSource
 from lata_lightning.store.views import Forwarding, View, Zeros
@@ -144,7 +145,7 @@ def _found(weights: TensorSource, term: Term, leave_out: LeaveOut, same_shapes: 
     given = LeaveOut((*term.vector.manifest.leave_out, *leave_out.patterns), leave_out.names)
     found = match(weights, term.vector.tensors, given)
     if same_shapes:
-        check_same_shapes(found)
+        check_same_shapes(found.start, found.tuned)
     return found
 
 

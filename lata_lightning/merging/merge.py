@@ -39,7 +39,8 @@ from lata_lightning.store.writer import (
 )
 from lata_lightning.vectors.aligning import check_same_model, check_same_start
 from lata_lightning.vectors.cards import merge_card
-from lata_lightning.vectors.manifest import Identity, library_versions
+from lata_lightning.vectors.manifest import library_versions
+from lata_lightning.vectors.provenance import Identity
 
 
 def merge(

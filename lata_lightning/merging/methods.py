@@ -12,7 +12,7 @@ from lata_lightning.linearity.matrix_merges import MatrixMerge, MatrixMethod
 from lata_lightning.merging.matching import Matched
 from lata_lightning.numerics.matrix_regression import Settings
 from lata_lightning.store.sources import TensorSource
-from lata_lightning.vectors.manifest import Derivation, Measured
+from lata_lightning.vectors.provenance import Derivation, LayerValues
 
 Method = Literal["sum", "regression", "tsv", "iso"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -58,7 +58,7 @@ class OneVector:
 
     def record(self) -> dict[str, Any]:
         """Return the derivation of the vector, with the measurements taken while it was read."""
-        measured = tuple(Measured(name, layers, vector) for (name, vector), layers in self.merged.measured().items())
+        measured = tuple(LayerValues(name, layers, vector) for (name, vector), layers in self.merged.measured().items())
         derivation: Derivation = replace(self._derivation, measured=measured)
         return asdict(derivation)
 

@@ -22,7 +22,7 @@ from lata_lightning.layers import LayerMap
 from lata_lightning.moments import Moments, total
 from lata_lightning.report.measuring import PairwiseMoments
 from lata_lightning.report.reading import HistoryEntry
-from lata_lightning.vectors.manifest import OUTSIDE, Derivation
+from lata_lightning.vectors.provenance import OUTSIDE, Derivation
 
 Histories = Sequence[tuple[int, str, Sequence[HistoryEntry]]]
 """Number, label and history of each run; the number decides its colour."""

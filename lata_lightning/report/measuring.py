@@ -10,7 +10,7 @@ from itertools import combinations
 from lata_lightning.errors import LataError, LayoutMismatchError
 from lata_lightning.moments import Moments, total
 from lata_lightning.numerics.measure import moments_table, tensor_sums
-from lata_lightning.store.pairing import check_same_tensors
+from lata_lightning.store.mismatches import check_same_tensors
 from lata_lightning.store.writer import Progress
 from lata_lightning.vectors.aligning import check_matching_instruction
 from lata_lightning.vectors.task_vector import TaskVector
@@ -69,8 +69,8 @@ def measure_together(
     sizes = {name: 4 * len(vectors) * math.prod(vectors[0].shape(name)) for name in vectors[0]} if vectors else {}
     done, size = 0, sum(sizes.values())
     for name in sizes:
-        held = [task.held(name) for task in tasks]
-        direction = None if instruction is None else instruction.held(name)
+        held = [task.factors_or_dense(name) for task in tasks]
+        direction = None if instruction is None else instruction.factors_or_dense(name)
         for table, vector, task in zip(tables, vectors, held, strict=True):
             along = None if vector.manifest.kind == "instruction" else direction
             table |= moments_table({name: tensor_sums(task, along)})

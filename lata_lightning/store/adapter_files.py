@@ -1,4 +1,4 @@
-"""Peft adapter directories: which files belong to one, and the model that they and the config of a start describe."""
+"""Peft adapter directories: their files, and the model that these and the config of the start describe."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lata_lightning.errors import CorruptFileError, LataError, LayoutMismatchError, SourceError, first_three
+from lata_lightning.store.adapter_layers import check_kind
 from lata_lightning.store.directories import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_object
 from lata_lightning.store.formats.table import find_format
-from lata_lightning.store.lora import RESIDUAL, AdaptedModel, check_kind
+from lata_lightning.store.lora import RESIDUAL, AdaptedModel
 from lata_lightning.store.meaning import rows_of
 from lata_lightning.store.meta_model import meta_model
 from lata_lightning.store.sources import Origin, TensorSource
@@ -31,15 +32,15 @@ _AUTO_CLASSES = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-# Kinds whose layers have tensors that no file holds: drawn from a seed, or following from the sizes.
+# Kinds whose layers have tensors that no file stores: drawn from a seed, or computed from the sizes.
 _WITH_BUFFERS = frozenset({"ADALORA", "OFT", "BOFT", "VERA", "TRAINABLE_TOKENS"})
 
 
 def named_base(directory: Path) -> str | None:
-    """Where, by its config, the weights lie that an adapter was trained on; None if it does not say.
+    """Return the location that the config of an adapter gives for the weights it was trained on; None if it gives none.
 
     Raises:
-        CorruptFileError: The config cannot be read, or does not hold a text there.
+        CorruptFileError: The config cannot be read, or gives something else than a text.
     """
     named = read_object(directory / ADAPTER_CONFIG).get("base_model_name_or_path") or None
     if named is not None and not isinstance(named, str):
@@ -48,14 +49,14 @@ def named_base(directory: Path) -> str | None:
 
 
 def adapted_model(start: TensorSource, directory: Path) -> AdaptedModel:
-    """Build the empty model that a start's config describes, with an adapter directory's own tensors in it.
+    """Build the meta model that the config of the start describes, with the tensors of an adapter directory in it.
 
     Tensors saved under names of an older release of transformers are renamed as peft renames them when it loads them.
 
     Raises:
-        SourceError: The adapter is of a kind that is not read, what its factors started with is not known, or the start is of no architecture
-            that transformers knows.
-        LayoutMismatchError: It belongs to a model of another layout.
+        SourceError: The kind of adapter is not supported, the first values of its factors are not known, or transformers does not know the
+            architecture of the start.
+        LayoutMismatchError: It belongs to a model with other layers.
         CorruptFileError: Its files cannot be read, or lack tensors.
     """
     config = read_object(directory / ADAPTER_CONFIG)
@@ -88,7 +89,7 @@ def adapted_model(start: TensorSource, directory: Path) -> AdaptedModel:
 
 
 def _candidates(start: Mapping[str, Any], config: Mapping[str, Any], held: Mapping[str, Tensor]) -> Iterator[Mapping[str, Any]]:
-    """Configs of the models that an adapter may have been trained on, the most likely first: the start may lack their head, or have another.
+    """Yield configs of the models that an adapter may have been trained on, the most likely first: the start may lack their head, or have another.
 
     Args:
         start: Config of the start.
@@ -110,7 +111,7 @@ def _candidates(start: Mapping[str, Any], config: Mapping[str, Any], held: Mappi
 
 
 def _class_for(task: str, config: Mapping[str, Any]) -> str | None:
-    """Name of the class that transformers has for a task and a type of model; None if it has none."""
+    """Return name of the class that transformers has for a task and a type of model; None if it has none."""
     import transformers
 
     kind = config.get("model_type")
@@ -122,19 +123,19 @@ def _class_for(task: str, config: Mapping[str, Any]) -> str | None:
 
 
 def _wrapped(module: nn.Module, directory: Path, config: Mapping[str, Any], label: str) -> Any:
-    """The empty model with empty adapters on it."""
+    """Return the meta model with meta adapters on it."""
     from peft import PeftConfig, PeftModel, PeftType
 
     kind = config.get("peft_type")
     if kind not in list(PeftType):
         raise SourceError(f"{directory} is an adapter of the type {kind}, which this release of peft does not know")
     with warnings.catch_warnings():
-        # What peft remarks on when it wraps an empty model concerns training it.
+        # The warnings of peft about a meta model concern training it.
         warnings.simplefilter("ignore")
         try:
             settings = PeftConfig.from_pretrained(directory)
         except Exception as error:
-            # Whatever peft makes of a config that another release, or nobody, wrote.
+            # Peft may fail in any way on a config that another release wrote, or a person.
             raise LayoutMismatchError(f"{directory / ADAPTER_CONFIG} is no config that peft can use: {_on_one_line(error)}") from error
         try:
             check_kind(directory.name, settings)
@@ -151,7 +152,7 @@ def _wrapped(module: nn.Module, directory: Path, config: Mapping[str, Any], labe
 
 @contextmanager
 def _on_cpu(module: nn.Module) -> Iterator[None]:
-    """For a while give an empty model parameters on the CPU that take no memory: peft puts the buffers of an adapter where they are."""
+    """Give a meta model parameters on the CPU that take no memory, inside the block: peft puts the buffers of an adapter on their device."""
     empty = {id(parameter): parameter for parameter in module.requires_grad_(False).parameters()}
     on_cpu = {key: nn.Parameter(torch.zeros((), dtype=held.dtype).expand(held.shape), requires_grad=False) for key, held in empty.items()}
     _exchange(module, on_cpu)
@@ -169,7 +170,7 @@ def _exchange(module: nn.Module, others: Mapping[int, nn.Parameter]) -> None:
 
 
 def _under_current_names(model: Any, held: dict[str, Tensor], directory: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter file under the names that peft gives them when it loads them onto a model."""
+    """Return the tensors of an adapter file under the names that peft gives them when it loads them onto a model."""
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 
     try:
@@ -179,11 +180,11 @@ def _under_current_names(model: Any, held: dict[str, Tensor], directory: Path) -
 
 
 def _fill(model: Any, held: Mapping[str, Tensor], directory: Path, config: Mapping[str, Any], label: str) -> None:
-    """Put the tensors of an adapter file into the empty model, each where peft would load it."""
+    """Put the tensors of an adapter file into the meta model, each where peft would load it."""
     from peft import get_peft_model_state_dict
 
     parameters = model.state_dict(keep_vars=True)
-    # Each by an object of its own: tied parameters are one. Whether embeddings are stored is for the file to say (peft would ask the hub).
+    # One object for each name, as tied parameters are one. The file says whether embeddings are stored (peft would ask the hub).
     marks = {name: parameter.detach() for name, parameter in parameters.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -218,7 +219,7 @@ def _fill(model: Any, held: Mapping[str, Tensor], directory: Path, config: Mappi
         )
     if odd:
         raise LayoutMismatchError(
-            f"{directory} has other shapes than its config and {label} ask for in {first_three(odd)}. Is it another model's?"
+            f"{directory} does not have the shapes that its config and {label} ask for in {first_three(odd)}. Does it belong to another model?"
         )
     buffers = dict(model.named_buffers(remove_duplicate=False))
     by_path = {path_of[key]: tensor for key, tensor in held.items()}
@@ -229,14 +230,14 @@ def _fill(model: Any, held: Mapping[str, Tensor], directory: Path, config: Mappi
         # Of tied weights the file holds the one trained copy under each name.
         copies = [name for name in given if ".modules_to_save." in name]
         given |= {name: next(given[twin] for twin in copies if torch.equal(given[twin], given[name])) for name in copies}
-    # Loaded under one of its names, a tied parameter has to stay one tensor under all of them.
+    # A tied parameter that is loaded under one of its names must stay one tensor under all of them.
     by_parameter = {id(parameters[name]): loaded for name, loaded in given.items()}
     given |= {name: by_parameter[id(parameter)] for name, parameter in parameters.items() if id(parameter) in by_parameter}
     model.load_state_dict(given, strict=False, assign=True)
 
 
 def _has_embeddings(model: Any) -> bool:
-    """Whether a model tells which its embeddings are; models of images mostly do not."""
+    """Return whether a model tells which tensors are its embeddings; most models of images do not."""
     try:
         model.get_input_embeddings()
     except (NotImplementedError, AttributeError):

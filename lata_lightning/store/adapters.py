@@ -1,4 +1,4 @@
-"""What a peft adapter changes, as a difference to its start, and as the whole weights that start and adapter make."""
+"""What a peft adapter changes: as a difference to its start, and as the whole weights of start plus adapter."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from lata_lightning.store.views import Computed
 class AdapterDifference(TensorSource):
     """What a LoRA adapter adds to the weights it was trained on, tensor by tensor.
 
-    Tensors under LoRA layers are kept as factors. Trained copies (``modules_to_save``), biases, and what any other kind of adapter makes of a
-    weight are dense differences to the start, each computed when it is read.
+    Tensors under LoRA layers stay factors. Trained copies (``modules_to_save``), biases, and weights that another kind of adapter changes are dense
+    differences to the start, each computed when it is read.
 
     Args:
-        start: The weights the adapter was trained on; with ``before``, the weights that those and the other adapter make.
-        adapted: The model with the adapter on it; its base weights may be empty (meta tensors).
+        start: The weights the adapter was trained on; with ``before``, those weights plus the other adapter.
+        adapted: The model with the adapter on it; its base weights may be meta tensors.
         origin: Where the adapter comes from.
-        before: What another adapter adds to the weights this one was trained on. Then this is what the one adds more than the other.
+        before: What another adapter adds to the same weights. Then this is the difference of the two adapters.
 
     Attributes:
         start: The weights that the adapter, or both adapters, add to.
         unchanged: Names of the tensors that the adapter leaves as they are.
-        left_out: Names of the tensors of a head that the adapted model has and the start has not.
+        left_out: Names of the tensors of a head that the adapted model has and the start lacks.
 
     Raises:
-        LayoutMismatchError: It belongs to a model of another layout.
-        BaseMismatchError: It was trained on other weights, as far as they are known.
+        LayoutMismatchError: It belongs to a model with other layers.
+        BaseMismatchError: It is known to have been trained on other weights.
         SourceError: Peft cannot merge a layer of it.
     """
 
@@ -61,7 +61,7 @@ class AdapterDifference(TensorSource):
         changed = self._by_layer
         foreign = (set(self._whole) | changed) - set(self._names)
         if foreign and not foreign & changed and leave_out_pattern(foreign, self._names) is not None:
-            # A head that was put onto the start: no vector over the start can hold it.
+            # A head that was added to the start: no vector over the start can have it.
             self.left_out = tuple(sorted(foreign))
             self._whole = {name: tensor for name, tensor in self._whole.items() if name not in foreign}
         elif foreign:
@@ -72,20 +72,20 @@ class AdapterDifference(TensorSource):
         odd += [name for name, tensor in self._whole.items() if tuple(tensor.shape) != start.shape(name)]
         if odd:
             raise LayoutMismatchError(f"{self.label} and {start.label} must have the same shapes; different are {first_three(odd)}")
-        # A model in memory holds the weights under its adapters, and peft saves the embeddings it adapts: they are the start's, or the start is wrong.
+        # A model in memory has the weights under its adapters, and peft saves the embeddings it adapts: both must equal those of the start.
         copied = changed & set(self._whole)
         equal = {name for name in self._whole if self._is_start(name)}
         other = copied - equal
         if other and adapted.residual:
             raise BaseMismatchError(
-                f"{self.label} was initialised in a way that changes the base weights, and what its factors started with is not known any more. Train it "
+                f"{self.label} was initialised in a way that changes the base weights, and the first values of its factors are lost. Train it "
                 "under LATACallback, or save it with path_initial_model_for_weight_conversion=… and give that directory."
             )
         if other:
             raise BaseMismatchError(
                 f"{self.label} was trained on other weights than {start.label}: it carries other values of {first_three(other)}. Give those as START."
             )
-        # A model in memory also holds everything that was frozen.
+        # A model in memory also has everything that was frozen.
         self._whole = {name: tensor for name, tensor in self._whole.items() if name not in equal}
         self.unchanged = frozenset(self._names) - changed - frozenset(self._whole)
         if before is not None:
@@ -96,9 +96,9 @@ class AdapterDifference(TensorSource):
             raise SourceError(f"{self.label}: {error}") from error
 
     def _is_start(self, name: str) -> bool:
-        """Whether a tensor held whole is that of the start, as rounded to the precision it was loaded in."""
-        held = self._whole[name].cpu()
-        return torch.equal(held, self.start.read(name).to(held.dtype))
+        """Return whether a whole tensor equals that of the start, rounded to the precision in which it was loaded."""
+        own = self._whole[name].cpu()
+        return torch.equal(own, self.start.read(name).to(own.dtype))
 
     @property
     @override
@@ -141,7 +141,7 @@ class AdapterDifference(TensorSource):
         return nothing if now.equals(before) else now.since(before)
 
     def whole(self, name: str) -> Tensor:
-        """The values of a tensor that no factors are added to, in float64 if an adapter computes them from those of the start."""
+        """Return the values of a tensor to which no factors are added, in float64 if an adapter computes them from those of the start."""
         if name in self._whole:
             return self._whole[name].cpu()
         return self._adapted.values(name, self.start.read) if name in self._adapted.merged else self.start.read(name)
@@ -152,7 +152,7 @@ class AdapterDifference(TensorSource):
         return self._adapted.adapted | self._adapted.merged
 
     def _dense(self, name: str) -> Tensor:
-        """What is added to a tensor, in float64."""
+        """Return what is added to a tensor, in float64."""
         factors = self._factors(name)
         if factors is not None:
             return factors.dense(torch.float64)
@@ -169,7 +169,7 @@ class AdapterDifference(TensorSource):
 
 @final
 class AdaptedWeights(Computed):
-    """The whole weights that a start and an adapter make: sums in float64, rounded once to the start's dtype; trained copies as they are.
+    """Start plus adapter as whole weights: sums in float64, rounded once to the dtype of the start; trained copies as they are.
 
     Args:
         start: The weights the adapter was trained on.
@@ -198,7 +198,7 @@ def adapter_in(weights: TensorSource) -> AdapterDifference | None:
 
 
 def check_same_base(start: TensorSource, base: TensorSource, adapter: str) -> None:
-    """Refuse a start that is known to differ from the weights an adapter was trained on.
+    """Refuse a start whose weights differ from those an adapter was trained on.
 
     Raises:
         BaseMismatchError: A tensor has other values.

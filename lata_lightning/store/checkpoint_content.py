@@ -1,4 +1,4 @@
-"""Which part of what a checkpoint holds is the model."""
+"""Finding the weights of the model in the content of a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,44 +22,44 @@ class UnknownModelError(SourceError):
 
 
 class Located(Protocol):
-    """Where a tensor lies; hashable."""
+    """The location of a tensor in a file; hashable."""
 
     @property
     def entry(self) -> Entry:
         """Shape and dtype of the tensor."""
 
 
-Place = TypeVar("Place", bound=Located)
+Location = TypeVar("Location", bound=Located)
 _Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
-class Weights(Generic[Place]):
+class LocatedWeights(Generic[Location]):
     """The tensors of a model.
 
     Attributes:
-        places: Where each lies, by name.
+        locations: Location of each tensor, by name.
         tied: Other names of tensors that are listed once.
     """
 
-    places: dict[str, Place]
+    locations: dict[str, Location]
     tied: dict[str, str]
 
     @property
     def entries(self) -> dict[str, Entry]:
         """Shapes and dtypes, by name."""
-        return {name: place.entry for name, place in self.places.items()}
+        return {name: location.entry for name, location in self.locations.items()}
 
-    def of(self, model: str | None, label: str) -> Weights[Place]:
-        """Those of one module of several (see ``part_of``)."""
+    def of(self, model: str | None, label: str) -> LocatedWeights[Location]:
+        """Return the tensors of one module of several (see ``part_of``)."""
         if model is None:
             return self
-        everything = {**self.places, **{alias: self.places[name] for alias, name in self.tied.items()}}
+        everything = {**self.locations, **{alias: self.locations[name] for alias, name in self.tied.items()}}
         return _listed_once(part_of(everything, model, label))
 
 
 def part_of(entries: Mapping[str, _Item], model: str, label: str) -> dict[str, _Item]:
-    """What belongs to one module, under the names it has there.
+    """Return the entries of one module, under the names they have there.
 
     Args:
         entries: Anything by the full name of a tensor.
@@ -76,18 +76,20 @@ def part_of(entries: Mapping[str, _Item], model: str, label: str) -> dict[str, _
     return found
 
 
-def weights_in(content: object, tensor: Callable[[object], Place | None], label: str, model: str | None = None) -> Weights[Place]:
-    """The tensors of the model in a checkpoint: a state dict, or the one that stands under a name in a dictionary.
+def weights_in(
+    content: object, tensor: Callable[[object], Location | None], label: str, model: str | None = None
+) -> LocatedWeights[Location]:
+    """Return the tensors of the model in a checkpoint: a state dict, or a dictionary with a state dict in it.
 
     Args:
         content: What the checkpoint holds.
-        tensor: Where a tensor lies; None for what is no tensor.
+        tensor: Returns the location of a tensor; None for any other value.
         label: Name of the checkpoint, for messages.
-        model: Which one is meant, where it holds several: the name of a dictionary, of a module, or both with a dot between them.
+        model: Which model to take, where there are several: the key of a state dict, the name of a module, or both with a dot between them.
 
     Raises:
-        UnknownModelError: It holds nothing of that name.
-        SourceError: It holds no model, or several.
+        UnknownModelError: It has no model of that name.
+        SourceError: It has no model, or several.
     """
     top = mapping(content)
     if top is None:
@@ -104,8 +106,8 @@ def weights_in(content: object, tensor: Callable[[object], Place | None], label:
 
 
 def _only_model(
-    top: Mapping[Any, Any], holders: Mapping[str, set[str]], tensor: Callable[[object], Place | None], label: str
-) -> Weights[Place]:
+    top: Mapping[Any, Any], holders: Mapping[str, set[str]], tensor: Callable[[object], Location | None], label: str
+) -> LocatedWeights[Location]:
     usual = [key for key in _USUAL if key in holders]
     if usual:
         first = usual[0]
@@ -129,13 +131,13 @@ def _only_model(
 
 
 def several_models(names: Iterable[str], label: str) -> SourceError:
-    """The error about a checkpoint that holds more than one model."""
+    """Return the error about a checkpoint that holds more than one model."""
     listed = sorted(names)
     return SourceError(f"{label} must hold the model once; it holds {first_three(listed)}. Say which is meant: --model {listed[0]}")
 
 
 def unknown_model(model: str, names: Iterable[str], label: str) -> UnknownModelError:
-    """The error about a model that a checkpoint does not hold."""
+    """Return the error about a model that a checkpoint does not hold."""
     listed = sorted(names)
     near = get_close_matches(model, listed, 1)
     return UnknownModelError(
@@ -143,33 +145,33 @@ def unknown_model(model: str, names: Iterable[str], label: str) -> UnknownModelE
     )
 
 
-def _tensors_of(value: object, tensor: Callable[[object], Place | None]) -> set[str]:
-    """Names of the tensors that are directly in a dictionary; none for anything else."""
+def _tensors_of(value: object, tensor: Callable[[object], Location | None]) -> set[str]:
+    """Return the names of the tensors that are directly in a dictionary; none for anything else."""
     return {key for key, part in (mapping(value) or {}).items() if isinstance(key, str) and _is_tensor(part, tensor)}
 
 
-def _is_tensor(value: object, tensor: Callable[[object], Place | None]) -> bool:
+def _is_tensor(value: object, tensor: Callable[[object], Location | None]) -> bool:
     try:
         return tensor(value) is not None
     except (SourceError, CorruptFileError):
-        # It is one, and the reason why it cannot be read is said when it is listed.
+        # It is a tensor; why it cannot be read is said when it is listed.
         return True
 
 
 def _same_names(one: set[str], other: set[str]) -> bool:
-    """Whether two sets of tensors are those of one model, as the running average and the model itself."""
+    """Return whether two sets of names are those of one model, as of a model and its running average."""
     return 2 * len(one & other) > min(len(one), len(other))
 
 
-def _listed(entries: object, tensor: Callable[[object], Place | None], label: str) -> Weights[Place]:
-    places: dict[str, Place] = {}
+def _listed(entries: object, tensor: Callable[[object], Location | None], label: str) -> LocatedWeights[Location]:
+    locations: dict[str, Location] = {}
     odd: dict[str, object] = {}
     for key, value in (mapping(entries) or {}).items():
-        place = tensor(value)
-        if place is None:
+        location = tensor(value)
+        if location is None:
             odd[str(key)] = value
         elif isinstance(key, str):
-            places[unwrapped(key)] = place
+            locations[unwrapped(key)] = location
         else:
             raise SourceError(f"{label} must map names to tensors, and one of its keys is a {type(key).__name__}")
     # Beside its tensors a state dict may hold what modules save by get_extra_state, and numbers such as a step.
@@ -179,20 +181,20 @@ def _listed(entries: object, tensor: Callable[[object], Place | None], label: st
     if odd:
         name = min(odd)
         raise SourceError(f"{label} must map names to tensors; others are {first_three(odd)}, and {name!r} is a {kind_of(odd[name])}")
-    return _listed_once(places)
+    return _listed_once(locations)
 
 
-def _listed_once(places: Mapping[str, Place]) -> Weights[Place]:
-    """Tied tensors are two names of one place; the first of them counts."""
-    first_at: dict[Place, str] = {}
-    kept: dict[str, Place] = {}
+def _listed_once(locations: Mapping[str, Location]) -> LocatedWeights[Location]:
+    """Return the tensors with tied ones listed once, under their first name: two names of one location are tied."""
+    first_at: dict[Location, str] = {}
+    listed: dict[str, Location] = {}
     tied: dict[str, str] = {}
-    for name, place in places.items():
-        if 0 not in place.entry.shape and place in first_at:
-            tied[name] = first_at[place]
+    for name, location in locations.items():
+        if 0 not in location.entry.shape and location in first_at:
+            tied[name] = first_at[location]
         else:
-            kept[name], first_at[place] = place, name
-    return Weights(kept, tied)
+            listed[name], first_at[location] = location, name
+    return LocatedWeights(listed, tied)
 
 
 def _refuse_partial(top: Mapping[Any, Any], label: str) -> None:

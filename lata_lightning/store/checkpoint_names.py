@@ -1,4 +1,4 @@
-"""The names under which transformers saves the tensors of a model, which for some architectures are not those of its modules."""
+"""The names under which transformers saves the tensors of a model, which differ from those of its modules for some architectures."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lata_lightning.layers import unwrapped
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers of a module by name, without what wrappers add to names; tied ones under each of their names.
+    """Return the parameters and persistent buffers of a module by name, without what wrappers add to names; tied ones under each of their names.
 
-    These are the tensors among the entries of ``state_dict``. That method is not called, as any part of a module may override it, leave entries out
-    and take no arguments.
+    These are the tensors in ``state_dict``. That method itself is not called, as any part of a module may override it, leave entries out and take no
+    arguments.
     """
     found: dict[str, Tensor] = {}
     for path, part in nn.Module.named_modules(module, remove_duplicate=False):
@@ -27,7 +27,7 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def under_checkpoint_names(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a module as a saved checkpoint would name and split them.
+    """Return the tensors of a module as a saved checkpoint would name and split them.
 
     Args:
         module: A transformers model; tensors of any other module keep their names.
@@ -48,13 +48,13 @@ def under_checkpoint_names(module: nn.Module, tensors: Mapping[str, Tensor]) -> 
 
 
 class Piece(NamedTuple):
-    """A tensor of a checkpoint, as what it is of the tensors of the module.
+    """How a tensor of a checkpoint follows from the tensors of the module.
 
     Attributes:
         origins: Names, in the module, of the tensors it is made of.
         shape: Its shape.
-        stride, offset: Where its entries lie in the only origin, counted in entries; None where it is no view of one.
-        whole: Whether it is its only origin as it is.
+        stride, offset: Position of its entries in its only origin, counted in entries; None where it is no view of one tensor.
+        whole: Whether it equals its only origin, in shape and layout.
     """
 
     origins: tuple[str, ...]
@@ -64,12 +64,12 @@ class Piece(NamedTuple):
     whole: bool
 
 
-def chunk_bounds(module: nn.Module, names: Collection[str]) -> dict[str, Piece]:
-    """How a checkpoint stores tensors of a transformers model, by the checkpoint's names; nothing is read or computed.
+def checkpoint_pieces(module: nn.Module, names: Collection[str]) -> dict[str, Piece]:
+    """Return how a checkpoint stores tensors of a transformers model, by its names for them; nothing is read or computed.
 
     Args:
-        module: The model; its tensors may be empty.
-        names: Names, in the module, of the tensors that there are.
+        module: The model; its tensors may be meta tensors.
+        names: Names, in the module, of the tensors to store.
     """
     state = {name: tensor for name, tensor in state_of(module).items() if name in names}
     traced: dict[str, Tensor] = {}
@@ -89,12 +89,12 @@ def chunk_bounds(module: nn.Module, names: Collection[str]) -> dict[str, Piece]:
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a tensor of this shape whose entries lie one after the other."""
+    """Return the strides of a contiguous tensor of this shape."""
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 class _Traced(Tensor):
-    """An empty tensor that knows of which tensors it was made; copies stay views, so that they tell where their entries come from."""
+    """A meta tensor that records which tensors it was made from; copies stay views, so that their strides tell where their entries come from."""
 
     origins: frozenset[str]
     whole: int
@@ -119,7 +119,7 @@ def _tensors_in(values: Any) -> list[_Traced]:
 
 
 def loading_names(module: nn.Module) -> Callable[[str], str]:
-    """The function from a name in a checkpoint to that in a transformers model which loads it, where that is a matter of names alone."""
+    """Return the function from a name in a checkpoint to the name in the model that loads it, for tensors that are only renamed."""
     import transformers
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -138,10 +138,10 @@ def loading_names(module: nn.Module) -> Callable[[str], str]:
 
 
 def ignored_on_load(module: nn.Module, names: Iterable[str]) -> set[str]:
-    """Return the names that transformers silently passes over when it loads a checkpoint, as those of parts that only training had.
+    """Return the names that transformers silently ignores when it loads a checkpoint, as those of modules that only training had.
 
     Args:
-        module: The model; any but one of transformers passes over nothing.
+        module: The model; one that is not of transformers ignores nothing.
         names: Names in the checkpoint.
     """
     import transformers
@@ -153,7 +153,7 @@ def ignored_on_load(module: nn.Module, names: Iterable[str]) -> set[str]:
 
 
 def tied_groups(module: nn.Module) -> list[frozenset[str]]:
-    """Names of a module that are one tensor, group by group."""
+    """Return the groups of names that are one tensor of a module."""
     groups: dict[int, list[str]] = {}
     for name, tensor in state_of(module).items():
         groups.setdefault(id(tensor), []).append(name)
@@ -161,5 +161,5 @@ def tied_groups(module: nn.Module) -> list[frozenset[str]]:
 
 
 def checkpoint_name_of(module: nn.Module) -> dict[str, str]:
-    """Name in a checkpoint by name in the module, for the tensors that a checkpoint stores as they are."""
-    return {piece.origins[0]: name for name, piece in chunk_bounds(module, state_of(module)).items() if piece.whole}
+    """Return the name in a checkpoint by the name in the module, for the tensors that a checkpoint stores as they are."""
+    return {piece.origins[0]: name for name, piece in checkpoint_pieces(module, state_of(module)).items() if piece.whole}

@@ -1,4 +1,4 @@
-"""What belongs to a model directory besides the weights: which files go along to a model made from it, and which stay behind."""
+"""The other files of a model directory: which are copied to a model made from it, and which are not."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from pathlib import Path
 
 from lata_lightning.errors import LataError, first_three
 from lata_lightning.store.descriptors import unreadable
-from lata_lightning.store.directories import ADAPTER_CONFIG, MANIFEST_NAME, MERGE_RECORD, weight_files
+from lata_lightning.store.directories import ADAPTER_CONFIG, MANIFEST_NAME, MERGE_RECORD
 from lata_lightning.store.sources import TensorSource
 from lata_lightning.store.tokens import tokenizer_files
+from lata_lightning.store.weight_files import weight_files
 
 _SHOWN = 20
-# Weights in whatever format, and what a training run keeps; at the top of a directory.
+# Weights in any format, and the state of a training run; at the top of a directory.
 _STATES = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|onnx|onnx_data|h5|msgpack|ot|tflite|npz|pkl|pickle|distcp|data-\d+-of-\d+)$|\.index(\.json)?$|"
     r"^trainer_state\.json$"
@@ -33,11 +34,11 @@ _OWN = ("README.md", MANIFEST_NAME, MERGE_RECORD)
 
 @dataclass(frozen=True)
 class Companions:
-    """The files that go along with weights, decided before anything is written.
+    """The files that are copied along with weights, decided before anything is written.
 
     Attributes:
-        copied: Files by the path they get in the new directory.
-        left_out: Paths that stay behind, folders with a slash at their end; the weights themselves are not among them.
+        copied: Files by their path in the new directory.
+        left_out: Paths that are not copied, folders with a slash at their end; without the weights themselves.
         label: Name of the weights, for the note.
     """
 
@@ -47,12 +48,12 @@ class Companions:
 
     @property
     def size(self) -> int:
-        """Bytes of the files that go along."""
+        """Bytes of the files that are copied."""
         return sum(file.stat().st_size for file in self.copied.values())
 
     @property
     def note(self) -> str | None:
-        """A sentence about what stays behind; None if nothing does."""
+        """A sentence about what is not copied; None if everything is."""
         if not self.left_out:
             return None
         more = len(self.left_out) - _SHOWN
@@ -67,13 +68,13 @@ class Companions:
 
 
 def companions_of(source: TensorSource, tokenizer: TensorSource | None = None) -> Companions:
-    """What goes along with weights: every file of their directory but weights, and what tools keep beside them.
+    """Return the files to copy along with weights: all of their directory but weights and the state of tools.
 
-    Links are followed to files of the directory itself and of the hub's cache, and nowhere else.
+    Links are followed to files of the directory itself and of the hub's cache only.
 
     Args:
-        source: The weights; nothing goes along if they lie in no model directory.
-        tokenizer: Whose tokenizer files are taken in place of those of the source.
+        source: The weights; nothing is copied if they are not in a model directory.
+        tokenizer: The model whose tokenizer files replace those of the source.
 
     Raises:
         SourceError: A file cannot be read.
@@ -86,10 +87,10 @@ def companions_of(source: TensorSource, tokenizer: TensorSource | None = None) -
     replaced = set() if taken is None else set(tokenizer_files(directory))
     copied: dict[str, Path] = {}
     left_out: list[str] = []
-    for name, file in _walk(directory, ""):
+    for name, file in _files_below(directory, ""):
         if file in own or file in replaced:
             continue
-        if file.is_dir() or _stays(name, file, directory):
+        if file.is_dir() or _is_not_copied(name, file, directory):
             left_out.append(f"{name}/" if file.is_dir() else name)
         else:
             copied[name] = file
@@ -105,20 +106,22 @@ def companions_of(source: TensorSource, tokenizer: TensorSource | None = None) -
 
 
 def note_on_modules(start: Path | None, tuned: Path | None, label: str, advice: str) -> str | None:
-    """A sentence about weights in folders that a tuned model has and its start has not, or has with other bytes; None if there are none.
+    """Return a sentence about weights in folders that a tuned model has and its start lacks, or has with other bytes; None if there are none.
 
     Args:
         start: Directory of the start, or of the model that is added to; None where there is none.
         tuned: Directory of the tuned model; None where there is none.
         label: Name of the tuned model.
-        advice: What becomes of them.
+        advice: What happens to them.
 
     Raises:
         SourceError: A file cannot be read.
     """
     if start is None or tuned is None or start == tuned:
         return None
-    inside = [(name, file) for name, file in _walk(tuned, "") if _MODULE_WEIGHTS.search(name) and not _stays(name, file, tuned)]
+    inside = [
+        (name, file) for name, file in _files_below(tuned, "") if _MODULE_WEIGHTS.search(name) and not _is_not_copied(name, file, tuned)
+    ]
     try:
         others = [name for name, file in inside if not ((start / name).is_file() and filecmp.cmp(start / name, file, shallow=False))]
     except OSError as error:
@@ -128,24 +131,24 @@ def note_on_modules(start: Path | None, tuned: Path | None, label: str, advice: 
     return f"{label} has other weights in folders beside the model, {first_three(others)}: {advice}"
 
 
-def _walk(directory: Path, prefix: str) -> Iterator[tuple[str, Path]]:
-    """Every file below a directory, and every folder that is not entered, with the path from the directory."""
+def _files_below(directory: Path, prefix: str) -> Iterator[tuple[str, Path]]:
+    """Yield every file below a directory, and every folder that is not entered, with its path from the directory."""
     for entry in sorted(directory.iterdir()):
         name = prefix + entry.name
-        if entry.is_dir() and not _closed(entry):
-            yield from _walk(entry, f"{name}/")
+        if entry.is_dir() and not _is_left_out(entry):
+            yield from _files_below(entry, f"{name}/")
         else:
             yield name, entry
 
 
-def _closed(folder: Path) -> bool:
-    """Whether a folder stays behind whole: a link, hidden, the model in another format, of a training run, or a thing of its own."""
+def _is_left_out(folder: Path) -> bool:
+    """Return whether nothing in a folder is copied: a link, hidden, the model in another format, a training run, or a vector, merge or adapter."""
     if folder.is_symlink() or folder.name.startswith(".") or _FOLDERS.search(folder.name):
         return True
     return any((folder / name).exists() for name in (MANIFEST_NAME, MERGE_RECORD, ADAPTER_CONFIG))
 
 
-def _stays(name: str, file: Path, directory: Path) -> bool:
+def _is_not_copied(name: str, file: Path, directory: Path) -> bool:
     if name in _OWN or file.name.startswith(".") or not file.is_file():
         return True
     if (_STATES if "/" not in name else _OTHER_FORMATS).search(file.name):
@@ -156,10 +159,10 @@ def _stays(name: str, file: Path, directory: Path) -> bool:
 
 
 def _weights(directory: Path, source: TensorSource) -> set[Path]:
-    """The files that were read as the weights, and their index."""
+    """Return the files with the weights, and their index."""
     try:
         files = weight_files(directory, source.config)
     except LataError:
-        # The weights are no file of this directory: of an adapter's base, say.
+        # The weights are not in this directory, as for an adapter's base.
         return set()
     return {*files.paths, *((files.index_file,) if files.index_file is not None else ())}

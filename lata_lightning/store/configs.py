@@ -1,4 +1,4 @@
-"""Whether two configs describe one function of the weights: every key counts but those that are known not to."""
+"""Whether two configs describe the same function of the weights: every key counts unless it is known not to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 _FLOAT_TAG = "__float__"
 _NOT_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 _LENGTH = re.compile(r"(^|\.)(max_position_embeddings|n_positions|n_ctx|max_sequence_length|max_seq_len|seq_length|model_max_length)$")
-# Rotary embeddings that do not depend on it, or record beside their settings the length they were made for.
+# Rotary embeddings that do not depend on the length, or record the length they were made for.
 _FIXED_ROPE = ("default", "linear", "axial", "proportional", "llama3", "yarn", None)
 _IRRELEVANT = re.compile(
     # Where it comes from, and by whom it was written or loaded.
@@ -19,7 +19,7 @@ _IRRELEVANT = re.compile(
     r"chunk_size_feed_forward|tf_legacy_loss|"
     # What a call returns.
     r"use_cache|return_dict|return_dict_in_generate|output_.*|"
-    # Whose rows there are, and what they are for: tokenizers are compared token by token, heads by their shapes.
+    # Numbers and meanings of rows: tokenizers are compared token by token, heads by their shapes.
     r"vocab_size|num_labels|id2label|label2id|problem_type|finetuning_task|task_specific_params|prefix|"
     r"(bos|eos|pad|sep|cls|mask|unk|decoder_start|forced_bos|forced_eos)_token_id|"
     # How text is generated.
@@ -34,7 +34,7 @@ _IRRELEVANT = re.compile(
 
 
 def relevant(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a config without the keys that do not change what the weights compute, in plain JSON types.
+    """Return a copy of a config without the keys that do not change what the weights compute, in plain JSON types.
 
     Numbers that are not finite are written as transformers writes them: ``{"__float__": "Infinity"}``.
     """
@@ -42,15 +42,15 @@ def relevant(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Both values by dotted key, where two configs describe different functions of the same weights.
+    """Return both values by dotted key, where two configs describe different functions of the same weights.
 
-    Where transformers knows the type of the model, each config is completed by its defaults first, so that an old spelling and a new one, or a default
-    that is written down and one that is not, are equal; a key that the config class does not have, which a release or tool wrote on one side alone,
-    does not count. Other configs are compared as they are; None and False are the same as nothing there. The first configs named no type of their
-    model: it is taken to be that of the other side.
+    Where transformers knows the type of the model, both configs are completed by its defaults first. So an old and a new spelling are equal, and so are a
+    default that is written and one that is not. A key that only one side has and that the config class does not know is ignored. Other configs are
+    compared as they are; None, False and a missing key are equal. Where one config names no type of model, as the first ones did, it is that of
+    the other.
 
     Args:
-        one: Content of config.json, of a config's ``to_dict()``, or what ``relevant`` keeps of it.
+        one: Content of config.json, of a config's ``to_dict()``, or what ``relevant`` returns for it.
         other: The same of the other model.
     """
     if relevant(one) == relevant(other):
@@ -77,26 +77,26 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _is_known(key: str, defaults: Mapping[str, Any]) -> bool:
-    """Whether the config class of a model, or of the part of it that a dotted key is about, has that key."""
+    """Return whether the config class of a model, or of the part of it that a dotted key belongs to, has that key."""
     part: Any = defaults
     for word in key.split("."):
-        # Settings that are no config of a part, as those of rotary embeddings, have no list of all their keys.
+        # Settings that are no config of a part, as those of rotary embeddings, do not list all their keys.
         if not isinstance(part, Mapping) or "model_type" not in part:
             return True
         if word not in part:
-            # Of rotary embeddings old releases had settings under many names.
+            # Old releases had settings of rotary embeddings under many names.
             return "rope" in word or "rotary" in word
         part = part[word]
     return True
 
 
 def _length_is_capacity(leaves: Mapping[str, Any]) -> bool:
-    """Whether the longest input that is allowed has no part in what shorter ones give: no rotary scaling is derived from it."""
+    """Return whether the longest allowed input does not change the outputs of shorter ones: no rotary scaling is derived from it."""
     return all(kind in _FIXED_ROPE for key, kind in leaves.items() if key.endswith(("rope_type", "rope_scaling.type")))
 
 
 def _completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A config with the defaults of its class; as it is where transformers has none for it."""
+    """Return a config with the defaults of its class; the config itself where transformers has no class for it."""
     plain: dict[str, Any] = _decoded(config)
     import transformers
 
@@ -105,14 +105,14 @@ def _completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
         return config
     log = transformers.utils.logging
     level = log.get_verbosity()
-    # What it remarks on are token ids, which are not compared here.
+    # Its warnings are about token ids, which are not compared here.
     log.set_verbosity_error()
     try:
         made: dict[str, Any] = transformers.AutoConfig.for_model(
             kind, **{key: value for key, value in plain.items() if key[:1] != "_"}
         ).to_dict()
     except Exception:
-        # Whatever this release refuses in a config that another one wrote: it is compared as it is.
+        # This release may refuse a config that another one wrote in any way: then it is compared as it is.
         return config
     finally:
         log.set_verbosity(level)
@@ -121,7 +121,7 @@ def _completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _leaves(value: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
     for key, entry in value.items():
-        # Kept beside what is made of them: the old name of rope_type, and the layer from which on a window slides, if any does.
+        # Redundant keys: the old name of rope_type, and the layer from which on a window slides.
         if (key == "type" and "rope_type" in value) or (key == "max_window_layers" and value.get("layer_types")):
             continue
         if isinstance(entry, Mapping) and set(entry) != {_FLOAT_TAG}:
@@ -143,7 +143,7 @@ def _plain(value: Any) -> Any:
 
 
 def _decoded(value: Any) -> Any:
-    """The inverse of how numbers that are not finite are written."""
+    """Return a value with numbers that are not finite as floats, which configs write as objects."""
     if isinstance(value, Mapping):
         if set(value) == {_FLOAT_TAG}:
             return _NOT_FINITE.get(value[_FLOAT_TAG], value)

@@ -12,7 +12,14 @@ from typing_extensions import override
 
 from lata_lightning.numerics.chunks import ChunkReader, tensor_chunks
 from lata_lightning.numerics.low_rank import LowRank
-from lata_lightning.store.checkpoint_names import Piece, checkpoint_name_of, chunk_bounds, loading_names, row_major, under_checkpoint_names
+from lata_lightning.store.checkpoint_names import (
+    Piece,
+    checkpoint_name_of,
+    checkpoint_pieces,
+    loading_names,
+    row_major,
+    under_checkpoint_names,
+)
 from lata_lightning.store.meta_model import meta_model
 from lata_lightning.store.names import differing_prefixes, keyed
 from lata_lightning.store.sources import TensorSource
@@ -20,14 +27,14 @@ from lata_lightning.store.sources import TensorSource
 
 @final
 class Converted(TensorSource):
-    """The tensors of another source as a checkpoint stores them; each piece is read by itself where it is a part of one tensor.
+    """The tensors of another source, named and split as a checkpoint stores them; a piece that is a part of one tensor is read without the rest.
 
     Args:
-        source: Holds tensors under the names of the modules, or under others.
-        module: The transformers model whose names those are; its tensors may be empty.
-        pieces: What to make of the tensors of the model, by name in the checkpoint.
+        source: The tensors, under the names of the modules or other names.
+        module: The transformers model with those modules; its tensors may be meta tensors.
+        pieces: How each tensor of the checkpoint follows from those of the model, by name in the checkpoint.
         origins: Name in ``source`` by name in the model.
-        others: Name in ``source`` of further tensors, which stay as they are, by the name to give them.
+        others: Name in ``source`` of the tensors that are not split, by their new name.
     """
 
     def __init__(
@@ -66,7 +73,7 @@ class Converted(TensorSource):
         load, entries = self._source.chunks(self._stored_name(name)), torch.empty(count, dtype=self.dtype(name))
         for begin in range(0, count, _ENTRIES):
             end = min(begin + _ENTRIES, count)
-            # What a source loads is valid until the next piece of it is.
+            # A chunk is valid until the next one of its source is loaded.
             entries[begin:end] = load(piece.offset + begin, piece.offset + end)
         return entries.as_strided(piece.shape, piece.stride).contiguous()
 
@@ -87,11 +94,11 @@ class Converted(TensorSource):
 
     @override
     def byte_range(self, name: str) -> Hashable:
-        place = self._source.byte_range(self._stored_name(name))
+        bytes_of_origin = self._source.byte_range(self._stored_name(name))
         whole, offset = self._whole(name), self._offset(name)
-        if place is None or whole is not None:
-            return place
-        return None if offset is None else (place, offset, self.shape(name))
+        if bytes_of_origin is None or whole is not None:
+            return bytes_of_origin
+        return None if offset is None else (bytes_of_origin, offset, self.shape(name))
 
     @override
     def sides(self, name: str) -> tuple[TensorSource, TensorSource, str] | None:
@@ -106,30 +113,30 @@ class Converted(TensorSource):
         return self._others[name] if name in self._others else self._origins[self._pieces[name].origins[0]]
 
     def _whole(self, name: str) -> str | None:
-        """The stored tensor that a name stands for as it is; None for a part of one, or what is computed."""
+        """Return the name in the source of a tensor that is not split; None for a piece of a tensor, or of several."""
         if name in self._others:
             return self._others[name]
         return self._stored_name(name) if self._pieces[name].whole else None
 
     def _offset(self, name: str) -> int | None:
-        """Where a piece begins that lies in one go in its origin; None for any other."""
+        """Return where a contiguous piece begins in its origin; None for any other piece."""
         if name in self._others:
             return 0
         piece = self._pieces[name]
         return piece.offset if piece.stride == row_major(piece.shape) else None
 
 
-# Entries to read at a time of a piece that lies scattered.
+# Entries to read at a time of a piece that is not contiguous.
 _ENTRIES = 1 << 20
 
 
 class Named(NamedTuple):
-    """A source, and what its tensors are compared by.
+    """A source, and the names by which its tensors are compared.
 
     Attributes:
         source: The tensors.
-        names: Name in the source by the key to compare by.
-        outside: Names in the source of tensors that lie beside the model, as other modules of a LightningModule do.
+        names: Name in the source by the name to compare.
+        outside: Names in the source of tensors that are not part of the model, as those of other modules of a LightningModule.
     """
 
     source: TensorSource
@@ -138,22 +145,22 @@ class Named(NamedTuple):
 
 
 def by_checkpoint_names(side: TensorSource, config: Mapping[str, Any] | None) -> Named | None:
-    """A source by the names of a checkpoint of the model that a config describes.
+    """Return a source by the names that a checkpoint of the model of a config has.
 
     Args:
         side: The tensors.
-        config: Content of config.json; None if nobody says which model it is.
+        config: Content of config.json; None if there is none.
 
     Returns:
-        The source, in the pieces a checkpoint has; None where the model is not known, or names are no help.
+        The source, split as a checkpoint is; None where transformers does not know the model, or where the names do not tell how to split.
     """
     module = meta_model(config)
     if module is None:
         return None
     state = module.state_dict()
-    every, whole, loaded = chunk_bounds(module, state), checkpoint_name_of(module), loading_names(module)
+    every, whole, loaded = checkpoint_pieces(module, state), checkpoint_name_of(module), loading_names(module)
     stored = keyed(side.names, side.label)
-    # Whichever explains more of the names: those of the modules, or those of a checkpoint.
+    # The names are those of the modules or those of a checkpoint: whichever match more.
     kinds = [_without_prefix(stored, names, side.label) for names in (state, every)]
     found = [sum(key in names for key in keys) for (keys, _), names in zip(kinds, (state, every), strict=True)]
     by_modules = found[0] > found[1]
@@ -187,7 +194,7 @@ def by_checkpoint_names(side: TensorSource, config: Mapping[str, Any] | None) ->
 
 
 def _without_prefix(stored: Mapping[str, str], names: Mapping[str, object], label: str) -> tuple[dict[str, str], frozenset[str]]:
-    """Stored names by key, with the prefix that brings most of them to some names; and those that do not have the prefix."""
+    """Return the stored names by key without the prefix that lets most keys match other names; and the stored names that do not have the prefix."""
     prefix, missing = differing_prefixes(stored, names, label)
     keys = {missing + key.removeprefix(prefix) if key.startswith(prefix) else key: name for key, name in stored.items()}
     return keys, frozenset(name for key, name in stored.items() if not key.startswith(prefix))

@@ -1,4 +1,4 @@
-"""Files opened for reading: a bounded number at a time, and the true reason where one cannot be opened."""
+"""Files opened for reading: a limited number at a time, with the true reason where one cannot be opened."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ MAX_OPEN = 32
 _AHEAD = 1 << 16
 
 
-class Identity(NamedTuple):
-    """A file as it was when it was opened first."""
+class FileIdentity(NamedTuple):
+    """Which file was opened first, and in which state, so that a later change is noticed."""
 
     path: Path
     device: int
@@ -29,17 +29,17 @@ class Identity(NamedTuple):
 
 
 class Descriptors:
-    """Descriptors of files that are read at offsets, the least recently used ones closed when there are too many; threads may share them."""
+    """Descriptors of files that are read at offsets. When there are too many, the least recently used are closed. Threads may share them."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        # Held again by the same thread where a source ends, and closes its files, while another is opened.
+        # Reentrant: while a thread opens a source, another one may be collected, which closes its files.
         self._lock = threading.RLock()
-        # In the order of use; each with the number of reads in progress.
-        self._open: dict[Identity, list[int]] = {}
+        # In the order of use, each with the number of its reads in progress.
+        self._open: dict[FileIdentity, list[int]] = {}
 
-    def identify(self, path: Path) -> Identity:
-        """Open a file and tell which one it is.
+    def identify(self, path: Path) -> FileIdentity:
+        """Open a file and return which one it is.
 
         Raises:
             SourceError, CorruptFileError: It cannot be opened; the message says why.
@@ -55,11 +55,11 @@ class Descriptors:
         return identity
 
     @contextmanager
-    def reading(self, file: Identity) -> Iterator[int]:
-        """A descriptor of a file, which stays open inside the block.
+    def reading(self, file: FileIdentity) -> Iterator[int]:
+        """Yield a descriptor of a file, which stays open inside the block.
 
         Raises:
-            CorruptFileError: Another file is at its path by now.
+            CorruptFileError: The path has another file by now.
             SourceError: It cannot be opened again.
         """
         with self._lock:
@@ -79,14 +79,14 @@ class Descriptors:
             with self._lock:
                 entry[1] -= 1
 
-    def close(self, files: Iterable[Identity]) -> None:
-        """Close the descriptors of some files, but for those that are being read; later reads open them again."""
+    def close(self, files: Iterable[FileIdentity]) -> None:
+        """Close the descriptors of some files, except those that are being read; later reads open them again."""
         with self._lock:
             for file in files:
                 self._close(file)
 
     def opened(self, path: Path) -> int:
-        """Open a regular file and return its descriptor, which the caller closes; idle ones are given up where too many are open.
+        """Open a regular file and return its descriptor, which the caller closes; idle descriptors are closed where too many are open.
 
         Raises:
             SourceError, CorruptFileError: It cannot be opened; the message says why.
@@ -107,13 +107,13 @@ class Descriptors:
             raise unreadable(path, error) from error
 
     def _close_oldest(self, keep: int) -> bool:
-        """Close descriptors that nobody reads until so many are left; whether any was closed."""
+        """Close idle descriptors until so many are left; return whether any was closed."""
         before = len(self._open)
         for file in list(self._open)[: max(0, before - keep)]:
             self._close(file)
         return len(self._open) < before
 
-    def _close(self, file: Identity) -> None:
+    def _close(self, file: FileIdentity) -> None:
         entry = self._open.get(file)
         if entry is not None and entry[1] == 0:
             os.close(entry[0])
@@ -124,15 +124,15 @@ DESCRIPTORS = Descriptors(MAX_OPEN)
 
 
 class Window:
-    """Some bytes of a file as a stream of their own, as archives and pickles inside a file are read."""
+    """A range of a file as a stream, to read archives and pickles inside a file."""
 
-    def __init__(self, file: Identity, begin: int, end: int) -> None:
+    def __init__(self, file: FileIdentity, begin: int, end: int) -> None:
         self._file, self._begin, self.size = file, begin, end - begin
         self._position = 0
         self._buffer, self._buffer_at = b"", 0
 
     def read(self, size: int = -1, /) -> bytes:
-        """The next bytes; all that are left for a negative size."""
+        """Return the next bytes; all that are left for a negative size."""
         left = max(0, self.size - self._position)
         size = left if size is None or size < 0 else min(size, left)
         offset = self._position - self._buffer_at
@@ -142,7 +142,7 @@ class Window:
         return self._buffer[offset : offset + size]
 
     def readline(self) -> bytes:
-        """The bytes up to the next line break."""
+        """Return the bytes up to the next line break."""
         taken = bytearray()
         while byte := self.read(1):
             taken += byte
@@ -151,7 +151,7 @@ class Window:
         return bytes(taken)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Go to a position, counted from the beginning, from here or from the end."""
+        """Set the position, counted from the beginning, from here or from the end, and return it."""
         origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
         if origin + offset < 0:
             raise ValueError("a position before the beginning")
@@ -159,11 +159,11 @@ class Window:
         return self._position
 
     def tell(self) -> int:
-        """The position of the next byte."""
+        """Return the position of the next byte."""
         return self._position
 
     def seekable(self) -> bool:
-        """Whether positions can be set; they can."""
+        """Return True: positions can be set."""
         return True
 
     def _bytes(self, begin: int, size: int) -> bytes:
@@ -172,7 +172,7 @@ class Window:
         return bytes(data)
 
 
-def fill(target: memoryview, file: Identity, begin: int) -> None:
+def fill(target: memoryview, file: FileIdentity, begin: int) -> None:
     """Read bytes of a file, from an offset on, until the target is full.
 
     Raises:
@@ -190,7 +190,7 @@ def fill(target: memoryview, file: Identity, begin: int) -> None:
 
 
 def first_bytes(path: Path, count: int) -> bytes:
-    """The first bytes of a file, fewer where it is shorter.
+    """Return the first bytes of a file, fewer where it is shorter.
 
     Raises:
         SourceError, CorruptFileError: It cannot be opened; the message says why.
@@ -203,7 +203,7 @@ def first_bytes(path: Path, count: int) -> bytes:
 
 
 def unreadable(path: Path, error: OSError) -> LataError:
-    """The error that says why a file cannot be read, and what to do."""
+    """Return the error that says why a file cannot be read, and what to do."""
     if isinstance(error, FileNotFoundError):
         return CorruptFileError(f"{path} is missing. Copy or download it again.")
     if isinstance(error, PermissionError):
@@ -215,6 +215,6 @@ def unreadable(path: Path, error: OSError) -> LataError:
     return SourceError(f"{path} cannot be read: {error.strerror or error}")
 
 
-def _identity(path: Path, descriptor: int) -> Identity:
+def _identity(path: Path, descriptor: int) -> FileIdentity:
     status = os.fstat(descriptor)
-    return Identity(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return FileIdentity(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)

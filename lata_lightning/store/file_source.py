@@ -1,4 +1,4 @@
-"""Tensors that lie in files, read piece by piece at their offsets."""
+"""Tensors in files, read chunk by chunk at their offsets."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from lata_lightning.store.sources import IN_MEMORY, Origin, TensorSource
 
 @final
 class FileSource(TensorSource):
-    """Tensors in one or several files; a tensor, or the rows of one that are asked for, is read when it is asked for.
+    """Tensors in one or several files; a tensor, or a range of one, is read when it is asked for.
 
-    Reads go to the files and not through memory maps: pages of a map count as memory of the process until it ends, and a map of a file that is cut
-    short meanwhile kills it.
+    Files are read, not mapped into memory: the pages of a map count as memory of the process until it ends, and a map of a file that is cut short
+    meanwhile kills it.
 
     Args:
-        spans: Where each tensor lies.
+        spans: Location of each tensor, by name.
         origin: Where they come from.
         tied: Other names of tensors that are listed once.
 
     Raises:
-        SourceError: A tensor is of a dtype that cannot be read.
+        SourceError: A tensor has a dtype that cannot be read.
     """
 
     def __init__(self, spans: Mapping[str, Span], origin: Origin = IN_MEMORY, tied: Mapping[str, str] | None = None) -> None:
@@ -69,17 +69,17 @@ class FileSource(TensorSource):
 
 
 def open_safetensors(files: Iterable[Path], location: str | Path | None = None) -> FileSource:
-    """The tensors of one or several safetensors files.
+    """Return the tensors of one or several safetensors files.
 
     Raises:
-        CorruptFileError: A file is missing or not whole, or two hold other values of one tensor.
+        CorruptFileError: A file is missing or damaged, or two have different values of one tensor.
         SourceError: A file cannot be read, or holds a dtype that cannot be read.
     """
     return FileSource(joined(safetensors_spans(file) for file in files), Origin(None if location is None else str(location)))
 
 
 def read_span(span: Span) -> Tensor:
-    """All of a tensor, its entries row by row."""
+    """Return a whole tensor, contiguous."""
     (shape, code), strides = span.entry, span.strides
     dtype = torch_dtype(code)
     if strides is None:
@@ -93,7 +93,7 @@ def read_span(span: Span) -> Tensor:
 
 
 def load_span(span: Span) -> ChunkReader:
-    """A tensor whose entries follow row by row, piece by piece; what a call gives is overwritten by the next."""
+    """Return a reader of the chunks of a contiguous tensor; what a call returns is overwritten by the next."""
     dtype = torch_dtype(span.entry.code)
     buffer = torch.empty(0, dtype=dtype)
 
@@ -109,7 +109,7 @@ def load_span(span: Span) -> ChunkReader:
 
 
 def fill_entries(tensor: Tensor, span: Span, first: int) -> None:
-    """Fill a contiguous tensor with the entries of a span, from one of them on; they must follow row by row there."""
+    """Fill a contiguous tensor with the entries of a contiguous span, from one of them on."""
     if tensor.numel():
         target = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
         fill(target, span.file, span.begin + first * item_size(span.entry.code))

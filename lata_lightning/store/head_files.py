@@ -66,7 +66,7 @@ class Head:
 
     @classmethod
     def open(cls, path: str | Path) -> Head:
-        """The head in a directory.
+        """Return the head in a directory.
 
         Raises:
             SourceError: There is none, or it is of a later format.

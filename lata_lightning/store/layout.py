@@ -1,4 +1,4 @@
-"""Where tensors lie in files, told without torch, which takes a second to import."""
+"""Locations of tensors in files, found without torch, which takes a second to import."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from lata_lightning.errors import CorruptFileError, SourceError, first_three
 from lata_lightning.layers import layer_map
-from lata_lightning.store.descriptors import DESCRIPTORS, Identity, fill
+from lata_lightning.store.descriptors import DESCRIPTORS, FileIdentity, fill
 from lata_lightning.store.dtypes import dtype_name, is_known, is_readable, item_size
 
 _PIECE = 1 << 20
@@ -33,22 +33,22 @@ class Span(NamedTuple):
         file: The file.
         begin: Offset of its first entry, in bytes.
         entry: Shape and dtype.
-        strides: Entries from one index to the next along each axis; None where they follow row by row.
+        strides: Entries from one index to the next along each axis; None for a contiguous tensor.
     """
 
-    file: Identity
+    file: FileIdentity
     begin: int
     entry: Entry
     strides: tuple[int, ...] | None = None
 
 
 def safetensors_spans(path: Path) -> dict[str, Span]:
-    """The tensors of a safetensors file, sorted by name, from its header, which is checked against the size of the file.
+    """Return the tensors of a safetensors file, sorted by name, from its header, which is checked against the size of the file.
 
-    The library is not asked, as it calls a file missing where too many are open.
+    The safetensors library is not used, as it calls a file missing where too many are open.
 
     Raises:
-        CorruptFileError: The file is missing, or is not whole.
+        CorruptFileError: The file is missing or damaged.
         SourceError: It cannot be read.
     """
     file = DESCRIPTORS.identify(path)
@@ -60,8 +60,8 @@ def safetensors_spans(path: Path) -> dict[str, Span]:
         raise CorruptFileError(f"{path} is no readable safetensors file ({what}). Is it complete? Copy or download it again.") from error
 
 
-def _header(file: Identity) -> tuple[int, dict[str, Any]]:
-    """Size of the header, and the tensors it lists, which must fill the rest of the file without a gap."""
+def _header(file: FileIdentity) -> tuple[int, dict[str, Any]]:
+    """Return the size of the header and the tensors it lists, which must fill the rest of the file without a gap."""
     if file.size < 8:
         raise ValueError("it is shorter than its header")
     size = int.from_bytes(_bytes(file, 0, 8), "little")
@@ -81,7 +81,7 @@ def _header(file: Identity) -> tuple[int, dict[str, Any]]:
     return size, header
 
 
-def _span(file: Identity, data: int, entry: Mapping[str, Any]) -> Span:
+def _span(file: FileIdentity, data: int, entry: Mapping[str, Any]) -> Span:
     shape, code, (begin, end) = _numbers(entry["shape"]), str(entry["dtype"]), _numbers(entry["data_offsets"])
     if is_known(code) and end - begin != math.prod(shape) * item_size(code):
         raise ValueError("a tensor has another size than its shape")
@@ -94,17 +94,17 @@ def _numbers(values: Any) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _bytes(file: Identity, begin: int, size: int) -> bytes:
+def _bytes(file: FileIdentity, begin: int, size: int) -> bytes:
     data = bytearray(size)
     fill(memoryview(data), file, begin)
     return bytes(data)
 
 
 def joined(parts: Iterable[Mapping[str, Span]]) -> dict[str, Span]:
-    """The tensors of several files together.
+    """Return the tensors of several files together.
 
     Raises:
-        CorruptFileError: Two files hold other values of one tensor.
+        CorruptFileError: Two files have different values of one tensor.
     """
     found: dict[str, Span] = {}
     for part in parts:
@@ -112,7 +112,7 @@ def joined(parts: Iterable[Mapping[str, Span]]) -> dict[str, Span]:
         if twice:
             name = min(twice)
             raise CorruptFileError(
-                f"{found[name].file.path} and {part[name].file.path} must not hold other values of one tensor; they do of {first_three(twice)}. "
+                f"{found[name].file.path} and {part[name].file.path} must hold the same values of each tensor; they differ in {first_three(twice)}. "
                 "One of them is left over from another model: remove or download them again."
             )
         found = {**part, **found}
@@ -135,7 +135,7 @@ def check_readable(label: str, entries: Mapping[str, Entry]) -> None:
 
 
 def sizes(entries: Mapping[str, Entry]) -> dict[str, Any]:
-    """Facts about tensors for ``lata inspect``: how many, with how many entries, of which dtypes."""
+    """Return facts about tensors for ``lata inspect``: how many, with how many entries, of which dtypes."""
     return {
         "tensors": len(entries),
         "parameters": sum(math.prod(entry.shape) for entry in entries.values()),
@@ -144,7 +144,7 @@ def sizes(entries: Mapping[str, Entry]) -> dict[str, Any]:
 
 
 def weights_facts(entries: Mapping[str, Entry]) -> dict[str, Any]:
-    """Facts about the weights of a model for ``lata inspect``: those of its tensors, and its layers."""
+    """Return facts about the weights of a model for ``lata inspect``: those of its tensors, and its layers."""
     layers = layer_map(entries)
     return {
         **sizes(entries),

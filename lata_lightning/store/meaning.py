@@ -1,4 +1,4 @@
-"""What config and tokenizer say about the tensors of a model: equal shapes are not equal meaning. Nothing here needs torch."""
+"""What config and tokenizer say about the tensors of a model: equal shapes need not mean the same. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lata_lightning.errors import LayoutMismatchError
 from lata_lightning.store.configs import config_differences, relevant
 from lata_lightning.store.directories import local_directory
-from lata_lightning.store.tokens import Vocabulary
+from lata_lightning.store.tokens import TokenizerIdentity
 
 if TYPE_CHECKING:
     from lata_lightning.store.sources import TensorSource
@@ -21,21 +21,21 @@ _NO_COMPARISON = "switch the comparison of configs off (check_config=False, --ch
 
 @dataclass(frozen=True)
 class Meaning:
-    """What is known of the function that the tensors of a vector, or of a model, are weights of.
+    """What is known of the function whose weights the tensors of a vector or a model are.
 
     Attributes:
         config: Content of config.json; None if it is not known.
-        vocabularies: The tokenizers that are known: of a model its own, of a vector those of its sides, each once. Rows of tokens that only one of
-            two sides has are zero in a vector.
+        vocabularies: The known tokenizers: that of a model, or those of both sides of a vector, each once. Where only one side has a token, its row
+            is zero in the vector.
         compared: Whether the config takes part in comparisons. It is not recorded.
     """
 
     config: Mapping[str, Any] | None = None
-    vocabularies: tuple[Vocabulary, ...] = ()
+    vocabularies: tuple[TokenizerIdentity, ...] = ()
     compared: bool = field(default=True, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain types for JSON; of the config, the keys that count."""
+        """Return plain types for JSON, with the keys of the config that count."""
         return {
             "config": None if self.config is None else relevant(self.config),
             "vocabularies": [vocabulary.to_json() for vocabulary in self.vocabularies],
@@ -43,35 +43,35 @@ class Meaning:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Meaning:
-        """The inverse of ``to_json``."""
+        """Read what ``to_json`` wrote."""
         config = data["config"]
         if config is not None and not isinstance(config, Mapping):
             raise ValueError("a config that is no object")
-        return cls(config, tuple(Vocabulary.from_json(entry) for entry in data["vocabularies"]))
+        return cls(config, tuple(TokenizerIdentity.from_json(entry) for entry in data["vocabularies"]))
 
 
 def meaning_of(source: TensorSource) -> Meaning:
-    """That of whole weights, from the config and the tokenizer files beside them."""
+    """Return the meaning of whole weights, from the config and the tokenizer files of their directory."""
     return _meaning(source.config, source.directory, source.label)
 
 
 def meaning_in_memory(config: Mapping[str, Any] | None, location: str | None) -> Meaning:
-    """That of a model in memory, which has a config and was loaded from a directory or hub id, as far as that is at hand."""
+    """Return the meaning of a model in memory, from its config and the directory or hub id it was loaded from, as far as these are there."""
     return _meaning(config, local_directory(location), location or "the model in memory")
 
 
 def _meaning(config: Mapping[str, Any] | None, directory: Path | None, label: str) -> Meaning:
-    vocabulary = None if directory is None else Vocabulary.of_directory(directory, label, rows_of(config))
+    vocabulary = None if directory is None else TokenizerIdentity.of_directory(directory, label, rows_of(config))
     return Meaning(config, () if vocabulary is None else (vocabulary,))
 
 
 def rows_of(config: Mapping[str, Any] | None) -> int | None:
-    """The largest vocabulary size that a config states; None if it states none."""
+    """Return the largest vocabulary size that a config states; None if it states none."""
     return max(stated_sizes(config or {}).values(), default=None)
 
 
 def difference_meaning(start: TensorSource, tuned: TensorSource, *, compared: bool = True) -> Meaning:
-    """That of a difference of two models, which must mean the same.
+    """Return the meaning of the difference of two models, which must mean the same.
 
     Args:
         start: The one side.
@@ -87,21 +87,21 @@ def difference_meaning(start: TensorSource, tuned: TensorSource, *, compared: bo
 
 
 def check_all_mean_the_same(sides: Sequence[tuple[str, Meaning]], *, by_token: bool = True) -> None:
-    """Compare each two of several models and vectors (see ``check_same_meaning``)."""
+    """Compare every pair of several models and vectors (see ``check_same_meaning``)."""
     for one, other in combinations(sides, 2):
         check_same_meaning(one, other, by_token=by_token)
 
 
 def check_same_meaning(one: tuple[str, Meaning], other: tuple[str, Meaning], *, by_token: bool = True) -> None:
-    """Refuse two sets of tensors, each with its name, that are weights of different functions, as far as that is known.
+    """Refuse two models or vectors that are known to be weights of different functions.
 
     Args:
-        one: Name and meaning of a model or a vector. A vector shares the tokens of either of its sides.
-        other: The same of the other.
-        by_token: Whether to compare tokenizers; False where that is done row by row, for a choice of rows that was asked for.
+        one: Name and meaning of a model or a vector. For a vector, it is enough that one of its sides has the same tokens.
+        other: Name and meaning of the other.
+        by_token: Whether to compare tokenizers; False where rows are compared one by one.
 
     Raises:
-        LayoutMismatchError: A key of the configs differs that changes what the weights compute, or a row is another token in each.
+        LayoutMismatchError: The configs differ in a key that changes what the weights compute, or a row is a different token in each.
     """
     (label, left), (other_label, right) = one, other
     if left.compared and right.compared and left.config is not None and right.config is not None:
@@ -119,8 +119,8 @@ def check_same_meaning(one: tuple[str, Meaning], other: tuple[str, Meaning], *, 
         refuse_tokens(label, left.vocabularies[-1], other_label, right.vocabularies[-1])
 
 
-def refuse_tokens(label: str, one: Vocabulary, other_label: str, other: Vocabulary) -> NoReturn:
-    """Say how two tokenizers differ.
+def refuse_tokens(label: str, one: TokenizerIdentity, other_label: str, other: TokenizerIdentity) -> NoReturn:
+    """Raise the error that says how two tokenizers differ.
 
     Raises:
         LayoutMismatchError: Always.
@@ -155,7 +155,7 @@ def check_same_tokens(sides: Sequence[tuple[str, Mapping[int, str]]]) -> None:
             first = min(clashes)
             shown = ", ".join(f"{row} is {seen[row][1]!r} and {tokens[row]!r}" for row in sorted(clashes)[:3])
             raise LayoutMismatchError(
-                f"{seen[first][0]} and {label} must mean the same token by the same row; {len(clashes)} rows differ, first: {shown}. Rows are not "
+                f"{seen[first][0]} and {label} must have the same token at the same row; {len(clashes)} rows differ, first: {shown}. Rows are not "
                 "moved: give both models the same tokens at the same rows before training them."
             )
         for row, token in tokens.items():
@@ -163,14 +163,14 @@ def check_same_tokens(sides: Sequence[tuple[str, Mapping[int, str]]]) -> None:
 
 
 def stated_sizes(config: Mapping[str, Any]) -> dict[tuple[str, ...], int]:
-    """Every vocabulary size in a config, by where it stands: at the top, or in the config of a part such as the text model."""
-    found: dict[tuple[str, ...], int] = {}
+    """Return every vocabulary size in a config by its keys: at the top, or in the config of a part such as the text model."""
+    sizes: dict[tuple[str, ...], int] = {}
     for key, value in config.items():
         if key == "vocab_size" and isinstance(value, int):
-            found[(key,)] = value
+            sizes[(key,)] = value
         elif isinstance(value, Mapping):
-            found |= {(key, *rest): size for rest, size in stated_sizes(value).items()}
-    return found
+            sizes |= {(key, *rest): size for rest, size in stated_sizes(value).items()}
+    return sizes
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What peft's own merge makes of the weights of one layer, for adapters whose change is no sum of products of factors."""
+"""Peft's own merge of one layer, for adapters whose change is not a sum of products of factors."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ KINDS = frozenset({
     "LORA", "LOHA", "LOKR", "GRALORA", "HIRA", "IA3", "ADALORA", "OFT", "BOFT", "VERA", "FOURIERFT", "HRA", "MISS", "C3A", "VBLORA",
     "LN_TUNING", "TRAINABLE_TOKENS",
 })  # fmt: skip
-"""The kinds of adapters that are compared with ``merge_and_unload`` in the tests."""
+"""The kinds of adapters whose reading is compared with ``merge_and_unload`` in the tests."""
 
 
 def merged_parameters(layer: Any, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Compute the base parameters of an adapted layer as ``merge_and_unload`` would leave them, in float64.
 
-    Peft's own ``merge`` runs on a copy of the one layer, so the formula of each kind of adapter is peft's.
+    Peft's own ``merge`` runs on a copy of the layer, so the formula of each kind of adapter is that of peft.
 
     Args:
-        layer: An unmerged peft layer, whose active adapters are merged. Its base parameters may be empty (meta tensors); it does not change.
+        layer: An unmerged peft layer, whose active adapters are to be merged. Its base parameters may be meta tensors; it does not change.
         values: The base parameters by their name in the base layer, of any floating dtype.
 
     Returns:
@@ -35,7 +35,7 @@ def merged_parameters(layer: Any, values: Mapping[str, Tensor]) -> dict[str, Ten
     """
     if layer.merged:
         raise LataError(f"the adapters of this {type(layer).__name__} were merged after it was opened; call unmerge_adapter() first")
-    # What is replaced below need not be copied.
+    # Parameters that are replaced below need not be copied.
     replaced = (parameter for name, parameter in layer.get_base_layer().named_parameters(recurse=False) if name in values)
     own = deepcopy(layer, {id(parameter): parameter for parameter in replaced})
     for name, value in values.items():

@@ -1,4 +1,4 @@
-"""What makes a Hugging Face model directory complete besides its weights."""
+"""The config of a merged model, and the comparison of its files with the recorded hashes."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from lata_lightning.errors import CorruptFileError, SourceError, first_three
-from lata_lightning.store.directories import MANIFEST_NAME, MERGE_RECORD, read_object, shard_files
+from lata_lightning.store.directories import MANIFEST_NAME, MERGE_RECORD, read_object
 from lata_lightning.store.file_source import open_safetensors
 from lata_lightning.store.seal import check_seal
 from lata_lightning.store.sources import TensorSource, hashes_of
+from lata_lightning.store.weight_files import shard_files
 
 
 def finished_config(source: TensorSource, dtype: str | None, config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """The config.json of a model made from another one; None if it is that of the source as it lies there.
+    """Return the config.json of a model made from another one; None if the file of the source can be copied as it is.
 
     Args:
         source: The model it was made from.
-        dtype: What the weights were cast to, if they were.
-        config: In place of that of the source, where the weights have another shape.
+        dtype: Name of the dtype that the weights were cast to; None if they were not.
+        config: The config to write where the weights have other shapes than the source; None for that of the source.
     """
     written = source.config if config is None else config
     if written is None or (dtype is None and written == source.config):
@@ -30,18 +31,18 @@ def finished_config(source: TensorSource, dtype: str | None, config: Mapping[str
 
 
 def verify_merged(path: Path) -> int:
-    """Compare the bytes of a merged model with the hashes in its record, and the record with its own; the number of tensors compared.
+    """Compare the bytes of a merged model with the hashes in its record, and the record with its own; return how many tensors were compared.
 
     Raises:
         SourceError: The directory was not made by a merge.
-        CorruptFileError: A tensor is missing, or is not what was written; or the record was edited.
+        CorruptFileError: A tensor is missing or does not match its hash, or the record was edited.
     """
     if not (path / MERGE_RECORD).is_file():
         raise SourceError(f"{path} holds neither {MANIFEST_NAME} nor {MERGE_RECORD}: there are no hashes to compare with")
     try:
         record = read_object(path / MERGE_RECORD)
         expected: dict[str, str] = dict(record["tensors"])
-        # Those of earlier releases hold no hash of themselves.
+        # Records of earlier releases have no hash of themselves.
         if "format_version" in record:
             check_seal((path / MERGE_RECORD).read_text("utf-8"), path / MERGE_RECORD)
     except (ValueError, KeyError, TypeError) as error:

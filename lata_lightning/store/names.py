@@ -1,4 +1,4 @@
-"""Names of tensors: markers that wrappers add, older spellings, prefixes that differ between two models, and patterns of what to leave out."""
+"""Names of tensors: what wrappers add, older spellings, prefixes that differ between two models, and patterns of what to leave out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from lata_lightning.errors import LataError, LayoutMismatchError, first_three
 from lata_lightning.layers import unwrapped
 
-# Spellings of older releases: TensorFlow's words for layer norms, and weight norm before it was a parametrization. Transformers loads them so.
+# Spellings of older releases: TensorFlow's words for layer norms, and weight norm before parametrizations. Transformers renames them when it loads.
 _OLD_ENDINGS = (
     ("LayerNorm.gamma", "LayerNorm.weight"),
     ("LayerNorm.beta", "LayerNorm.bias"),
@@ -19,7 +19,7 @@ _OLD_ENDINGS = (
 
 
 def current_spelling(name: str) -> str:
-    """A name as the installed transformers spells it, where only its ending has changed over the releases."""
+    """Return a name in the spelling of the installed transformers, where only its ending has changed over the releases."""
     for old, new in _OLD_ENDINGS:
         if name.endswith(old):
             return name.removesuffix(old) + new
@@ -27,7 +27,7 @@ def current_spelling(name: str) -> str:
 
 
 class LeaveOut:
-    """Which tensors to leave out, by regular expressions that are searched in their names.
+    """Which tensors to leave out, by regular expressions to search in their names.
 
     Args:
         patterns: The regular expressions.
@@ -50,16 +50,16 @@ class LeaveOut:
                 raise LataError("a pattern of what to leave out must not be empty: it would leave out every tensor")
 
     def __call__(self, name: str) -> bool:
-        """Whether a tensor of this name is left out."""
+        """Return whether a tensor of this name is left out."""
         return name in self.names or any(pattern.search(name) for pattern in self._compiled)
 
     def used(self, names: Iterable[str]) -> tuple[str, ...]:
-        """The patterns that match at least one of some names."""
+        """Return the patterns that match at least one of the given names."""
         listed = list(names)
         return tuple(text for text, pattern in zip(self.patterns, self._compiled, strict=True) if any(map(pattern.search, listed)))
 
     def check_used(self, names: Iterable[str], label: str) -> None:
-        """Refuse patterns that match none of some names, as they are misspelled.
+        """Refuse patterns that match none of the given names, as they are misspelled.
 
         Raises:
             LataError: At least one pattern matches nothing.
@@ -77,18 +77,18 @@ NOTHING = LeaveOut()
 
 
 def differing_prefixes(one: Collection[str], other: Collection[str], label: str) -> tuple[str, str]:
-    """Prefixes to take off the names of two models so that as many as possible agree.
+    """Return the prefixes to remove from the names of two models so that as many names as possible agree.
 
     Args:
-        one: Names of the one.
-        other: Names of the other.
+        one: Names in the one model.
+        other: Names in the other.
         label: Of ``one``, for messages.
 
     Returns:
-        The prefix to take off names of ``one`` and that of ``other``, each with its dot; empty where none is to be taken off.
+        The prefix to remove from the names of ``one``, and that of ``other``, each with its dot; empty to remove none.
 
     Raises:
-        LayoutMismatchError: Several prefixes of ``one`` would do equally well: it holds the model more than once.
+        LayoutMismatchError: Several prefixes of ``one`` match equally well: it has the model more than once.
     """
     first, second = set(one), set(other)
     smaller = min(len(first), len(second))
@@ -103,7 +103,7 @@ def differing_prefixes(one: Collection[str], other: Collection[str], label: str)
     if same == 0 and max(counts.values(), default=0) < smaller:
         counts.update(_two_sided(first, second))
     best = max(counts.values(), default=0)
-    # Names that agree as they are need no prefix, and a handful of common endings says nothing.
+    # Names that agree already need no prefix, and a few common endings say nothing.
     if best <= same or 2 * best < smaller:
         return "", ""
     found = [pair for pair, count in counts.items() if count == best]
@@ -111,14 +111,14 @@ def differing_prefixes(one: Collection[str], other: Collection[str], label: str)
     if len(found) > 1:
         listed = [prefix or other_prefix for prefix, other_prefix in found]
         raise LayoutMismatchError(
-            f"{label} must hold the model once; as many of its tensors are found under each of {first_three(listed)}. "
-            "Say which is meant: --model NAME, or model=NAME in Python."
+            f"{label} must hold the model once; equally many of its tensors are under each of {first_three(listed)}. "
+            "Say which to take: --model NAME, or model=NAME in Python."
         )
     return found[0]
 
 
 def _two_sided(first: set[str], second: set[str]) -> dict[tuple[str, str], int]:
-    """How many names agree under each pair of prefixes that both cover at least half of their names."""
+    """Return how many names agree by pair of prefixes, for prefixes that at least half of the names of their side have."""
     trunks = []
     for names in (first, second):
         covered = Counter(prefix for name in names for prefix, _ in _cuts(name))
@@ -133,7 +133,7 @@ def _two_sided(first: set[str], second: set[str]) -> dict[tuple[str, str], int]:
 
 
 def _cuts(name: str) -> Iterator[tuple[str, str]]:
-    """Every way to cut a name at a dot: prefix with its dot, and rest."""
+    """Yield every way to cut a name at a dot: prefix with its dot, and rest."""
     dot = name.find(".")
     while dot >= 0:
         yield name[: dot + 1], name[dot + 1 :]
@@ -141,27 +141,27 @@ def _cuts(name: str) -> Iterator[tuple[str, str]]:
 
 
 def _extends(pair: tuple[str, str], shorter: tuple[str, str]) -> bool:
-    """Whether a pair of prefixes is another pair, each with the same components added."""
+    """Return whether a pair of prefixes is another pair with the same components added to both."""
     added = [long.removeprefix(short) if long.startswith(short) else None for long, short in zip(pair, shorter, strict=True)]
     return pair != shorter and added[0] is not None and added[0] == added[1]
 
 
 def leave_out_pattern(lone: Iterable[str], common: Sequence[str]) -> str | None:
-    """The pattern that leaves out some tensors and nothing else; None where they are no few modules outside the numbered layers.
+    """Return the pattern that leaves out some tensors and nothing else; None unless they are a few modules outside the numbered layers.
 
     Args:
         lone: Names to leave out.
         common: Names to keep.
     """
-    kept = {prefix for name in common for prefix, _ in _cuts(name)}
+    common_prefixes = {prefix for name in common for prefix, _ in _cuts(name)}
     names, modules = list(lone), set()
     for name in names:
-        prefix = next((prefix for prefix, _ in _cuts(name) if prefix not in kept), None)
+        prefix = next((prefix for prefix, _ in _cuts(name) if prefix not in common_prefixes), None)
         module = name if prefix is None else prefix
         if any(part.isdigit() for part in module.split(".")):
             return None
         modules.add(re.escape(name) + "$" if prefix is None else re.escape(prefix))
-    # A head may be a numbered list itself; where as much differs as agrees, what differs is no head.
+    # A head may be a numbered list itself; where as many tensors differ as agree, they are no head.
     numbered = any(part.isdigit() for name in names for part in name.split("."))
     if not modules or not common or len(modules) > 4 or (numbered and 2 * len(names) > len(common)):
         return None
@@ -169,23 +169,23 @@ def leave_out_pattern(lone: Iterable[str], common: Sequence[str]) -> str | None:
 
 
 def keyed(names: Iterable[str], label: str) -> dict[str, str]:
-    """Names as they are stored, by the key under which two models are compared: without wrappers, in today's spelling.
+    """Return stored names by the key under which two models are compared: without wrappers, in today's spelling.
 
     Raises:
         LayoutMismatchError: Two names have one key.
     """
-    found: dict[str, str] = {}
+    by_key: dict[str, str] = {}
     twice = []
     for name in names:
         key = current_spelling(unwrapped(name))
-        if key in found:
+        if key in by_key:
             twice.append(name)
-        found[key] = name
+        by_key[key] = name
     if twice:
         raise LayoutMismatchError(f"{label} must hold each tensor once; under a second name are {first_three(twice)}")
-    return found
+    return by_key
 
 
 def restored(names: Mapping[str, str], prefix: str) -> dict[str, str]:
-    """Of names by key those whose key begins with a prefix, by the rest of their keys."""
+    """Return the names whose key begins with a prefix, by the rest of their key."""
     return {key[len(prefix) :]: name for key, name in names.items() if key.startswith(prefix)}

@@ -26,34 +26,34 @@ Weights: TypeAlias = str | Path | nn.Module | Mapping[str, Tensor] | TensorSourc
 
 
 def open_source(weights: Weights, model: str | None = None) -> TensorSource:
-    """Weights to read from.
+    """Return the source of some weights.
 
     Args:
         weights: A model directory, a safetensors file, a file of ``torch.save`` (``.bin``, ``.pt``, ``.pth``, ``.ckpt``), a sharded checkpoint
-            directory, a hub id, a module or a state dict, or a peft adapter directory, which stands for the weights it names as its base plus what
-            it adds. Files are told apart by their content.
-        model: Name of the module that is meant, where the weights hold several, such as actor and reference, or a model and its running average;
-            its tensors get the names they have there. For a checkpoint it may also be the key of a state dict.
+            directory, a hub id, a module or a state dict; or a peft adapter directory, which is read as the weights it names as its base plus the
+            adapter. Files are recognised by their content.
+        model: Name of the module to take, where there are several, such as actor and reference, or a model and its running average; its tensors
+            get the names they have in the module. For a checkpoint it may also be the key of a state dict.
 
     Raises:
-        UnknownModelError: They hold nothing of that name.
-        SourceError: The path is nothing of that kind, or cannot be read.
+        UnknownModelError: There is no module of that name.
+        SourceError: The path is none of these, or cannot be read.
         CorruptFileError: A file is truncated or its index does not match.
     """
     if isinstance(weights, TensorSource):
         return weights if model is None else View(weights, part_of({name: name for name in weights.names}, model, weights.label))
     if isinstance(weights, peft_kinds()):
         raise SourceError(
-            "a model wrapped by peft stands for its base weights plus its adapters: give it as TUNED, or the directory of its base as START"
+            "a model wrapped by peft is its base weights plus its adapters: give it as TUNED, or the directory of its base as START"
         )
     if isinstance(weights, nn.Module):
         check_unwrapped(weights)
     if isinstance(weights, nn.Module | Mapping):
         if model is not None:
             return open_source(StateDictSource(weights), model)
-        held = StateDictSource(weights)
-        check_no_factors(held.names, held.label, held.config)
-        return held
+        in_memory = StateDictSource(weights)
+        check_no_factors(in_memory.names, in_memory.label, in_memory.config)
+        return in_memory
     path, revision = find_weights(weights)
     adapter = adapter_directory(path)
     if adapter is not None and model is not None:
@@ -66,48 +66,48 @@ def open_source(weights: Weights, model: str | None = None) -> TensorSource:
 
 
 def narrowed(weights: Sequence[Weights], model: str | None) -> list[Weights]:
-    """Several weights, each narrowed to the module of one name where it holds one; the others as they are.
+    """Return several weights, each narrowed to its module of a name where it has one; the others as they are.
 
-    Where a checkpoint file holds the name, model directories and models in memory stay as they are.
+    Where a checkpoint file has that module, model directories and models in memory stay as they are.
 
     Args:
         weights: As for ``open_source``.
         model: Name of the module; None to leave all as they are.
 
     Raises:
-        UnknownModelError: None of them holds it.
+        UnknownModelError: None of them has that module.
     """
     if model is None:
         return list(weights)
-    found: list[TensorSource | None] = []
+    opened: list[TensorSource | None] = []
     errors: list[UnknownModelError] = []
     for one in weights:
         try:
-            found.append(open_source(one, model))
+            opened.append(open_source(one, model))
         except UnknownModelError as error:
             errors.append(error)
-            found.append(None)
+            opened.append(None)
     if len(errors) == len(weights):
         raise errors[-1]
     # Whole models may have a module of the name that a checkpoint has for all of a model: transformers calls most trunks "model".
-    in_file = [source is not None and source.location is not None and source.directory is None for source in found]
+    in_file = [source is not None and source.location is not None and source.directory is None for source in opened]
     return [
         one if source is None or (any(in_file) and not checkpoint) else source
-        for one, source, checkpoint in zip(weights, found, in_file, strict=True)
+        for one, source, checkpoint in zip(weights, opened, in_file, strict=True)
     ]
 
 
 def open_difference(weights: object, start: TensorSource) -> AdapterDifference | None:
-    """What a peft adapter adds to the weights it was trained on; None for weights that stand for themselves.
+    """Return what a peft adapter adds to the weights it was trained on; None for weights that are no adapter.
 
     An adapter is a directory, a hub id of one, or a model wrapped by peft.
 
     Args:
         weights: As for ``open_source``.
-        start: The weights the adapter was trained on, or what those and another adapter make.
+        start: The weights the adapter was trained on, alone or plus another adapter.
 
     Raises:
-        BaseMismatchError: The adapter names other weights as its base, and they can be read and differ.
+        BaseMismatchError: The weights that the adapter names as its base can be read, and differ from the start.
         SourceError, CorruptFileError, LayoutMismatchError: The adapter cannot be read as factors over ``start``.
     """
     if isinstance(weights, peft_kinds()):
@@ -145,7 +145,7 @@ def _open_adapted(directory: Path, origin: Origin) -> TensorSource:
 
 
 def _named_for(start: TensorSource, adapted: AdaptedModel) -> TensorSource:
-    """The start under the names of the model that was adapted, which may have a head, and so a prefix, that the start lacks."""
+    """Return the start under the names of the adapted model, which may have a head, and so a prefix, that the start lacks."""
     wanted = under_checkpoint_names(adapted.module, adapted.plain).keys()
     if adapter_in(start) is not None or wanted <= set(start.names):
         return start
@@ -157,14 +157,14 @@ def _named_for(start: TensorSource, adapted: AdaptedModel) -> TensorSource:
 
 
 def _same_place(one: str | None, other: TensorSource) -> bool:
-    """Whether a path or hub id is where weights come from."""
+    """Return whether weights come from a path or hub id."""
     if one is None or one == other.location:
         return one is not None
     return other.directory is not None and Path(one).is_dir() and Path(one).samefile(other.directory)
 
 
 def _check_base(start: TensorSource, directory: Path, location: str) -> None:
-    """Refuse a start with other weights than those the adapter names, if these are at hand."""
+    """Refuse a start with other weights than those that the adapter names, if these can be read here."""
     named = named_base(directory)
     if named is None or start.location is None or _same_place(named, start):
         return

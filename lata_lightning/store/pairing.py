@@ -1,29 +1,26 @@
-"""Bringing two sources under one set of names, or saying why that cannot be."""
+"""Bringing two sources under one set of names."""
 
 from __future__ import annotations
 
-import re
-import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from lata_lightning.errors import LayoutMismatchError, SourceError, first_three
+from lata_lightning.errors import LayoutMismatchError
 from lata_lightning.layers import unwrapped
 from lata_lightning.store.checkpoint_names import ignored_on_load
 from lata_lightning.store.converted import Named, by_checkpoint_names
-from lata_lightning.store.dtypes import readable_code
 from lata_lightning.store.meta_model import meta_model
+from lata_lightning.store.mismatches import check_kinds, check_same_shapes, check_same_tensors, lone_tensors
 from lata_lightning.store.names import (
     NOTHING,
     LeaveOut,
     current_spelling,
     differing_prefixes,
     keyed,
-    leave_out_pattern,
     restored,
 )
 from lata_lightning.store.roles import Role, is_counter, named_role, roles_of
@@ -37,9 +34,9 @@ class Pairing:
     """Two sources under one set of names.
 
     Attributes:
-        start, tuned: The tensors that both hold.
-        left_out: Names, as each side has them, of tensors outside the model that both hold, which one side has alone.
-        copies: Names in the start of tensors that are stored a second time, as tied weights may be, and count once.
+        start, tuned: The tensors that both have.
+        left_out: Names, as each side has them, of tensors that only one side has, outside the common model.
+        copies: Names in the start of tied tensors that are stored a second time and count once.
     """
 
     start: View
@@ -49,63 +46,51 @@ class Pairing:
 
 
 def pair(start: TensorSource, tuned: TensorSource, leave_out: LeaveOut = NOTHING) -> tuple[TensorSource, TensorSource]:
-    """Two sources under one set of names, as ``match``, with tensors of one shape each.
+    """Return two sources under one set of names and of equal shapes (see ``match``).
 
     Raises:
         LayoutMismatchError: Names or shapes differ otherwise.
     """
     found = match(start, tuned, leave_out)
-    check_same_shapes(found)
+    check_same_shapes(found.start, found.tuned)
     return found.start, found.tuned
 
 
 def pair_names(start: TensorSource, tuned: TensorSource, leave_out: LeaveOut = NOTHING) -> tuple[TensorSource, TensorSource]:
-    """As ``pair``, but the tensors may differ in shape."""
+    """Return two sources under one set of names; shapes may differ."""
     found = match(start, tuned, leave_out)
     return found.start, found.tuned
-
-
-def check_same_shapes(found: Pairing) -> None:
-    """Refuse a pairing in which a tensor has two shapes.
-
-    Raises:
-        LayoutMismatchError: At least one has.
-    """
-    start, tuned = found.start, found.tuned
-    odd = [name for name in start.names if start.shape(name) != tuned.shape(name)]
-    if odd:
-        raise LayoutMismatchError(_shape_message(start, tuned, odd))
 
 
 def match(start: TensorSource, tuned: TensorSource, leave_out: LeaveOut = NOTHING) -> Pairing:
     """Bring two sources under one set of names: those of the start, or those of the tuned side where only that is a whole model's.
 
-    Names that wrappers, older releases and Lightning changed are understood; so are a prefix that one side has alone, and names and pieces of a
-    checkpoint on one side against those of the modules on the other. A tied tensor that is stored twice counts once. Tables that the model computes by
-    itself are left out.
+    Names that wrappers, older releases and Lightning changed are recognised. So is a prefix that only one side has, and a checkpoint on one side, with its
+    names and pieces, against modules on the other. A tied tensor that is stored twice counts once. Tables that the model computes by itself are
+    left out.
 
     Args:
-        start: The one side; nothing is read but tensors that may be stored twice.
+        start: The one side; only tensors that may be stored twice are read.
         tuned: The other.
         leave_out: What to leave out of both sides.
 
     Returns:
-        The tensors that both hold; their shapes may differ.
+        The tensors that both have; their shapes may differ.
 
     Raises:
         LayoutMismatchError: Names differ otherwise.
-        SourceError: A tensor is of a dtype that cannot be read.
+        SourceError: A tensor has a dtype that cannot be read.
     """
     attempt = _best_attempt(start, tuned, leave_out)
     if attempt.lone:
-        raise LayoutMismatchError(_lone_message(start, tuned, attempt.lone, attempt.paired))
+        raise lone_tensors(start, tuned, attempt.lone, attempt.paired)
     found = attempt.pairing()
-    _check_kinds(found.start, found.tuned)
+    check_kinds(found.start, found.tuned)
     return found
 
 
 def unmatched(start: TensorSource, tuned: TensorSource) -> tuple[frozenset[str], frozenset[str]]:
-    """Names of the tensors of each of two sides for which the other side has no partner, as each side has them."""
+    """Return the names of the tensors that only the one source has, and of those that only the other has."""
     return _best_attempt(start, tuned, NOTHING).alone
 
 
@@ -119,12 +104,12 @@ def _best_attempt(start: TensorSource, tuned: TensorSource, leave_out: LeaveOut)
         known = by_checkpoint_names(start, one.config or other.config), by_checkpoint_names(tuned, other.config or one.config)
         attempt = min(attempt, _Attempt(known[0] or sides[0], known[1] or sides[1], leave_out), key=lambda found: len(found.lone))
     if attempt.lone:
-        attempt.pass_over(start if start.config is not None else tuned)
+        attempt.leave_out_ignored(start if start.config is not None else tuned)
     return attempt
 
 
 class _Attempt:
-    """One way of naming both sides, and what it leaves without a partner.
+    """One way of naming both sides, and the tensors that it leaves without a partner.
 
     Args:
         one: The start.
@@ -139,13 +124,13 @@ class _Attempt:
 
     def __init__(self, one: Named, other: Named, leave_out: LeaveOut) -> None:
         self.start, self.tuned, self._leave_out = one.source, other.source, leave_out
-        keys = [self._kept(_candidates(side.source, side.names)) for side in (one, other)]
+        keys = [self._without_left_out(_candidates(side.source, side.names)) for side in (one, other)]
         inside = [
             {key: name for key, name in names.items() if name not in side.outside} for names, side in zip(keys, (one, other), strict=True)
         ]
         self._tuned_prefix, self._start_prefix = differing_prefixes(inside[1], inside[0], other.source.label)
-        self._start_names = self._kept(restored(inside[0], self._start_prefix))
-        self._tuned_names = self._kept(restored(inside[1], self._tuned_prefix))
+        self._start_names = self._without_left_out(restored(inside[0], self._start_prefix))
+        self._tuned_names = self._without_left_out(restored(inside[1], self._tuned_prefix))
         self.common = [key for key in self._start_names if key in self._tuned_names]
         self.paired = [names[key] for names in (self._start_names, self._tuned_names) for key in self.common]
         self._copies: list[str] = []
@@ -155,20 +140,20 @@ class _Attempt:
             outside.append([name for name in beside if _counts(side.source, name)])
         self.lone = {*self._alone(self.start, self._start_names), *self._alone(self.tuned, self._tuned_names)}
         if all(outside):
-            # Each side has something of its own: nothing says that these are not the same under two names.
+            # Each side has tensors of its own: they may be the same tensors under two names.
             self.lone |= {*outside[0], *outside[1]}
         self._outside: tuple[str, ...] = (*outside[0], *outside[1])
 
     @property
     def alone(self) -> tuple[frozenset[str], frozenset[str]]:
-        """Names of the start and of the tuned side that have no partner, whether they need one or not."""
+        """Names of the start and of the tuned side that have no partner, needed or not."""
         alone = {*self.lone, *self._outside}
         start, tuned = ({names[key] for key in self.common} for names in (self._start_names, self._tuned_names))
         return frozenset(alone & set(self.start.names) - start), frozenset(alone & set(self.tuned.names) - tuned)
 
     def pairing(self) -> Pairing:
-        """Both sides under one set of names."""
-        # A directory is named as its config says; a state dict or a Lightning checkpoint may have the model under a prefix of its own.
+        """Return both sides under one set of names."""
+        # The names in a directory are those of its config; a state dict or a Lightning checkpoint may have the model under a prefix.
         by_tuned = self.start.config is None and self.tuned.config is not None
         names = self._tuned_names if by_tuned else self._start_names
         shown = {key: unwrapped(names[key]) for key in self.common}
@@ -178,18 +163,18 @@ class _Attempt:
         tuned = {shown[key]: self._tuned_names[key] for key in self.common}
         return Pairing(View(self.start, start), View(self.tuned, tuned), self._outside, tuple(self._copies))
 
-    def pass_over(self, model: TensorSource) -> None:
-        """Count tensors as outside of the model that transformers passes over when it loads a checkpoint of it."""
+    def leave_out_ignored(self, model: TensorSource) -> None:
+        """Count tensors as outside of the model that transformers ignores when it loads a checkpoint of it."""
         module = meta_model(model.config)
         ignored = set() if module is None else ignored_on_load(module, self.lone)
         self.lone -= ignored
         self._outside = (*self._outside, *sorted(ignored))
 
-    def _kept(self, names: Mapping[str, str]) -> dict[str, str]:
+    def _without_left_out(self, names: Mapping[str, str]) -> dict[str, str]:
         return {key: name for key, name in names.items() if not self._leave_out(key) and not self._leave_out(name)}
 
     def _alone(self, side: TensorSource, names: Mapping[str, str]) -> list[str]:
-        """Names of the tensors of a side that have no partner and need one."""
+        """Return names of the tensors of a side that have no partner and need one."""
         paired = {names[key] for key in self.common}
         lone = {key: name for key, name in names.items() if name not in paired and _counts(side, name)}
         if not lone:
@@ -203,71 +188,21 @@ class _Attempt:
 
 
 def _counts(side: TensorSource, name: str) -> bool:
-    """Whether a tensor is a part of the model that needs a partner: no table, no counter."""
+    """Return whether a tensor needs a partner: it is neither a table nor a counter."""
     return named_role(name, side.shape(name), side.dtype(name)) != "table" and not is_counter(name)
 
 
-def _check_kinds(start: TensorSource, tuned: TensorSource) -> None:
-    """Refuse tensors that are no plain numbers, or are floating on one side only."""
-    unusable = {name for name in start.names for side in (start, tuned) if readable_code(side.dtype(name)) is None}
-    if unusable:
-        raise SourceError(
-            f"{start.label} and {tuned.label} must hold plain floating or integer tensors; other dtypes have {first_three(unusable)}. Convert them first."
-        )
-    mixed = [name for name in start.names if start.dtype(name).is_floating_point != tuned.dtype(name).is_floating_point]
-    if mixed:
-        raise LayoutMismatchError(
-            f"{start.label} and {tuned.label} must both hold weights as floating numbers; integers on one side only are {first_three(mixed)}. "
-            "Is one of them quantised?"
-        )
-
-
-def _lone_message(start: TensorSource, tuned: TensorSource, lone: Iterable[str], paired: Sequence[str]) -> str:
-    lone = sorted(lone)
-    pattern = leave_out_pattern(lone, paired)
-    advice = (
-        "Are both of one architecture?"
-        if pattern is None
-        else f"If these are heads of different tasks, leave them out: --leave-out {shlex.quote(pattern)} (leave_out=… in Python)."
-    )
-    return f"{start.label} and {tuned.label} must hold the same tensors; on one side only are {first_three(lone)}. {advice}"
-
-
-def _shape_message(start: TensorSource, tuned: TensorSource, odd: list[str]) -> str:
-    name = odd[0]
-    one, other = start.shape(name), tuned.shape(name)
-    vocabulary = [entry for entry in odd if _VOCABULARY.search(entry)]
-    if vocabulary:
-        name = vocabulary[0]
-        one, other = start.shape(name), tuned.shape(name)
-        if len(one) == len(other) == 2 and one[1:] == other[1:]:
-            return (
-                f"{start.label} and {tuned.label} must have the same vocabulary; {name} has {one[0]} rows in one and {other[0]} in the other. "
-                "Resize the token embeddings of one of them first, or say whose rows to keep (--vocabulary of lata extract, merge and forget)."
-            )
-    pattern = leave_out_pattern(odd, [entry for entry in start.names if entry not in odd])
-    advice = (
-        ""
-        if pattern is None
-        else f". If these are heads of different tasks, leave them out: --leave-out {shlex.quote(pattern)} (leave_out=… in Python)."
-    )
-    return f"{start.label} and {tuned.label} must have the same shapes; different are {first_three(odd)}, {name} with {one} and {other}{advice}"
-
-
-_VOCABULARY = re.compile(r"embed|wte|shared|lm_head|predictions")
-
-
 def named_like(source: TensorSource, reference: TensorSource) -> TensorSource:
-    """A source under the names that a reference has for its tensors, without the names that wrappers add.
+    """Return a source under the names that a reference has for its tensors, without what wrappers add to names.
 
-    Of a state dict or checkpoint the prefix of the model is taken off, and what lies outside of it is left out; each tied tensor gets the name that
-    the reference has for it. A directory keeps its names.
+    The prefix of the model in a state dict or checkpoint is removed, and tensors outside of it are left out; each tied tensor gets the name that the
+    reference has for it. A directory keeps its names.
     """
     names, prefix = _candidates(source, keyed(source.names, source.label)), ""
     wanted = keyed(reference.names, reference.label)
     if source.directory is None:
         found, missing = differing_prefixes(names, wanted, source.label)
-        # Where the reference has a prefix too, nothing says that what lies outside of the prefix is no part of the model.
+        # Where the reference has a prefix too, tensors outside of the prefix may be part of the model.
         prefix = "" if missing else found
     chosen: dict[str, str] = {}
     for key, stored in restored(names, prefix).items():
@@ -281,7 +216,7 @@ def named_like(source: TensorSource, reference: TensorSource) -> TensorSource:
 
 
 def _candidates(side: TensorSource, names: Mapping[str, str]) -> dict[str, str]:
-    """Stored names by key; a tied tensor in memory stands under each of its names."""
+    """Return stored names by key; a tied tensor in memory is listed under each of its names."""
     found, stored = dict(names), set(side.names)
     for key, alias in keyed(side.tied, side.label).items():
         if side.tied[alias] in stored:
@@ -292,22 +227,22 @@ def _candidates(side: TensorSource, names: Mapping[str, str]) -> dict[str, str]:
 def measured_names(
     found: Pairing, modules: Sequence[nn.Module], config: Mapping[str, Any] | None
 ) -> tuple[tuple[str, ...], frozenset[str]]:
-    """Names of what a vector holds of two paired sources: weights and buffers; and those of the buffers among them.
+    """Return the names of the tensors that a vector has of two paired sources, weights and buffers; and the names of the buffers among them.
 
     Args:
         found: Both sources.
-        modules: Modules that are one of them, where they are at hand.
+        modules: The modules among them.
         config: Of the model.
 
     Raises:
-        LayoutMismatchError: Integers of which nothing is known differ.
+        LayoutMismatchError: Integers whose role is not known differ.
     """
     start, tuned = found.start, found.tuned
     roles: dict[str, Role] = {}
     for side in (start, tuned):
         stored = {name: side.origin_name(name) for name in side.names}
         told = roles_of([(stored[name], side.shape(name), side.dtype(name)) for name in side.names], modules, config)
-        # What is a buffer on either side is no weight.
+        # A buffer on either side is no weight.
         roles |= {name: told[stored[name]] for name in side.names if roles.get(name, "weight") == "weight"}
     for name, role in roles.items():
         if role == "integers" and not torch.equal(start.read(name), tuned.read(name)):
@@ -317,37 +252,21 @@ def measured_names(
 
 
 def brought_to(vector: TensorSource, other: TensorSource, leave_out: LeaveOut = NOTHING) -> View:
-    """The tensors of another vector under the names of a vector.
+    """Return the tensors of another vector under the names of a vector.
 
     Args:
-        vector: Whose names to take.
-        other: The other one; it may hold more than the vector: what was left out of that.
-        leave_out: What need not be in both.
+        vector: The vector with the names.
+        other: The other vector; it may have tensors that were left out of the first.
+        leave_out: Tensors that need not be in both.
 
     Raises:
         LayoutMismatchError: A tensor is on one side only, or has two shapes.
     """
     try:
         found = match(vector, other, leave_out)
-        check_same_shapes(found)
+        check_same_shapes(found.start, found.tuned)
     except LayoutMismatchError:
-        # Of vectors the question is another one than of models.
+        # The advice for vectors differs from that for models.
         check_same_tensors(vector, other)
         raise
     return View(found.tuned, {found.start.origin_name(name): name for name in found.start.names})
-
-
-def check_same_tensors(one: TensorSource, other: TensorSource) -> None:
-    """Refuse the tensors of two vectors that differ in names or shapes; the message names the first three tensors."""
-    lone = set(one.names) ^ set(other.names)
-    if lone:
-        raise LayoutMismatchError(
-            f"{one.label} and {other.label} must hold the same tensors; on one side only are {first_three(lone)}. Were both made from one base model?"
-        )
-    odd = {name for name in one.names if one.shape(name) != other.shape(name)}
-    if odd:
-        name = min(odd)
-        raise LayoutMismatchError(
-            f"{one.label} and {other.label} must have the same shapes; different are {first_three(odd)}, {name} with {one.shape(name)} and "
-            f"{other.shape(name)}. Do both have the same vocabulary and sizes?"
-        )

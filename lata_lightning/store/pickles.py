@@ -1,7 +1,7 @@
 """Pickles read as data: no class is imported, and nothing is called.
 
 A pickle is a program for a small stack machine. Python's own machine looks up the classes and functions that the program names, and calls them.
-This one puts a note of each name and of each call on its stack instead, so there is nothing that a pickle could run.
+This one pushes a note of each name and of each call on its stack instead, so a pickle cannot run anything.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LITERALS = {
 }  # fmt: skip
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-# What reading a damaged pickle can end in; a warning where warnings are errors.
+# Errors that a damaged pickle can cause; a warning where warnings are errors.
 DAMAGE = (DeprecationWarning, ValueError, LookupError, TypeError, AttributeError, EOFError, OverflowError, RecursionError, MemoryError)
 _MARK = object()
 
@@ -27,13 +27,13 @@ class Readable(Protocol):
     """Bytes with a position."""
 
     def read(self, size: int, /) -> bytes:
-        """The next bytes, fewer at the end."""
+        """Return the next bytes, fewer at the end."""
 
     def readline(self) -> bytes:
-        """The bytes up to the next line break."""
+        """Return the bytes up to the next line break."""
 
     def tell(self) -> int:
-        """The position of the next byte."""
+        """Return the position of the next byte."""
 
 
 class Global(NamedTuple):
@@ -75,10 +75,10 @@ class Key:
 
 
 def read_pickle(data: Readable | bytes) -> Any:
-    """The content of one pickle, with a ``Global`` for each class or function and a ``Call`` for each object that would have to be made.
+    """Return the content of one pickle, with a ``Global`` for each class or function and a ``Call`` for each object that unpickling would make.
 
     Args:
-        data: The pickle. A stream is left behind its last byte.
+        data: The pickle. A stream is left after its last byte.
 
     Returns:
         Texts, numbers, bytes, None, tuples, lists (also for sets), dictionaries, and the notes above.
@@ -93,7 +93,7 @@ def read_pickle(data: Readable | bytes) -> Any:
 
 
 def mapping(value: object) -> dict[Any, Any] | None:
-    """The entries of a dictionary, whatever its class; None for anything else."""
+    """Return the entries of a dictionary, whatever its class; None for anything else."""
     if isinstance(value, dict):
         return value
     if not isinstance(value, Call):
@@ -107,7 +107,7 @@ def mapping(value: object) -> dict[Any, Any] | None:
 
 
 def kind_of(value: object) -> str:
-    """The class of a value, for messages."""
+    """Return the class of a value, for messages."""
     if not isinstance(value, Call):
         return type(value).__name__
     shown = (
@@ -143,7 +143,7 @@ def _run(data: Readable | bytes) -> Any:
 
 
 def _step(stack: list[Any], name: str, argument: Any) -> None:
-    """The rarer operations."""
+    """Apply one of the rarer operations to the stack."""
     match name:
         case "MARK":
             stack.append(_MARK)
@@ -191,7 +191,7 @@ def _step(stack: list[Any], name: str, argument: Any) -> None:
             stack.append(Call(function, tuple(rest)))
         case "BUILD":
             state = stack.pop()
-            # Only a note takes a state; for anything else there is none to give.
+            # Only the note of a call has a state.
             if isinstance(stack[-1], Call):
                 stack[-1].state = state
         case "PERSID":

@@ -1,4 +1,4 @@
-"""What a tensor of a model is: a weight, a statistic that training keeps, or a table that follows from the config."""
+"""The role of a tensor in its model: a weight, a statistic that training updates, or a table that follows from the config."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lata_lightning.store.checkpoint_names import state_of, under_checkpoint_nam
 from lata_lightning.store.meta_model import meta_model
 
 Role = Literal["weight", "state", "table", "integers"]
-"""``weight``: trained by gradients. ``state``: kept up to date while a model trains, as the statistics of batch norms. ``table``: computed by the
-model itself, as rotary frequencies, position numbers and causal masks. ``integers``: of which nothing else is known."""
+"""``weight``: trained by gradients. ``state``: updated while a model trains, as the statistics of batch norms. ``table``: computed by the model itself, as
+rotary frequencies, position numbers and causal masks. ``integers``: integers of unknown role."""
 
 _STATISTIC = re.compile(r"(^|\.)running_(mean|var)$")
 _COUNTER = re.compile(r"(^|\.)num_batches_tracked$")
@@ -25,7 +25,7 @@ _PARAMETER = re.compile(r"(^|\.)(weight|bias)$")
 
 
 def named_role(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Role | None:
-    """The role that a name alone tells; None where it does not tell one."""
+    """Return the role of a tensor by its name; None where the name does not tell."""
     if _TABLE.search(name) or (_CAUSAL_MASK.search(name) and len(shape) == 4):
         return "table"
     if _STATISTIC.search(name) or _COUNTER.search(name):
@@ -34,17 +34,17 @@ def named_role(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Role | 
 
 
 def is_counter(name: str) -> bool:
-    """Whether a tensor counts batches, which changes nothing that a model computes."""
+    """Return whether a tensor counts batches, which changes nothing that a model computes."""
     return _COUNTER.search(name) is not None
 
 
 def is_variance(name: str) -> bool:
-    """Whether a tensor is a running variance."""
+    """Return whether a tensor is a running variance."""
     return name.endswith("running_var")
 
 
 def buffer_names(module: nn.Module) -> frozenset[str]:
-    """Names, in a checkpoint, of the tensors of a module that are no parameters but saved buffers."""
+    """Return the names, in a checkpoint, of the saved buffers of a module."""
     held = {name: tensor for name, tensor in state_of(module).items() if not isinstance(tensor, nn.Parameter)}
     return frozenset(held) | frozenset(under_checkpoint_names(module, held))
 
@@ -54,15 +54,15 @@ def roles_of(
     modules: Iterable[nn.Module] = (),
     config: Mapping[str, object] | None = None,
 ) -> dict[str, Role]:
-    """The role of each tensor.
+    """Return the role of each tensor.
 
     Args:
         tensors: Name, shape and dtype of each.
-        modules: Modules that hold them, where they are at hand: their buffers are no weights.
-        config: Config of the model; the empty model it describes is built only if a name leaves the role open.
+        modules: Modules with these tensors, if there are any: their buffers are no weights.
+        config: Config of the model; its meta model is built only if a name does not tell the role.
 
     Returns:
-        Role by name. Floating tensors of which nothing is known are weights.
+        Role by name. Floating tensors of unknown role are weights.
     """
     listed = list(tensors)
     found = {name: named_role(name, shape, dtype) for name, shape, dtype in listed}

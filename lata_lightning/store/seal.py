@@ -1,4 +1,4 @@
-"""JSON files that hold a hash of themselves, so that a later edit is noticed."""
+"""JSON files with a hash of themselves, so that a later edit is noticed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BLANK = "blake3:" + 64 * "0"
 
 
 def sealed(data: Mapping[str, Any]) -> str:
-    """The JSON text of an object, with a hash of that text as its last entry.
+    """Return the JSON text of an object, with a hash of that text as its last entry.
 
     The hash is the BLAKE3 of the UTF-8 text in which its own 64 digits are zeros.
 
@@ -35,7 +35,7 @@ def check_seal(text: str, label: object) -> None:
         label: Its name, for messages.
 
     Raises:
-        CorruptFileError: The text was edited, or holds no hash of itself.
+        CorruptFileError: The text was edited, or has no hash of itself.
     """
     stated = json.loads(text).get(SEAL)
     if not isinstance(stated, str) or stated not in text:

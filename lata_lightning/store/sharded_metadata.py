@@ -1,4 +1,4 @@
-"""What the ``.metadata`` of a sharded checkpoint (``torch.distributed.checkpoint``) says, read without torch and without running anything."""
+"""The ``.metadata`` of a sharded checkpoint (``torch.distributed.checkpoint``), read without torch and without running anything."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lata_lightning.errors import CorruptFileError, SourceError, first_line
-from lata_lightning.store.descriptors import DESCRIPTORS, Identity, Window
+from lata_lightning.store.descriptors import DESCRIPTORS, FileIdentity, Window
 from lata_lightning.store.layout import Entry
 from lata_lightning.store.pickles import DAMAGE, Call, Global, Key, mapping, read_pickle
 from lata_lightning.store.torch_archive import dtype_code, whole_numbers
@@ -17,11 +17,11 @@ METADATA = ".metadata"
 
 
 class Chunk(NamedTuple):
-    """A part of a tensor: its first index and its length along each axis, and where its bytes lie."""
+    """A part of a tensor: its first index and its length along each axis, and the location of its bytes."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    file: Identity
+    file: FileIdentity
     begin: int
     end: int
 
@@ -35,7 +35,7 @@ class ShardedTensor(NamedTuple):
 
 
 def read_metadata(directory: Path) -> dict[Any, Any]:
-    """What a sharded checkpoint holds, nested as it was saved, with a ``ShardedTensor`` for each tensor; anything else is left out.
+    """Return the content of a sharded checkpoint, nested as it was saved, with a ``ShardedTensor`` for each tensor; anything else is left out.
 
     Raises:
         CorruptFileError: The metadata is damaged, or a file that it names is missing.
@@ -52,8 +52,8 @@ def read_metadata(directory: Path) -> dict[Any, Any]:
 
 
 def _nested(directory: Path, metadata: Mapping[str, Any]) -> dict[Any, Any]:
-    files: dict[str, Identity] = {}
-    stored: dict[tuple[str, tuple[int, ...]], tuple[Identity, int, int]] = {}
+    files: dict[str, FileIdentity] = {}
+    stored: dict[tuple[str, tuple[int, ...]], tuple[FileIdentity, int, int]] = {}
     for key, value in metadata["storage_data"].items():
         index, info = _state(key.value if isinstance(key, Key) else key), _state(value)
         if index.get("offset") is None:
@@ -79,7 +79,9 @@ def _nested(directory: Path, metadata: Mapping[str, Any]) -> dict[Any, Any]:
     return nested
 
 
-def _tensor(name: str, state: Mapping[str, Any], stored: Mapping[tuple[str, tuple[int, ...]], tuple[Identity, int, int]]) -> ShardedTensor:
+def _tensor(
+    name: str, state: Mapping[str, Any], stored: Mapping[tuple[str, tuple[int, ...]], tuple[FileIdentity, int, int]]
+) -> ShardedTensor:
     shape = whole_numbers(state["size"])
     chunks = []
     for value in state["chunks"]:
@@ -100,7 +102,7 @@ def _tensor(name: str, state: Mapping[str, Any], stored: Mapping[tuple[str, tupl
 
 
 def _overlap(chunks: list[Chunk]) -> bool:
-    """Whether two chunks, sorted by their offsets, share an entry."""
+    """Return whether two chunks, sorted by their offsets, share an entry."""
     for number, one in enumerate(chunks):
         for other in chunks[number + 1 :]:
             if one.offsets and other.offsets[0] >= one.offsets[0] + one.sizes[0]:
@@ -114,13 +116,13 @@ def _overlap(chunks: list[Chunk]) -> bool:
 
 
 def _dtype(properties: Call) -> Global:
-    """The dtype among the properties of a tensor, which are saved as a tuple."""
+    """Return the dtype among the properties of a tensor, which are saved as a tuple."""
     found: Global = properties.state[0] if isinstance(properties.state, tuple) else _state(properties)["dtype"]
     return found
 
 
 def _state(value: Any) -> dict[str, Any]:
-    """The fields of an object that is noted and not made."""
+    """Return the fields of an object in a pickle, which was not made."""
     state = value.state if isinstance(value, Call) else value
     if not isinstance(state, dict):
         raise TypeError(f"a {type(state).__name__} where fields are expected")
@@ -134,7 +136,7 @@ def _class_of(value: Call) -> str:
 
 
 def _file_name(path: Any) -> str:
-    """The name of a file beside the metadata; anything else is refused, as names in files are no paths."""
+    """Return the name of a file beside the metadata; anything else is refused, as names in files are no paths."""
     parts = path.arguments if isinstance(path, Call) else (path,)
     if len(parts) != 1 or not isinstance(parts[0], str) or Path(parts[0]).name != parts[0]:
         raise ValueError("it names a file that is not beside it")

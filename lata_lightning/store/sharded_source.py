@@ -1,4 +1,4 @@
-"""Tensors that a sharded checkpoint holds in chunks, each in a file of the process that owned it."""
+"""Tensors of a sharded checkpoint, each in several chunks, which lie in the files of the processes that owned them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lata_lightning.store.torch_archive import TorchArchive
 
 @final
 class ShardedSource(TensorSource):
-    """The tensors of a sharded checkpoint; the chunks of one are read, and put together, when it is asked for.
+    """The tensors of a sharded checkpoint; the chunks of a tensor are read and put together when it is asked for.
 
     Args:
         tensors: By name.
@@ -30,7 +30,7 @@ class ShardedSource(TensorSource):
         tied: Other names of tensors that are listed once.
 
     Raises:
-        SourceError: A tensor is of a dtype that cannot be read.
+        SourceError: A tensor has a dtype that cannot be read.
     """
 
     def __init__(self, tensors: Mapping[str, ShardedTensor], origin: Origin, tied: Mapping[str, str]) -> None:
@@ -82,7 +82,7 @@ class ShardedSource(TensorSource):
         return piece
 
     def _span(self, tensor: ShardedTensor, chunk: Chunk) -> Span:
-        """Where the entries of a chunk lie in its file: it is a file of ``torch.save`` inside that file."""
+        """Return the location of the entries of a chunk, which is a file of ``torch.save`` inside its file."""
         if chunk not in self._spans:
             archive = TorchArchive(chunk.file, chunk.begin, chunk.end)
             span = archive.tensor(archive.content)

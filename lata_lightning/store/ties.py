@@ -1,4 +1,4 @@
-"""Tensors that are one in the model and may be stored under several names."""
+"""Tied tensors, which are one tensor in the model and may be stored under several names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lata_lightning.store.sources import TensorSource
 
 
 class Ties:
-    """Which tensors of a model are one by its config or its class.
+    """Which tensors of a model are tied, by its config or its class.
 
     Args:
         sides: Both sides of a pairing: the config of either says which model it is.
@@ -25,7 +25,7 @@ class Ties:
     def __init__(self, sides: Iterable[TensorSource]) -> None:
         configs = [source.config for source in sides if source.config is not None]
         self._groups: list[set[str]] = []
-        # Where nobody can build the model, its config alone says that it is tied.
+        # Where transformers cannot build the model, its config alone says that it is tied.
         self._stated = False
         for config in configs:
             module = meta_model(config)
@@ -38,7 +38,7 @@ class Ties:
                 self._groups.append(names | {name.removeprefix(base) for name in names} | {base + name for name in names})
 
     def __call__(self, one: str, other: str) -> bool:
-        """Whether two names are one tensor."""
+        """Return whether two names are one tensor."""
         if self._stated and _HEADS.search(one) and _HEADS.search(other):
             return True
         return any(one in group and other in group for group in self._groups)
@@ -54,11 +54,11 @@ def _base_prefix(module: nn.Module) -> str:
 
 
 def same_values(source: TensorSource, one: str, other: str) -> bool:
-    """Whether two tensors of a source have the same values; they are read piece by piece."""
+    """Return whether two tensors of a source have the same values; they are read chunk by chunk."""
     if source.shape(one) != source.shape(other):
         return False
     if source.byte_range(one) is not None and source.byte_range(one) == source.byte_range(other):
         return True
     first, second = source.chunks(one), source.chunks(other)
-    # What a source loads may be overwritten by the next piece of it.
+    # A chunk may be overwritten by the next one of its source.
     return all(torch.equal(first(begin, end).clone(), second(begin, end)) for begin, end in chunk_bounds(prod(source.shape(one))))

@@ -1,4 +1,4 @@
-"""Which token each row of an embedding stands for, from the tokenizer files beside the weights; nothing here needs torch."""
+"""The token of each row of an embedding, from the tokenizer files of a model directory; nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from lata_lightning.store.directories import read_object
 _TOKENIZER = re.compile(
     r"^(tokenizer|vocab|merges|special_tokens_map|added_tokens|chat_template|tekken)[\w-]*\.|^normalizer\.json$|\.(model|tiktoken|spm|codes)$"
 )
-# Those that decide which token has which row. The roles of tokens and the template of a chat do not.
+# The files that decide which token has which row. The roles of tokens and the chat template do not.
 _VOCABULARY = re.compile(r"^(tokenizer|tekken|added_tokens)\.json$|^(vocab|merges)[\w-]*\.|\.(model|tiktoken|spm|codes)$")
 LAST = 256
-"""So many tokens, those of the highest rows, are recorded by name, as tokens are added behind the others."""
+"""The number of tokens that are recorded by name: those of the highest rows, where tokens are added."""
 _SETTINGS, _ADDED = "tokenizer_config.json", "added_tokens_decoder"
 
 
 class Tokens(NamedTuple):
-    """What the tokenizer of a model says: token by row, or None and why that is not known."""
+    """The tokens of a model by row; or None, and the reason why they are not known."""
 
     by_row: Mapping[int, str] | None
     unknown: str = ""
 
 
 class _Known(NamedTuple):
-    """What is known of a tokenizer once its files are read: see the attributes of ``Vocabulary``."""
+    """What the files of a tokenizer tell: see the properties of ``TokenizerIdentity``."""
 
     size: int | None
     hash: str | None
@@ -42,25 +42,25 @@ class _Known(NamedTuple):
     tokens: Tokens
 
 
-class Vocabulary:
+class TokenizerIdentity:
     """Identity of a tokenizer: two are equal if every row is the same token in both.
 
     Args:
         files: Hash of the files that decide which token has which row.
-        read: Tells the rest. Called when that is asked for, as a comparison of the files often is enough.
+        read: Reads the rest, when it is asked for; often comparing the files is enough.
     """
 
     def __init__(self, files: str, read: Callable[[], _Known]) -> None:
         self.files, self._read = files, read
 
     @classmethod
-    def of_directory(cls, directory: Path, label: str, rows: int | None) -> Vocabulary | None:
-        """That of a model directory; None if there are no tokenizer files in it.
+    def of_directory(cls, directory: Path, label: str, rows: int | None) -> TokenizerIdentity | None:
+        """Return the identity of the tokenizer in a model directory; None if there are no tokenizer files.
 
         Args:
-            directory: Where they lie.
+            directory: The directory.
             label: Name of the model, for messages.
-            rows: Rows of its embedding: tokens beyond them do not count.
+            rows: Number of rows of its embedding; tokens beyond them do not count.
         """
         if not any(_VOCABULARY.search(file.name) for file in tokenizer_files(directory)):
             return None
@@ -77,15 +77,15 @@ class Vocabulary:
         return cls(hash_of_files(directory), read)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Vocabulary:
-        """The inverse of ``to_json``."""
+    def from_json(cls, data: Mapping[str, Any]) -> TokenizerIdentity:
+        """Read what ``to_json`` wrote."""
         last = {int(row): token for row, token in data["last"].items()}
         unknown = Tokens(None, "a saved vector records no more than the last of its tokens")
         known = _Known(data["tokens"], data["hash"], data["first_hash"], last, unknown)
         return cls(data["files"], lambda: known)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain types for JSON."""
+        """Return plain types for JSON."""
         known = self._known
         last = {str(row): token for row, token in known.last.items()}
         return {"tokens": known.size, "hash": known.hash, "files": self.files, "first_hash": known.first_hash, "last": last}
@@ -106,20 +106,20 @@ class Vocabulary:
 
     @property
     def tokens(self) -> Tokens:
-        """Token by row, where the tokenizer is at hand and can be read."""
+        """Token by row, where the tokenizer can be read."""
         return self._known.tokens
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Vocabulary):
+        if not isinstance(other, TokenizerIdentity):
             return NotImplemented
         return self.files == other.files or (self.hash is not None and self.hash == other.hash)
 
     __hash__ = None  # type: ignore[assignment]
 
-    def beside(self, other: Vocabulary) -> Mapping[int, str] | None:
-        """Token by row, as far as another tokenizer tells what this one records by a hash only; None where it does not.
+    def beside(self, other: TokenizerIdentity) -> Mapping[int, str] | None:
+        """Return the token by row, where this tokenizer or the other one can be read; None where it cannot be told.
 
-        Of two that are recorded, and agree on the first of their tokens, these are left out.
+        Where both are only recorded, and agree on their first tokens by hash, the last tokens are returned.
         """
         mine, theirs = self._known, other._known
         if mine.tokens.by_row is not None or mine.size is None:
@@ -133,12 +133,12 @@ class Vocabulary:
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
-    """The files of a model directory that are its tokenizer and chat template, in order."""
+    """Return the files of the tokenizer and the chat template of a model directory, in order."""
     return sorted(file for file in directory.iterdir() if file.is_file() and _TOKENIZER.search(file.name))
 
 
 def hash_of_files(directory: Path) -> str:
-    """Hash of the files of a model directory that decide which token has which row."""
+    """Return the hash of the files of a model directory that decide which token has which row."""
     digest = blake3()
     for file in tokenizer_files(directory):
         if _VOCABULARY.search(file.name):
@@ -150,7 +150,7 @@ def hash_of_files(directory: Path) -> str:
 
 
 def hash_of_tokens(by_row: Mapping[int, str]) -> str:
-    """Hash of the text ``ROW:LENGTH:TOKEN`` and a newline for each token, by rising row; the length is the number of characters."""
+    """Return the hash of the text ``ROW:LENGTH:TOKEN`` and a newline for each token, by rising row; the length is the number of characters."""
     digest = blake3()
     for row, token in sorted(by_row.items()):
         digest.update(f"{row}:{len(token)}:{token}\n".encode())
@@ -158,10 +158,10 @@ def hash_of_tokens(by_row: Mapping[int, str]) -> str:
 
 
 def read_tokens(directory: Path | None, label: str) -> Tokens:
-    """Token by row, from the tokenizer files of a model directory.
+    """Return the token by row, from the tokenizer files of a model directory.
 
     Args:
-        directory: Where they lie; None for weights that lie in none.
+        directory: The directory; None for weights without one.
         label: Name of the model, for messages.
     """
     if directory is None or not tokenizer_files(directory):
@@ -176,18 +176,18 @@ def read_tokens(directory: Path | None, label: str) -> Tokens:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         return Tokens({row: token for token, row in tokenizer.get_vocab().items()})
     except Exception as error:
-        # Every library below raises errors of its own kind; what was not understood is told to the user.
+        # The libraries below raise errors of many kinds; the reason goes to the user.
         reason = str(error).strip().partition("\n")[0]
         return Tokens(None, f"the tokenizer of {label} cannot be read ({type(error).__name__}: {reason})")
 
 
 def within(by_row: Mapping[int, str], size: int) -> dict[int, str]:
-    """The tokens that a model of so many rows has a row for; tokenizers may know more."""
+    """Return the tokens for which a model of so many rows has a row; tokenizers may have more."""
     return {row: token for row, token in by_row.items() if row < size}
 
 
 def _plain_tokens(directory: Path) -> dict[int, str] | None:
-    """Token by row from files that list them plainly, which takes a fraction of the time that making a tokenizer takes; None for others."""
+    """Return the token by row from files that list tokens plainly, much faster than a tokenizer is built; None for other files."""
     try:
         if (directory / "tokenizer.json").is_file():
             data = read_object(directory / "tokenizer.json")
@@ -205,12 +205,12 @@ def _plain_tokens(directory: Path) -> dict[int, str] | None:
         known = set(found.values())
         return {**{row: token for row, token in _added_later(directory).items() if token not in known and row not in found}, **found}
     except (CorruptFileError, OSError, ValueError, KeyError, TypeError):
-        # Another layout: the library that knows it will say what is wrong with it.
+        # Another layout, which the library of the tokenizer may know.
         return None
 
 
 def _added_later(directory: Path) -> dict[int, str]:
-    """Tokens that are listed beside the tokenizer itself, as having been added to it."""
+    """Return the token by row of tokens that were added to the tokenizer."""
     try:
         settings = read_object(directory / _SETTINGS) if (directory / _SETTINGS).is_file() else {}
         listed = [(int(row), token["content"]) for row, token in (settings.get(_ADDED) or {}).items()]
@@ -226,6 +226,6 @@ def _checked(listed: Iterable[tuple[Any, Any]]) -> dict[int, str]:
     if not all(isinstance(row, int) and isinstance(token, str) for row, token in found.items()):
         raise ValueError("rows must be numbers and tokens texts")
     for token in found.values():
-        # Halves of surrogate pairs are no text that could be written.
+        # Halves of surrogate pairs cannot be encoded.
         token.encode()
     return found

@@ -1,4 +1,4 @@
-"""Files that ``torch.save`` writes, read without torch and without running anything: the content of the pickle, and where tensors lie.
+"""Files of ``torch.save``, read without torch and without running anything: the content of the pickle, and the locations of tensors.
 
 ``torch.load`` is not used, so neither are its weaknesses (CVE-2025-32434 and CVE-2026-24747 let a file corrupt memory or run code), in any release.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lata_lightning.errors import CorruptFileError, LataError, SourceError, first_line
-from lata_lightning.store.descriptors import Identity, Window
+from lata_lightning.store.descriptors import FileIdentity, Window
 from lata_lightning.store.dtypes import code_of_name, item_size
 from lata_lightning.store.layout import Entry, Span
 from lata_lightning.store.pickles import DAMAGE, Call, Global, Persistent, read_pickle
@@ -28,13 +28,13 @@ _STORAGES = {
 _OTHER_NAMES = {"double": "F64", "float": "F32", "half": "F16", "long": "I64", "int": "I32"}
 _REBUILT = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3")
 _WRAPPED = ("_rebuild_parameter", "_rebuild_parameter_with_state", "_rebuild_device_tensor_from_cpu_tensor")
-# Of the subclasses of tensors, those that are stored as the plain tensor that they are.
+# Subclasses of tensors that are stored like plain tensors.
 _PLAIN_CLASSES = (("torch", "Tensor"), ("torch._tensor", "Tensor"), ("torch.nn.parameter", "Parameter"), ("torch.nn.parameter", "Buffer"))
 _HEADER = struct.Struct("<4s22sHH")
 
 
 class _Bytes(NamedTuple):
-    """Where the values of a storage lie: offset and size, in bytes."""
+    """The location of the values of a storage: offset and size, in bytes."""
 
     begin: int
     size: int
@@ -51,10 +51,10 @@ class TorchArchive:
 
     Raises:
         CorruptFileError: It is damaged.
-        SourceError: It is not of that kind.
+        SourceError: It is no file of ``torch.save``.
     """
 
-    def __init__(self, file: Identity, begin: int = 0, end: int | None = None) -> None:
+    def __init__(self, file: FileIdentity, begin: int = 0, end: int | None = None) -> None:
         self._file, self._begin = file, begin
         window = Window(file, begin, file.size if end is None else end)
         try:
@@ -67,10 +67,10 @@ class TorchArchive:
             raise _damaged(file, error) from error
 
     def tensor(self, value: object) -> Span | None:
-        """Where a tensor of the content lies; None if the value is no tensor.
+        """Return the location of a tensor of the content; None if the value is no tensor.
 
         Raises:
-            SourceError: It is a tensor of a kind that cannot be read.
+            SourceError: The kind of tensor cannot be read.
             CorruptFileError: It lies outside its file.
         """
         try:
@@ -107,16 +107,16 @@ class TorchArchive:
         code = self._code(storage, rest)
         size = item_size(code)
         extent = 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True)) if all(shape) else 0
-        held = self._storage(key)
-        if (offset + extent) * size > held.size:
+        values = self._storage(key)
+        if (offset + extent) * size > values.size:
             raise ValueError("a tensor reaches beyond its values")
         if math.prod(shape) > extent and all(shape):
-            raise SourceError(f"{self._file.path} holds expanded tensors, of which one entry stands for many. {_PLAIN}")
-        begin = self._begin + held.begin + offset * size
+            raise SourceError(f"{self._file.path} holds expanded tensors, in which several entries share one value. {_PLAIN}")
+        begin = self._begin + values.begin + offset * size
         return Span(self._file, begin, Entry(shape, code), None if _row_by_row(shape, strides) else strides)
 
     def _code(self, storage: Any, rest: tuple[Any, ...]) -> str:
-        """The dtype of a tensor: that of its storage, or of newer dtypes one that is named beside."""
+        """Return the code of the dtype of a tensor: that of its storage, or one that is named separately, as newer dtypes are."""
         named = [value for value in rest if isinstance(value, Global) and value.module == "torch"]
         code = _code_of(named[0].name) if named else _STORAGES.get(storage.name)
         if code is None:
@@ -178,7 +178,7 @@ _PLAIN = "Save a state dict of plain tensors and give that."
 
 
 def _storage_sizes(content: object) -> dict[Any, tuple[str, int]]:
-    """Dtype and number of entries of every storage that a content refers to, by its key."""
+    """Return the dtype and the number of entries of every storage that the content refers to, by its key."""
     found: dict[Any, tuple[str, int]] = {}
     seen: set[int] = set()
     waiting = [content]
@@ -206,7 +206,7 @@ def _parts(value: object) -> list[Any]:
 
 
 def dtype_code(dtype: Global) -> str:
-    """The code in safetensors files of a dtype that a pickle names.
+    """Return the code in safetensors files of a dtype that a pickle names.
 
     Raises:
         SourceError: No such dtype is read.
@@ -223,7 +223,7 @@ def _code_of(name: str) -> str | None:
 
 
 def whole_numbers(value: Any) -> tuple[int, ...]:
-    """The numbers of a shape, which may be held as a call of ``torch.Size``."""
+    """Return the numbers of a shape, which may be stored as a call of ``torch.Size``."""
     numbers = value.arguments[0] if isinstance(value, Call) else value
     if not all(type(number) is int for number in numbers):
         raise TypeError("a shape must be made of whole numbers")
@@ -247,5 +247,5 @@ def _read(window: Window, begin: int, size: int) -> bytes:
     return data
 
 
-def _damaged(file: Identity, error: BaseException) -> LataError:
+def _damaged(file: FileIdentity, error: BaseException) -> LataError:
     return CorruptFileError(f"{file.path} is no readable checkpoint ({first_line(error)}). Is it complete? Copy or download it again.")

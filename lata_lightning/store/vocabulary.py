@@ -1,4 +1,4 @@
-"""Models of different vocabularies: which tensors hold a row for each token, and which rows are the same token on both sides.
+"""Models with different vocabularies: which tensors have a row for each token, and which rows are the same token on both sides.
 
 Rows are never moved: a token keeps its number. Where both sides have a tokenizer, a row is shared if it is the same token on both, or padding on
 both; where one has none, if its number exists on both.
@@ -24,7 +24,7 @@ _ROLES = ("embedding", "head", "other")
 
 @dataclass(frozen=True)
 class Comparison:
-    """The rows of two models, called one and other.
+    """How the rows of two models, one and other, compare.
 
     Attributes:
         axes: Axis of the vocabulary by tensor name; empty where every row is shared.
@@ -48,18 +48,18 @@ class Comparison:
 def vocabulary_axes(
     one: TensorSource, other: TensorSource, config: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, int], tuple[int, int]]:
-    """Axis of the vocabulary by tensor name, where the two sides differ in size along it; and both sizes.
+    """Return the axis of the vocabulary by tensor name, for tensors that differ in size along it; and both sizes.
 
     Args:
         one: Weights.
         other: Under the same names.
-        config: Of the model both are of, where neither side has its own.
+        config: Config of both, where neither side has one.
 
     Returns:
         Nothing and (0, 0) where all shapes are equal.
 
     Raises:
-        LayoutMismatchError: Something else than the vocabulary differs, or no config tells that it is the vocabulary.
+        LayoutMismatchError: Something else differs, or no config tells that it is the vocabulary that differs.
     """
     odd = [name for name in one.names if one.shape(name) != other.shape(name)]
     if not odd:
@@ -95,7 +95,7 @@ def vocabulary_axes(
 
 
 def compare(one: TensorSource, other: TensorSource, tokens: tuple[Tokens, Tokens], config: Mapping[str, Any] | None = None) -> Comparison:
-    """Which rows two models share.
+    """Compare the rows of two models.
 
     Args:
         one: Weights.
@@ -104,7 +104,7 @@ def compare(one: TensorSource, other: TensorSource, tokens: tuple[Tokens, Tokens
         config: As for ``vocabulary_axes``.
 
     Raises:
-        LayoutMismatchError: A row is another token on each side, or something else than the vocabulary differs.
+        LayoutMismatchError: A row is a different token on each side, or something else than the vocabulary differs.
     """
     axes, rows = vocabulary_axes(one, other, config)
     left, right = (side.by_row for side in tokens)
@@ -120,7 +120,7 @@ def compare(one: TensorSource, other: TensorSource, tokens: tuple[Tokens, Tokens
     if not axes:
         if set(left) == set(right):
             return Comparison({})
-        # Both have room for the token that only one knows, so no shape tells where the vocabulary lies.
+        # Both have a row for the token that only one knows, so no shape tells which axis is the vocabulary.
         axes, length = _probed_axes(one, other, config)
         rows = (length, length)
     extra_rows = {row for row in right if row < rows[1]} - set(left)
@@ -130,10 +130,10 @@ def compare(one: TensorSource, other: TensorSource, tokens: tuple[Tokens, Tokens
     return Comparison(axes, rows, shared, tuple(sorted(extra_rows)), tuple(sorted(own_rows)), {**left, **right})
 
 
-def resized_config(config: Mapping[str, Any], places: Iterable[tuple[str, ...]], size: int) -> dict[str, Any]:
-    """A copy of a config with another vocabulary size at the given places."""
+def resized_config(config: Mapping[str, Any], keys: Iterable[tuple[str, ...]], size: int) -> dict[str, Any]:
+    """Return a copy of a config with another vocabulary size under the given keys."""
     changed = deepcopy(dict(config))
-    for *parents, key in places:
+    for *parents, key in keys:
         part = changed
         for parent in parents:
             part = part[parent]
@@ -142,7 +142,7 @@ def resized_config(config: Mapping[str, Any], places: Iterable[tuple[str, ...]],
 
 
 def _probed_axes(one: TensorSource, other: TensorSource, config: Mapping[str, Any] | None) -> tuple[dict[str, int], int]:
-    """Axis of the vocabulary by tensor name, from what changes in the empty model when its config asks for one row more; and the rows."""
+    """Return the axis of the vocabulary by tensor name, and its size, from what changes in the meta model when its config asks for one row more."""
     config = one.config or other.config or config or {}
     stated = stated_sizes(config)
     if len(set(stated.values())) == 1:

@@ -1,4 +1,4 @@
-"""Writing named tensors: shard by shard, streamed, and whole or not at all."""
+"""Writing named tensors: in shards, chunk by chunk, completely or not at all."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ def check_free_directory(path: Path) -> None:
 
 @contextmanager
 def atomic_directory(path: Path, size: int = 0) -> Iterator[Path]:
-    """A new directory that appears under its name only when the block has ended well.
+    """Yield a new directory that appears under its name only when the block ends without an error.
 
     Args:
         path: The final name; nothing or an empty directory may have it, or what the output policy lets be replaced. Its parents are made.
         size: Bytes about to be written, checked against the free space of the disk.
 
     Yields:
-        An empty directory beside ``path``, on the same file system, to write into.
+        An empty directory next to ``path``, on the same file system, to write into.
 
     Raises:
         OutputError: The path holds something, cannot be written, or the disk is (or becomes) full. Nothing is left behind.
@@ -122,17 +122,17 @@ def replace_directory(new: Path, old: Path) -> None:
 
 
 class ShardWriter:
-    """Safetensors files of one directory, in a layout that is known beforehand, so that tensors may be written in any order and by several threads.
+    """Safetensors files of one directory, in a layout that is known beforehand. Tensors may be written in any order and by several threads.
 
     Args:
-        directory: Where the files go.
+        directory: Directory of the files.
         stem: File name without suffix: ``stem.safetensors`` for one file, ``stem-0000i-of-0000N.safetensors`` and an index for several.
         layout: Dtype and shape by tensor name.
         max_shard_bytes: Bytes of tensors per file; a larger tensor gets a file of its own.
         metadata: Strings for the header of each file.
         progress: Called with the bytes written so far and the bytes in all.
 
-    Leaving the ``with`` block writes the index; the hashes are then in ``hashes``, in the order of the layout.
+    Leaving the ``with`` block writes the index. The hashes are then in ``hashes``, in the order of the layout.
     """
 
     def __init__(
@@ -171,29 +171,29 @@ class ShardWriter:
         return {name: self._hashes[name] for name in self._layout if name in self._hashes}
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor and note the hash of its bytes."""
+        """Write a tensor and record the hash of its bytes."""
         if name in self._layout and tuple(tensor.shape) != self._layout[name][1]:
             raise LataError(f"tensor {name!r} has the shape {tuple(tensor.shape)}, in the layout it has {self._layout[name][1]}")
         self.stream(name, [tensor])
 
     def stream(self, name: str, pieces: Iterable[Tensor]) -> None:
-        """Write a tensor piece by piece, in order, and note the hash of its bytes."""
+        """Write a tensor chunk by chunk, in order, and record the hash of its bytes."""
         if name not in self._layout or name in self._hashes:
-            raise LataError(f"tensor {name!r} {'was written before' if name in self._hashes else 'has no place in the layout'}")
+            raise LataError(f"tensor {name!r} {'was written before' if name in self._hashes else 'is not in the layout'}")
         dtype, shape = self._layout[name]
         descriptor, offset, meter = self._open[self._file_of[name]], self._begins[name], StoredHash()
         end = offset + _tensor_size(dtype, shape)
         for piece in pieces:
             data = tensor_bytes(piece)
             if piece.dtype != dtype or offset + len(data) > end:
-                raise LataError(f"tensor {name!r} does not fit its place: {dtype} of the shape {shape} was expected, {piece.dtype} came")
+                raise LataError(f"tensor {name!r} does not fit the layout: expected {dtype} of the shape {shape}, got {piece.dtype}")
             meter.update(piece)
             offset = _write_at(descriptor, data, offset)
             with self._lock:
                 before = self.written
                 self.written += len(data)
                 if before // _BYTES_AHEAD != self.written // _BYTES_AHEAD:
-                    # The disk works while the next tensors are computed, instead of only at the end.
+                    # The disk writes while the next tensors are computed, instead of only at the end.
                     self._on_disk.append(self._disk.submit(os.fsync, descriptor))
                 if self._progress is not None:
                     self._progress(self.written, self._size)
@@ -254,7 +254,7 @@ class ShardWriter:
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> int:
-    """Write all bytes from an offset on; the offset behind them."""
+    """Write all bytes at an offset; return the offset after them."""
     while data:
         count = os.pwrite(descriptor, data, offset)
         data, offset = data[count:], offset + count
@@ -262,12 +262,12 @@ def _write_at(descriptor: int, data: memoryview, offset: int) -> int:
 
 
 def layout_size(layout: Layout) -> int:
-    """Bytes that the tensors of a layout take."""
+    """Return bytes that the tensors of a layout take."""
     return sum(_tensor_size(dtype, shape) for dtype, shape in layout.values())
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON that a person can read; NaN is refused, as no other reader would take it."""
+    """Write indented JSON; NaN is refused, as other readers would not accept it."""
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
 
 
@@ -296,14 +296,14 @@ def write_config(path: Path, config: Mapping[str, Any]) -> None:
 
 def _split(layout: Layout, max_shard_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = []
-    room = 0
+    free = 0
     for name, (dtype, shape) in layout.items():
         size = _tensor_size(dtype, shape)
-        if not shards or size > room:
+        if not shards or size > free:
             shards.append([])
-            room = max_shard_bytes
+            free = max_shard_bytes
         shards[-1].append(name)
-        room -= size
+        free -= size
     # Wide elements first, so that every tensor starts at a multiple of its element size.
     return [sorted(shard, key=lambda name: -layout[name][0].itemsize) for shard in shards]
 

@@ -22,10 +22,10 @@ from lata_lightning.vectors.task_vector import TaskVector
 
 
 def measure(task_vector: TaskVector, instruction_vector: TaskVector, start: Start = "instruct") -> dict[str, Moments]:
-    """Moments by tensor name; the tensors are read piece by piece, by several threads.
+    """Return the moments by tensor name; several threads read the tensors chunk by chunk.
 
     Raises:
-        LayoutMismatchError: A tensor is on one side only, or has two shapes; or the models have other tokens or compute another function.
+        LayoutMismatchError: A tensor is on one side only, or has two shapes; or the models have different tokens or compute different functions.
         CorruptFileError: NaN or infinite weights.
     """
     instruction = weights_along(task_vector, instruction_vector)
@@ -44,7 +44,7 @@ def measure(task_vector: TaskVector, instruction_vector: TaskVector, start: Star
 
 
 def weights_along(task_vector: TaskVector, instruction_vector: TaskVector) -> View:
-    """The weights of an instruction vector under the names of a task vector; buffers count on neither side.
+    """Return the weights of an instruction vector under the names of a task vector; buffers are left out of both.
 
     Raises:
         LayoutMismatchError: A weight is on one side only, and was not left out of the task vector; or has two shapes.
@@ -52,7 +52,7 @@ def weights_along(task_vector: TaskVector, instruction_vector: TaskVector) -> Vi
     buffers = task_vector.layers.statistics
     weights = View(task_vector.tensors, {name: name for name in task_vector if name not in buffers})
     others = {name: name for name in instruction_vector if name not in instruction_vector.layers.statistics}
-    # An instruction vector that was made before buffers were told apart may hold some.
+    # An instruction vector from before buffers were told apart from weights may have some.
     leave_out = LeaveOut(task_vector.manifest.leave_out, buffers)
     return brought_to(weights, View(instruction_vector.tensors, others), leave_out)
 
@@ -65,7 +65,7 @@ def align(
     *,
     check_base: bool = True,
 ) -> Alignment:
-    """Alignment of a task vector with an instruction vector, layer by layer.
+    """Return the alignment of a task vector with an instruction vector, layer by layer.
 
     Args:
         task_vector: Tuned minus start.
@@ -78,7 +78,7 @@ def align(
         The alignment, without coefficients (see ``lata_lightning.weighting``). Neither vector changes.
 
     Raises:
-        LayoutMismatchError: The vectors do not hold the same tensors.
+        LayoutMismatchError: The vectors do not have the same tensors.
         BaseMismatchError: The instruction vector belongs to other weights.
         CorruptFileError: NaN or infinite weights.
 
@@ -92,7 +92,7 @@ def align(
 
 
 def check_same_model(model: TensorSource, vectors: Sequence[TaskVector], *, by_token: bool = True) -> None:
-    """Refuse vectors that belong to models of other tokens, or of another function, than the weights they are used with; the unknown passes.
+    """Refuse vectors whose models have other tokens, or compute another function, than the weights they are used with; what is unknown passes.
 
     Args:
         model: The weights.
@@ -100,7 +100,7 @@ def check_same_model(model: TensorSource, vectors: Sequence[TaskVector], *, by_t
         by_token: Whether to compare tokenizers.
 
     Raises:
-        LayoutMismatchError: A key of the configs differs that changes what the weights compute, or a row is another token in each.
+        LayoutMismatchError: The configs differ in a key that changes what the weights compute, or a row is a different token in each.
     """
     check_all_mean_the_same(
         [(model.label, meaning_of(model)), *((vector.label, vector.manifest.meaning) for vector in vectors)], by_token=by_token
@@ -112,7 +112,7 @@ def check_same_start(vectors: Sequence[TaskVector]) -> None:
     seen: dict[frozenset[str], TaskVector] = {}
     for vector in vectors:
         origin = vector.manifest.start_identity.content_hash
-        # Hashes of other sets of tensors, as where a head was left out, are no hashes of one model.
+        # Hashes of different sets of tensors, as where a head was left out of one, cannot be compared.
         first = seen.setdefault(frozenset(vector), vector) if origin else vector
         if first.manifest.start_identity.content_hash == origin:
             continue
@@ -125,11 +125,11 @@ def check_same_start(vectors: Sequence[TaskVector]) -> None:
 
 
 def check_matching_instruction(task_vector: TaskVector, instruction_vector: TaskVector, start: Start) -> None:
-    """Refuse an instruction vector that is known to belong to other weights than the task vector's start; unknown ones pass."""
+    """Refuse an instruction vector that is known to belong to other weights than the start of the task vector; unknown weights pass."""
     sides = instruction_vector.manifest
     expected = sides.tuned_identity if start == "instruct" else sides.start_identity
     origin = task_vector.manifest.start_identity
-    # Hashes of other sets of tensors, as where a head was left out, are no hashes of one model.
+    # Hashes of different sets of tensors, as where a head was left out of one, cannot be compared.
     comparable = origin.content_hash and expected.content_hash and set(task_vector) == set(instruction_vector)
     if comparable and origin.content_hash != expected.content_hash:
         raise BaseMismatchError(

@@ -1,4 +1,4 @@
-"""Writing a task vector to its directory, and comparing what lies there with what was written."""
+"""Saving a task vector to its directory, opening it, and comparing its files with the recorded hashes."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from lata_lightning.errors import CorruptFileError, first_three
 from lata_lightning.numerics.chunks import ChunkReader, chunk_bounds, in_parallel, tensor_chunks, worker_count
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.numerics.measure import all_finite
-from lata_lightning.store.directories import shard_files
 from lata_lightning.store.dtypes import float_dtype
 from lata_lightning.store.file_source import open_safetensors
 from lata_lightning.store.meta_model import meta_model
 from lata_lightning.store.sources import TensorSource, hashes_of
 from lata_lightning.store.tied_names import TiedNames, ties_of
+from lata_lightning.store.weight_files import shard_files
 from lata_lightning.store.writer import Progress, ShardWriter, atomic_directory, check_free_directory, layout_size
 from lata_lightning.vectors.cards import vector_card
-from lata_lightning.vectors.differences import LossMeter, Stored
+from lata_lightning.vectors.differences import LossMeter, StoredDifference
 from lata_lightning.vectors.entries import FactorEntry, TensorEntry, factor_names
-from lata_lightning.vectors.manifest import Derivation, Manifest, Measured, read_manifest, write_manifest
+from lata_lightning.vectors.manifest import Manifest, read_manifest, write_manifest
+from lata_lightning.vectors.provenance import Derivation, LayerValues
 
 STEM = "delta"
 
 
-def open_stored(path: str | Path) -> tuple[Stored, Manifest]:
-    """The tensors of a saved vector, which stay on disk until they are asked for, and its manifest.
+def open_stored(path: str | Path) -> tuple[StoredDifference, Manifest]:
+    """Return the tensors of a saved vector, which stay on disk until they are asked for, and its manifest.
 
     Raises:
         SourceError: The path is no task vector.
-        CorruptFileError: A file is truncated, or is not what the manifest says.
+        CorruptFileError: A file is truncated, or does not match the manifest.
     """
     directory = Path(path)
     manifest = read_manifest(directory)
@@ -47,15 +48,15 @@ def open_stored(path: str | Path) -> tuple[Stored, Manifest]:
         raise CorruptFileError(
             f"the tensors of {directory} are not those of its manifest; different are {first_three(wrong)}. Copy it again."
         )
-    return Stored(stored, manifest), manifest
+    return StoredDifference(stored, manifest), manifest
 
 
 def verify(path: str | Path) -> int:
-    """Compare the bytes of a saved task vector with the hashes in its manifest, and the manifest with its own; the number of tensors compared.
+    """Compare the bytes of a saved task vector with the hashes in its manifest, and the manifest with its own; return how many tensors were compared.
 
     Raises:
         SourceError: The path is no task vector.
-        CorruptFileError: A tensor is not what was written, or the manifest was edited.
+        CorruptFileError: A tensor does not match its hash, or the manifest was edited.
     """
     read_manifest(Path(path), sealed_only=True)
     _, manifest = open_stored(path)
@@ -71,8 +72,8 @@ def verify(path: str | Path) -> int:
 
 
 def _expected(manifest: Manifest) -> dict[str, tuple[tuple[int, ...], str | None]]:
-    """Shape and hash of every tensor in the files of a vector."""
-    return {held: known for name, entry in manifest.tensors.items() for held, known in entry.stored(name).items()}
+    """Return shape and hash of every tensor in the files of a vector."""
+    return {stored: facts for name, entry in manifest.tensors.items() for stored, facts in entry.stored(name).items()}
 
 
 def save_vector(
@@ -85,15 +86,15 @@ def save_vector(
     workers: int | None,
     progress: Progress | None,
 ) -> None:
-    """Write differences and what is known of them (see ``TaskVector.save``, which says what the arguments mean and what is raised)."""
+    """Write differences and their manifest (see ``TaskVector.save``, which describes arguments and errors)."""
     stored = float_dtype(dtype)
     check_free_directory(target)
     frozen = frozenset(name for name, entry in manifest.tensors.items() if entry.unchanged)
-    factors = {name: found for name in tensors.names if name not in frozen and (found := tensors.low_rank(name)) is not None}
+    factors = {name: low for name in tensors.names if name not in frozen and (low := tensors.low_rank(name)) is not None}
     layout = {name: (stored, tensors.shape(name)) for name in tensors.names if name not in frozen and name not in factors}
     parts: dict[str, Tensor] = {}
-    for name, found in factors.items():
-        for index, part in enumerate(found.parts):
+    for name, low_rank in factors.items():
+        for index, part in enumerate(low_rank.parts):
             parts.update(zip(factor_names(name, index), (part.left, part.right), strict=True))
     layout |= {name: (stored, tuple(side.shape)) for name, side in parts.items()}
     threads = worker_count(workers)
@@ -110,10 +111,10 @@ def save_vector(
             in_parallel(write, writer.order, threads if tensors.parallel else 1)
         loss = LossMeter()
         for name in layout:
-            loss.take(losses[name])
-        for found in factors.values():
-            if any(torch.promote_types(side.dtype, stored) != stored for part in found.parts for side in (part.left, part.right)):
-                loss.add_factors(found, found.stored_as(stored))
+            loss.add_sums(losses[name])
+        for low_rank in factors.values():
+            if any(torch.promote_types(side.dtype, stored) != stored for part in low_rank.parts for side in (part.left, part.right)):
+                loss.add_factors(low_rank, low_rank.stored_as(stored))
         entries = {
             name: TensorEntry(
                 tensors.shape(name),
@@ -137,14 +138,14 @@ def save_vector(
 
 
 def derivation_of(tensors: TensorSource, manifest: Manifest) -> Derivation | None:
-    """How a vector was made of others, with what was measured while its tensors were read; None if it was not."""
-    found = manifest.derivation
-    measured = tuple(Measured(name, layers, vector) for (name, vector), layers in tensors.measured().items())
-    return replace(found, measured=measured) if found is not None and measured else found
+    """Return how a vector was made from others, with what was measured while its tensors were read; None if it was not made from others."""
+    derivation = manifest.derivation
+    measured = tuple(LayerValues(name, layers, vector) for (name, vector), layers in tensors.measured().items())
+    return replace(derivation, measured=measured) if derivation is not None and measured else derivation
 
 
 def _lowered(label: str, name: str, load: ChunkReader, count: int, stored: torch.dtype, loss: LossMeter | None) -> Iterator[Tensor]:
-    """The pieces of a tensor in the precision they are stored in."""
+    """Yield the chunks of a tensor in the precision in which they are stored."""
     for begin, end in chunk_bounds(count):
         full = load(begin, end)
         lower = full.to(stored)
@@ -157,20 +158,20 @@ def _lowered(label: str, name: str, load: ChunkReader, count: int, stored: torch
 def _check_stored(label: str, name: str, full: Tensor, lower: Tensor) -> None:
     if all_finite(lower):
         return
-    held = str(lower.dtype).removeprefix("torch.")
-    what = "holds NaN or infinite values" if not all_finite(full) else f"does not fit {held}; use bfloat16 or float32"
+    dtype = str(lower.dtype).removeprefix("torch.")
+    what = "holds NaN or infinite values" if not all_finite(full) else f"does not fit {dtype}; use bfloat16 or float32"
     raise CorruptFileError(f"{name} of {label} {what}")
 
 
 def _tied(tensors: TensorSource, manifest: Manifest) -> TiedNames:
-    """Groups of names that are one tensor in the model, which its config tells where the vector does not know them yet."""
+    """Return the groups of names that are one tensor in the model: those that the vector knows, else those of the model of its config."""
     config = manifest.meaning.config
     model = None if manifest.tied else meta_model(config)
     return manifest.tied if model is None else ties_of(model, set(tensors.names))
 
 
 def _identities(tensors: TensorSource, manifest: Manifest) -> dict[str, Any]:
-    """Identities of both sides with the hashes that reading them has brought."""
+    """Return the identities of both sides, with the content hashes that reading them has told."""
     start, tuned = tensors.content_hashes()
     return {
         "start_identity": replace(manifest.start_identity, content_hash=manifest.start_identity.content_hash or start),

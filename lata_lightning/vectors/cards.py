@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lata_lightning.vectors.manifest import Derivation, Manifest
+from lata_lightning.vectors.manifest import Manifest
+from lata_lightning.vectors.provenance import Derivation
 from lata_lightning.weighting import CLOSED_FORM
 
 PAPER = "[LATA](https://arxiv.org/abs/2502.20186)"
@@ -17,12 +18,12 @@ PAPERS = {
     "tsv": ("[TSV-M](https://arxiv.org/abs/2412.00081)",),
     "iso": ("[Iso-C](https://arxiv.org/abs/2502.04959)",),
 }
-"""Where the methods come from that make one vector of several."""
+"""The papers of the methods that make one vector from several."""
 CLOSED_FORM_PAPER = "[submodule linearity](https://arxiv.org/abs/2504.10902)"
 
 
 def vector_card(manifest: Manifest, name: str) -> str:
-    """Card of a task vector: what it is, between which weights, its alignment and coefficients."""
+    """Return the card of a task vector: what it is, between which weights, its alignment and coefficients."""
     lines = front_matter([manifest.start_identity.location], "lata_lightning", ["task-vector", "task-arithmetic", "lata"])
     what = "An instruction vector (instruct − base)" if manifest.kind == "instruction" else f"A task vector (tuned − {manifest.start})"
     lines += [
@@ -80,7 +81,7 @@ def vector_card(manifest: Manifest, name: str) -> str:
 
 
 def _derivation(made: Derivation) -> list[str]:
-    """How a vector was made of others: the method and its settings, the vectors, and what was measured by layer."""
+    """Return the lines on how a vector was made from others: method and settings, the vectors, and what was measured by layer."""
     settings = ", ".join(f"{name} {_value(value)}" for name, value in made.settings.items())
     papers = f" ({', '.join(PAPERS[made.name])})" if made.name in PAPERS else ""
     facts = list(dict.fromkeys(name for entry in made.inputs for name in entry.facts))
@@ -106,7 +107,7 @@ def _value(value: Any) -> str:
 
 
 def merge_card(name: str, record: Mapping[str, Any]) -> str:
-    """Card of a merged model: from what it was made, how, and by which command.
+    """Return the card of a merged model: what it was made from, how, and by which command.
 
     Args:
         name: Title.
@@ -140,11 +141,11 @@ def _numbers(*numbers: float | None) -> str:
 
 
 def front_matter(bases: Sequence[str | None], library: str, tags: Sequence[str]) -> list[str]:
-    """The lines with which a card on a hub begins.
+    """Return the lines with which a card on a hub begins.
 
     Args:
-        bases: Locations of the models it was made from; unknown ones are left out.
-        library: Which library loads what the card stands beside.
+        bases: Locations of the models that it was made from; unknown ones are left out.
+        library: The library that loads the files of the card.
         tags: Words to find it by.
     """
     lines = ["---", f"library_name: {library}"]

@@ -1,4 +1,4 @@
-"""Sources of differences: computed from two sides, stored in an artefact, or scaled."""
+"""Sources of differences: computed from two sides, or stored in an artefact; and what storing them in a lower precision costs."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from lata_lightning.vectors.manifest import Manifest
 
 @final
 class Difference(TensorSource):
-    """Tuned minus start, computed when it is read; notes the hashes of both sides if it is to identify them.
+    """Tuned minus start, computed when it is read; it can hash both sides meanwhile.
 
     Args:
         start, tuned: Both under one set of names.
-        names: The tensors to hold.
+        names: The tensors it has.
         identify: Whether to hash what is read.
         known: Hashes of tensors that are equal on both sides and need not be read.
         hashed: Sources of start and tuned that hash what is read of them already, where the two sides hold rows of these only.
@@ -94,14 +94,14 @@ class Difference(TensorSource):
 
 
 def _change(tuned: Tensor, start: Tensor) -> Tensor:
-    """Tuned minus start; zero where both are infinite or NaN and the same."""
-    found = difference(tuned, start).contiguous()
-    return found if all_finite(found) else found.masked_fill(same_entries(tuned, start), 0.0)
+    """Return tuned minus start; zero where both are the same infinite value or NaN."""
+    change = difference(tuned, start).contiguous()
+    return change if all_finite(change) else change.masked_fill(same_entries(tuned, start), 0.0)
 
 
 @final
-class Stored(TensorSource):
-    """The tensors of an artefact, in float32; frozen ones are zeros that no file holds."""
+class StoredDifference(TensorSource):
+    """The tensors of a saved vector, in float32; frozen ones are zeros, which no file stores."""
 
     def __init__(self, files: TensorSource, manifest: Manifest) -> None:
         super().__init__(Origin(files.location), parallel=files.parallel)
@@ -143,12 +143,12 @@ class Stored(TensorSource):
         if entry.factors is None:
             return None
         sides = [tuple(self._files.read(stored).float() for stored in factor_names(name, index)) for index in range(len(entry.factors))]
-        parts = (Factors(left, right, held.scale) for (left, right), held in zip(sides, entry.factors, strict=True))
+        parts = (Factors(left, right, stored.scale) for (left, right), stored in zip(sides, entry.factors, strict=True))
         return LowRank(entry.shape, tuple(parts))
 
 
 class LossMeter:
-    """Sums for PrecisionLoss over the pieces of one tensor, or over many tensors."""
+    """Sums for a PrecisionLoss over the chunks of one tensor, or over many tensors."""
 
     def __init__(self) -> None:
         self._inner = self._full = self._lower = 0.0
@@ -156,7 +156,7 @@ class LossMeter:
         self._used = False
 
     def add(self, full: Tensor, lower: Tensor) -> None:
-        """Take in one piece of a flattened tensor, as it was and as it is stored."""
+        """Add one chunk of a flattened tensor, as it was and as it is stored."""
         self._used = True
         inner, square, lower_square, nonzero, lost = loss(full.numpy(), lower.to(full.dtype).numpy())
         self._inner += inner
@@ -165,8 +165,8 @@ class LossMeter:
         self._nonzero += nonzero
         self._lost += lost
 
-    def take(self, other: LossMeter) -> None:
-        """Take in what another meter has seen."""
+    def add_sums(self, other: LossMeter) -> None:
+        """Add the sums of another meter."""
         self._used = self._used or other._used
         self._inner += other._inner
         self._full += other._full
@@ -175,7 +175,7 @@ class LossMeter:
         self._lost += other._lost
 
     def add_factors(self, full: LowRank, lower: LowRank) -> None:
-        """Take in one tensor held as factors; entries that became zero are counted in the factors."""
+        """Add one tensor that is stored as factors; entries that became zero are counted in the factors."""
         self._used = True
         self._inner += full.inner(lower).item()
         self._full += full.square().item()
@@ -186,7 +186,7 @@ class LossMeter:
                 self._lost += int(torch.count_nonzero((before != 0) & (after == 0)))
 
     def result(self) -> PrecisionLoss | None:
-        """The loss over all tensors; None if none was stored below its precision."""
+        """Return the loss over all tensors; None if none was stored below its precision."""
         if not self._used:
             return None
         norms = (self._full * self._lower) ** 0.5

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 def factor_names(name: str, index: int) -> tuple[str, str]:
-    """Names under which the left and right factor of a part of a tensor are stored."""
+    """Return the names under which the left and right factor of one part of a tensor are stored."""
     return f"{name}.left.{index}", f"{name}.right.{index}"
 
 
@@ -35,8 +35,8 @@ class TensorEntry:
         shape: Its shape.
         dtype: Name of the dtype it is stored in, such as ``float32``.
         hash: Hash of its stored bytes; None if it is not stored, or stored as factors.
-        unchanged: The tensor was frozen: its difference is zero, and it takes no room in the file.
-        factors: The parts it is stored as, if it is a sum of products of factors (of a LoRA run).
+        unchanged: Whether the tensor was frozen: then its difference is zero and not stored.
+        factors: Its parts, if it is stored as a sum of products of factors (of a LoRA run).
     """
 
     shape: tuple[int, ...]
@@ -46,17 +46,17 @@ class TensorEntry:
     factors: tuple[FactorEntry, ...] | None = None
 
     def stored(self, name: str) -> dict[str, tuple[tuple[int, ...], str | None]]:
-        """Shape and hash by the names under which the tensor of this name lies in the files."""
+        """Return shape and hash of everything that is stored of a tensor of this name, by its name in the files."""
         if self.unchanged:
             return {}
         if self.factors is None:
             return {name: (self.shape, self.hash)}
-        found: dict[str, tuple[tuple[int, ...], str | None]] = {}
+        stored: dict[str, tuple[tuple[int, ...], str | None]] = {}
         for index, part in enumerate(self.factors):
             left, right = factor_names(name, index)
-            found[left] = ((self.shape[0], part.rank), part.left_hash)
-            found[right] = ((part.rank, math.prod(self.shape[1:])), part.right_hash)
-        return found
+            stored[left] = ((self.shape[0], part.rank), part.left_hash)
+            stored[right] = ((part.rank, math.prod(self.shape[1:])), part.right_hash)
+        return stored
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a path holds, from headers and manifests alone; without torch, so that the answer is there at once."""
+"""Facts about what is at a path, from headers and manifests alone, and without importing torch."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from typing import Any
 
 from lata_lightning.store.directories import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_directory, find_weights, holds_vector, read_object
 from lata_lightning.store.formats.table import find_format
-from lata_lightning.vectors.manifest import Derivation, Identity, read_manifest
+from lata_lightning.vectors.manifest import read_manifest
+from lata_lightning.vectors.provenance import Derivation, Identity
 
 
 def describe(path: str | Path, model: str | None = None) -> dict[str, Any]:
-    """Facts about a task vector, a peft adapter or whole weights, as plain types.
+    """Return facts about a task vector, a peft adapter or whole weights, as plain types.
 
     Args:
-        path: Where they lie, or a hub id.
-        model: Name of the module that is meant, where a checkpoint holds several.
+        path: A file, a directory or a hub id.
+        model: Name of the module to describe, where a checkpoint has several.
 
     Raises:
-        SourceError, CorruptFileError: The path holds neither, or cannot be read.
+        SourceError, CorruptFileError: The path has none of these, or cannot be read.
     """
-    found, _ = find_weights(path)
-    if holds_vector(found):
-        return _describe_vector(found)
-    adapter = adapter_directory(found)
-    return find_format(found).inspect(found, model) if adapter is None else _describe_adapter(adapter)
+    local, _ = find_weights(path)
+    if holds_vector(local):
+        return _describe_vector(local)
+    adapter = adapter_directory(local)
+    return find_format(local).inspect(local, model) if adapter is None else _describe_adapter(adapter)
 
 
 def _describe_vector(path: Path) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def _describe_vector(path: Path) -> dict[str, Any]:
 
 
 def _derived(derivation: Derivation | None) -> dict[str, Any]:
-    """How a vector was made of others; of each thing that was measured its range over the layers."""
+    """Return how a vector was made from others, with the range over the layers of each quantity that was measured."""
     if derivation is None:
         return {}
     facts: dict[str, Any] = {

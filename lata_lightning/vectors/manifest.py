@@ -19,110 +19,14 @@ from lata_lightning.store.directories import MANIFEST_NAME
 from lata_lightning.store.meaning import Meaning
 from lata_lightning.store.seal import check_seal, sealed
 from lata_lightning.vectors.entries import FactorEntry, PrecisionLoss, TensorEntry
+from lata_lightning.vectors.provenance import UNKNOWN, Derivation, Identity
 from lata_lightning.weighting import DEFAULT_THRESHOLD, ORIGINS, is_own_name
 
 Kind = Literal["task", "instruction"]
 FORMAT = "lata_lightning.task_vector"
 FORMAT_VERSION = 3
-"""Version 2 has tensors that are stored as factors, version 3 a hash of the manifest and what the tensors mean; older ones are read as well."""
+"""Version 2 stores tensors as factors, version 3 has a hash of the manifest and what the tensors mean; older versions are read as well."""
 _FIRST_SEALED = 3
-OUTSIDE = "outside the layers"
-"""Stands for the tensors that belong to no layer, where a derivation gives numbers by layer."""
-PROJECTED = "times the instruction vector"
-"""What a projection measures: the multiple of the instruction vector that was taken off a layer."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Which weights a vector was made from.
-
-    Attributes:
-        location: Path or hub id as it was given; None for weights in memory.
-        revision: Commit of the hub repository.
-        content_hash: Hash of names and values, the same for every precision and sharding that holds the same values.
-    """
-
-    location: str | None = None
-    revision: str | None = None
-    content_hash: str | None = None
-
-
-@dataclass(frozen=True)
-class Input:
-    """One of the vectors that another vector was made of.
-
-    Attributes:
-        label: Its path, or the two sides it lies between.
-        tuned: Its tuned side.
-        facts: What else is known of its part, such as the number of samples and where they come from.
-    """
-
-    label: str
-    tuned: Identity = Identity()
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One thing that was measured, layer by layer, when a vector was made of others.
-
-    Attributes:
-        name: What it is.
-        layers: Its values by layer, None where it has none; ``OUTSIDE`` stands for all tensors together that belong to no layer.
-        vector: Label of the vector that it says something about; None if that is the result.
-    """
-
-    name: str
-    layers: Mapping[str, float | None]
-    vector: str | None = None
-
-    @property
-    def title(self) -> str:
-        """Heading of a column of its values."""
-        return self.name if self.vector is None else f"{self.name}, {self.vector}"
-
-
-@dataclass(frozen=True)
-class Derivation:
-    """How a vector was made of others.
-
-    Attributes:
-        name: The method, such as ``regression`` or ``projection``.
-        settings: Its options by name, as plain types.
-        inputs: The vectors, in the order in which they were given.
-        averaged: Tensors of two axes or more that are the plain mean of the vectors.
-        measured: What was measured by layer when it was made.
-    """
-
-    name: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    inputs: tuple[Input, ...] = ()
-    averaged: tuple[str, ...] = ()
-    measured: tuple[Measured, ...] = ()
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Derivation:
-        """The inverse of ``dataclasses.asdict``."""
-        measured = tuple(Measured(**entry) for entry in data["measured"])
-        inputs = tuple(Input(**{**entry, "tuned": Identity(**entry["tuned"])}) for entry in data["inputs"])
-        return cls(**{**data, "inputs": inputs, "averaged": tuple(data["averaged"]), "measured": measured})
-
-    @classmethod
-    def from_older(cls, data: Mapping[str, Any]) -> Derivation | None:
-        """What a manifest says that was written before all derivations had one form; None if the vector is no derived one."""
-        if "regression" in data:
-            made = data["regression"]
-            inputs = tuple(
-                Input(entry["label"], Identity(**entry["tuned"]), {"samples": entry["samples"], "data": entry["data"]})
-                for entry in made["vectors"]
-            )
-            settings = {key: made[key] for key in ("in_order", "off_diagonal", "ridge")}
-            return cls("regression", settings, inputs, tuple(made["averaged"]))
-        if "projection" in data:
-            made = data["projection"]
-            measured = Measured(PROJECTED, {**made["shares"], OUTSIDE: made["outside"]})
-            return cls("projection", {"level": made["level"]}, measured=(measured,))
-        return None
 
 
 @dataclass(frozen=True)
@@ -133,29 +37,30 @@ class Manifest:
         kind: ``task`` (tuned − start) or ``instruction`` (instruct − base).
         start: What the fine-tune started from.
         start_identity, tuned_identity: The two sides of the difference.
-        layers: LayerPosition of every tensor.
+        layers: Block and part of every tensor.
         level: Unit of the coefficients.
         outside: Coefficient of the tensors that belong to no layer.
-        weighting, threshold: Name of the rule behind the coefficients, or of what else they come from, and its parameter.
+        weighting: Name of the rule that made the coefficients, or of another origin of theirs.
+        threshold: Parameter of the rule ``threshold``.
         coefficients: By layer; None as long as no rule has been applied.
-        alignment: What was measured, of which a rule makes coefficients.
-        instruction_identity: Hash of the instruction vector that was measured against, by its two sides.
-        meaning: What config and tokenizers say about the tensors, as far as it is known.
+        alignment: The measured alignment, from which a rule makes coefficients.
+        instruction_identity: Base and instruct model of the instruction vector that the alignment was measured with.
+        meaning: What config and tokenizers say about the tensors, as far as known.
         tied: Groups of names that are one tensor in the model.
         step, epoch: When it was taken, in optimizer steps and finished epochs; None for vectors extracted from files.
         precision_loss: Measured cost of a stored precision below float32.
         tensors: Shape, dtype and hash by name; empty until the vector is saved.
-        derivation: How it was made, if it was made of other vectors.
-        asked_for: Whether the coefficients were set by this process, and not read from a file: what only a file says is not applied where the
-            alignments behind it are flat (see ``lata_lightning.merging.weigh``). Never stored.
-        leave_out: Regular expressions of the names of tensors that were left out of it.
+        derivation: How it was made, if it was made from other vectors.
+        asked_for: Whether the coefficients were set by this process, and not read from a file. Those of a file are not applied where their alignments
+            are flat (see ``lata_lightning.merging.weigh``). Never stored.
+        leave_out: Regular expressions that match the names of the tensors that were left out.
     """
 
     kind: Kind
     start: Start
     layers: LayerMap
-    start_identity: Identity = Identity()
-    tuned_identity: Identity = Identity()
+    start_identity: Identity = UNKNOWN
+    tuned_identity: Identity = UNKNOWN
     level: Level = "block"
     outside: float = 0.0
     weighting: str = "none"
@@ -174,7 +79,7 @@ class Manifest:
     leave_out: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain types for JSON."""
+        """Return the manifest as plain types for JSON."""
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -216,13 +121,13 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:
-        """The inverse of ``to_json``; library versions are informative only."""
+        """Read what ``to_json`` wrote; library versions are informative only."""
         entries = data["tensors"]
-        places = {name: LayerPosition(entry["block"], entry["part"]) for name, entry in entries.items()}
+        positions = {name: LayerPosition(entry["block"], entry["part"]) for name, entry in entries.items()}
         instruction = data["instruction_vector"]
         rule = data["weighting"]
         coefficients = data["coefficients"]
-        layers = LayerMap(places, tuple(data["blocks"]))
+        layers = LayerMap(positions, tuple(data["blocks"]))
         for word, choices in (
             (data["kind"], get_args(Kind)),
             (data["start"]["kind"], STARTS),
@@ -271,21 +176,21 @@ class Manifest:
         )
 
 
-def _texts(found: Any) -> tuple[str, ...]:
-    if not isinstance(found, list) or not all(isinstance(entry, str) for entry in found):
-        raise ValueError(f"{found!r} is no list of texts")
-    return tuple(found)
+def _texts(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+        raise ValueError(f"{value!r} is no list of texts")
+    return tuple(value)
 
 
 def read_manifest(directory: Path, *, sealed_only: bool = False) -> Manifest:
-    """The manifest of a saved task vector.
+    """Return the manifest of a saved task vector.
 
     Args:
         directory: Of the vector.
-        sealed_only: Whether to compare the manifest with the hash it holds of itself. Those of versions 1 and 2 hold none.
+        sealed_only: Whether to compare the manifest with its own hash. Manifests of versions 1 and 2 have none.
 
     Raises:
-        SourceError: The directory holds none, or one of a newer format.
+        SourceError: There is none, or it is of a newer format.
         CorruptFileError: The manifest cannot be understood, or was edited.
     """
     path = directory / MANIFEST_NAME
@@ -312,16 +217,16 @@ def read_manifest(directory: Path, *, sealed_only: bool = False) -> Manifest:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write the manifest of a task vector, with a hash of itself."""
+    """Write the manifest of a task vector, with its own hash."""
     (directory / MANIFEST_NAME).write_text(sealed(manifest.to_json()), "utf-8")
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that shape the numbers, without importing them."""
-    found = {}
+    """Return the versions of the libraries that shape the numbers, without importing them."""
+    versions = {}
     for name in ("lata_lightning", "lightning", "peft", "torch", "transformers"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

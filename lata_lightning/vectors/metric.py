@@ -1,4 +1,4 @@
-"""Alignment as a torchmetrics metric; a module of its own, because importing torchmetrics takes longer than most commands."""
+"""Alignment as a torchmetrics metric, in a module of its own, as importing torchmetrics takes longer than most commands."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class LayerAlignment(Metric):
         """Add tensors of a vector: each tensor (or shard of one) exactly once between two resets.
 
         Args:
-            task: Tuned minus start by tensor name; names outside the layers are passed over, as they have no alignment.
+            task: Tuned minus start by tensor name; names outside the layers are ignored, as they have no alignment.
             instruction: Instruct minus base for the same names.
 
         Raises:
@@ -57,6 +57,6 @@ class LayerAlignment(Metric):
                 self.sums[self.rows[name]] += tensor_sums(task[name], instruction[name], start=self.start).to(self.sums.device)
 
     def compute(self) -> dict[str, Tensor]:
-        """Alignment as a float64 scalar by layer; absent where the instruction vector is zero."""
+        """Return the alignment as a float64 scalar by layer; absent where the instruction vector is zero."""
         table = moments_table(dict(zip(self.layer_names, self.sums, strict=True)))
         return {layer: torch.tensor(value, dtype=torch.float64) for layer, value in layer_alignment(table).items()}

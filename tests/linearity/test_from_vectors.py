@@ -18,7 +18,7 @@ from lata_lightning.exports.peft import export_peft
 from lata_lightning.linearity.from_vectors import merge_matrices
 from lata_lightning.numerics.singular import iso_c, tsv_m
 from lata_lightning.vectors.artefact import verify
-from lata_lightning.vectors.manifest import OUTSIDE
+from lata_lightning.vectors.provenance import OUTSIDE
 
 # peft and transformers warn of what they rename and of settings that are of no account here.
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("UserWarning", "DeprecationWarning", "FutureWarning")]

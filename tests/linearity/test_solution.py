@@ -8,7 +8,7 @@ from tiny_models import leftovers
 from lata_lightning import TaskVector, align
 from lata_lightning.errors import BaseMismatchError, CorruptFileError, LataError, OutputError, SourceError
 from lata_lightning.linearity.solution import Fit, Solution, SolvedVector
-from lata_lightning.vectors.manifest import Identity
+from lata_lightning.vectors.provenance import Identity
 
 LAYERS = ("blocks.0", "blocks.1")
 

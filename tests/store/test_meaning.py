@@ -62,7 +62,7 @@ def made(tmp_path_factory):
 SAID = {
     "theta": r"same function of their weights; their configs differ in 1 keys that change it: rope_parameters.rope_theta is",
     "spare": r"must have the same tokens; 1 are on one side only, although both may have rows for them, first: 20 is '<call>'.*--vocabulary",
-    "permuted": r"must mean the same token by the same row; 20 rows differ, first: 0 is",
+    "permuted": r"must have the same token at the same row; 20 rows differ, first: 0 is",
 }
 
 

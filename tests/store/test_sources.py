@@ -8,12 +8,12 @@ from safetensors.torch import save_file
 from tiny_models import llama, same_bits, tied_to_embedding, weights, write_checkpoint, write_model
 
 from lata_lightning.errors import CorruptFileError, LayoutMismatchError, SourceError
-from lata_lightning.store.directories import shard_files
 from lata_lightning.store.hashing import content_hash, hash_stored, hash_values
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import named_like, pair
 from lata_lightning.store.sources import Origin, StateDictSource
 from lata_lightning.store.views import Fingerprinted, View
+from lata_lightning.store.weight_files import shard_files
 
 
 def contents(source):
@@ -273,7 +273,7 @@ def test_a_directory_without_weights_is_refused(tmp_path):
 
 def test_a_directory_of_other_files_names_them(tmp_path):
     (tmp_path / "weights.pt").write_bytes(b"")
-    with pytest.raises(SourceError, match=r"Its other files are 1: \['weights.pt'\]: give the one that is meant"):
+    with pytest.raises(SourceError, match=r"Its other files are 1: \['weights.pt'\]: give the one you mean"):
         open_source(tmp_path)
 
 

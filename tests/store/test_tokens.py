@@ -11,7 +11,7 @@ from blake3 import blake3
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lata_lightning.store.tokens import LAST, Vocabulary, hash_of_tokens, read_tokens
+from lata_lightning.store.tokens import LAST, TokenizerIdentity, hash_of_tokens, read_tokens
 
 TEXT = ["hello world, this is some text to train a tokenizer with", "more words, and other words"] * 5
 TRAINED = {
@@ -34,11 +34,11 @@ def save(directory, kind="words", added=("<a>", "<b>"), **special):
 
 
 def vocabulary(directory, rows=None):
-    return Vocabulary.of_directory(directory, "it", rows)
+    return TokenizerIdentity.of_directory(directory, "it", rows)
 
 
 def recorded(found):
-    return Vocabulary.from_json(json.loads(json.dumps(found.to_json())))
+    return TokenizerIdentity.from_json(json.loads(json.dumps(found.to_json())))
 
 
 @pytest.mark.parametrize("kind", TRAINED)

@@ -7,7 +7,8 @@ from tiny_models import weights
 
 from lata_lightning import TaskVector
 from lata_lightning.vectors.inspection import describe
-from lata_lightning.vectors.manifest import OUTSIDE, Derivation, Identity, Input, Measured, read_manifest
+from lata_lightning.vectors.manifest import read_manifest
+from lata_lightning.vectors.provenance import OUTSIDE, Derivation, Identity, Input, LayerValues
 
 OLDER = {
     "regression": (
@@ -30,7 +31,9 @@ OLDER = {
     "projection": (
         {"level": "block", "shares": {"model.layers.0": 0.5}, "outside": 0.25},
         Derivation(
-            "projection", {"level": "block"}, measured=(Measured("times the instruction vector", {"model.layers.0": 0.5, OUTSIDE: 0.25}),)
+            "projection",
+            {"level": "block"},
+            measured=(LayerValues("times the instruction vector", {"model.layers.0": 0.5, OUTSIDE: 0.25}),),
         ),
     ),
 }
@@ -60,7 +63,7 @@ def test_inspecting_shows_the_method_its_vectors_and_the_range_of_what_was_measu
         "regression",
         {"ridge": 1.0},
         (Input("one"), Input("two")),
-        measured=(Measured("interference", {"model.layers.0": 0.5, "model.layers.1": 0.25, OUTSIDE: None}, "one"),),
+        measured=(LayerValues("interference", {"model.layers.0": 0.5, "model.layers.1": 0.25, OUTSIDE: None}, "one"),),
     )
     vector = TaskVector.open(saved)
     TaskVector(vector.tensors, vector.manifest.__class__(**{**vars(vector.manifest), "derivation": made})).save(saved.parent / "derived")

@@ -20,7 +20,8 @@ from lata_lightning.store.writer import write_json
 from lata_lightning.vectors.aligning import align
 from lata_lightning.vectors.artefact import verify
 from lata_lightning.vectors.entries import TensorEntry
-from lata_lightning.vectors.manifest import Identity, Manifest, library_versions, read_manifest
+from lata_lightning.vectors.manifest import Manifest, library_versions, read_manifest
+from lata_lightning.vectors.provenance import Identity
 from lata_lightning.vectors.task_vector import TaskVector
 
 

@@ -1,4 +1,4 @@
-"""What every format can tell and do."""
+"""What every format provides."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 
 class Format(NamedTuple):
-    """One kind of file or directory that holds weights. Its module needs no torch before ``open`` is called.
+    """One kind of file or directory with weights. Its module needs no torch before ``open`` is called.
 
     Attributes:
         name: What it is called in messages, such as ``"safetensors file"``.
-        recognise: Whether a path is of this kind, by its content.
+        recognise: Returns whether a path is of this kind, by its content.
         open: Returns its tensors. The second argument tells the path or hub id by which it was named, the third the name of the module that is meant
             (None for the whole).
-        inspect: Facts about it as plain types, from headers alone; the second argument is the module that is meant, or None.
-        verify: Compares its tensors with the hashes that were recorded, and gives their number.
+        inspect: Returns facts about it as plain types, from headers alone; the second argument is the name of the module to describe, or None.
+        verify: Compares its tensors with the recorded hashes, and returns their number.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Format(NamedTuple):
 
 
 def without_hashes(name: str) -> Callable[[Path], int]:
-    """The ``verify`` of a format that records no hashes: it refuses."""
+    """Return the ``verify`` of a format that records no hashes, which refuses."""
 
     def verify(path: Path) -> int:
         raise SourceError(
@@ -43,11 +43,11 @@ def without_hashes(name: str) -> Callable[[Path], int]:
 
 
 def not_read(name: str, recognise: Callable[[Path], bool], advice: str) -> Format:
-    """A format that is known and refused.
+    """Return a format that is recognised and refused.
 
     Args:
         name: What it is called.
-        recognise: Whether a path is of this kind.
+        recognise: Returns whether a path is of this kind.
         advice: What to do instead, a sentence; ``{path}`` in it becomes the path.
     """
 

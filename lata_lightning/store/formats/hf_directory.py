@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lata_lightning.errors import CorruptFileError, SourceError, first_three
-from lata_lightning.store.checkpoint_content import Weights
-from lata_lightning.store.directories import Files, holds_vector, model_config, weight_files
+from lata_lightning.store.checkpoint_content import LocatedWeights
+from lata_lightning.store.directories import holds_vector, model_config
 from lata_lightning.store.formats.format import Format
 from lata_lightning.store.formats.quantised import check_not_quantised, quantisation
 from lata_lightning.store.formats.torch_file import read_weights
 from lata_lightning.store.layout import Span, joined, safetensors_spans, weights_facts
+from lata_lightning.store.weight_files import Files, weight_files
 
 if TYPE_CHECKING:
     from lata_lightning.store.sources import Origin, TensorSource
@@ -32,7 +33,7 @@ def _open(path: Path, origin: Origin, model: str | None) -> TensorSource:
     _, weights = _read(path, config)
     check_not_quantised(origin.location, weights.entries, config)
     weights = weights.of(model, str(path))
-    return FileSource(weights.places, replace(origin, directory=path, config=config), weights.tied)
+    return FileSource(weights.locations, replace(origin, directory=path, config=config), weights.tied)
 
 
 def _inspect(path: Path, model: str | None) -> dict[str, Any]:
@@ -50,8 +51,8 @@ def _inspect(path: Path, model: str | None) -> dict[str, Any]:
     }
 
 
-def _read(path: Path, config: Mapping[str, Any] | None) -> tuple[Files, Weights[Span]]:
-    """The files of a directory that hold its weights, and the tensors in them."""
+def _read(path: Path, config: Mapping[str, Any] | None) -> tuple[Files, LocatedWeights[Span]]:
+    """Return the files of a directory that hold its weights, and the tensors in them."""
     if holds_vector(path):
         raise SourceError(f"{path} is a task vector, and a model is needed here")
     files = weight_files(path, config)
@@ -60,14 +61,14 @@ def _read(path: Path, config: Mapping[str, Any] | None) -> tuple[Files, Weights[
         spans = joined(safetensors_spans(file) for file in files.paths)
     else:
         parts = [read_weights(file) for file in files.paths]
-        spans = joined(part.places for part in parts)
+        spans = joined(part.locations for part in parts)
         tied = {alias: name for part in parts for alias, name in part.tied.items()}
     missing = files.listed - set(spans) - set(tied)
     if missing:
         raise CorruptFileError(
             f"{files.index_file} lists tensors that its files do not hold, {first_three(missing)}. Copy the directory again."
         )
-    return files, Weights(spans, tied)
+    return files, LocatedWeights(spans, tied)
 
 
 def _verify(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""Weights that are stored in fewer bits than they are computed in; they are refused, with the way to full weights."""
+"""Quantised weights, which are refused with advice on how to get full weights."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _PACKED = {
 
 
 def check_not_quantised(location: str | None, entries: Mapping[str, Entry], config: Mapping[str, Any] | None) -> None:
-    """Refuse quantised weights: the difference of two roundings says nothing about the weights.
+    """Refuse quantised weights, as the difference of two roundings says nothing about the weights.
 
     Args:
-        location: Where they lie, for the message.
+        location: Path or hub id, for the message.
         entries: Their tensors.
         config: Content of config.json, if there is one.
 
@@ -50,7 +50,7 @@ def check_not_quantised(location: str | None, entries: Mapping[str, Entry], conf
 
 
 def quantisation(entries: Mapping[str, Entry], config: Mapping[str, Any] | None) -> str | None:
-    """The library that quantised some weights; None if they are whole."""
+    """Return the library that quantised some weights; None if they are not quantised."""
     settings = (config or {}).get("quantization_config")
     if isinstance(settings, dict) and settings:
         return _usual_name(str(settings.get("quant_method", "an unknown method")))
@@ -64,7 +64,7 @@ def quantisation(entries: Mapping[str, Entry], config: Mapping[str, Any] | None)
 
 
 def _packs(name: str, ending: str, entries: Mapping[str, Entry]) -> bool:
-    """Whether a tensor is a packed one, and does not only end like one."""
+    """Return whether a tensor is packed, and not only named like a packed one."""
     if ending == "_blocks":
         return entries[name].code == "U8" and name.removesuffix(ending) + "_scales" in entries
     return ending != ".qweight" or not entries[name].code.startswith(("F", "B"))

@@ -1,11 +1,11 @@
-"""A directory that ``torch.distributed.checkpoint`` writes, as Lightning does for models that are spread over processes."""
+"""A directory of ``torch.distributed.checkpoint``, which Lightning writes for models that are spread over processes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lata_lightning.store.checkpoint_content import Weights, weights_in
+from lata_lightning.store.checkpoint_content import LocatedWeights, weights_in
 from lata_lightning.store.descriptors import first_bytes
 from lata_lightning.store.formats.format import Format, without_hashes
 from lata_lightning.store.layout import weights_facts
@@ -25,17 +25,17 @@ def _open(path: Path, origin: Origin, model: str | None) -> TensorSource:
     from lata_lightning.store.sharded_source import ShardedSource
 
     weights = _weights(path, model)
-    return ShardedSource(weights.places, origin, weights.tied)
+    return ShardedSource(weights.locations, origin, weights.tied)
 
 
 def _inspect(path: Path, model: str | None) -> dict[str, Any]:
     weights = _weights(path, model)
-    files = {chunk.file for tensor in weights.places.values() for chunk in tensor.chunks}
+    files = {chunk.file for tensor in weights.locations.values() for chunk in tensor.chunks}
     kind = f"{_NAME} (torch.distributed.checkpoint), {len(files)} files"
     return {"holds": "weights", "format": kind, "architecture": None, **weights_facts(weights.entries)}
 
 
-def _weights(path: Path, model: str | None) -> Weights[ShardedTensor]:
+def _weights(path: Path, model: str | None) -> LocatedWeights[ShardedTensor]:
     return weights_in(read_metadata(path), lambda value: value if isinstance(value, ShardedTensor) else None, str(path), model)
 
 

@@ -1,4 +1,4 @@
-"""Every format, and which of them a path is."""
+"""The table of all formats, and the search for the format of a path."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ FORMATS: tuple[Format, ...] = (SAFETENSORS_FILE, TORCH_FILE, SHARDED_CHECKPOINT,
 
 
 def find_format(path: Path) -> Format:
-    """The format of an existing file or directory, by its content.
+    """Return the format of an existing file or directory, by its content.
 
     Raises:
-        SourceError: It is of none that is known, or cannot be read.
+        SourceError: The format is not known, or the path cannot be read.
         CorruptFileError: It is empty.
     """
     try:

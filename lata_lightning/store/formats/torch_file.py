@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lata_lightning.errors import SourceError, first_three
-from lata_lightning.store.checkpoint_content import Weights, weights_in
+from lata_lightning.store.checkpoint_content import LocatedWeights, weights_in
 from lata_lightning.store.descriptors import DESCRIPTORS, first_bytes
-from lata_lightning.store.directories import home_of, model_config
+from lata_lightning.store.directories import model_config
 from lata_lightning.store.formats.format import Format, without_hashes
 from lata_lightning.store.formats.quantised import check_not_quantised
 from lata_lightning.store.layout import Span, weights_facts
 from lata_lightning.store.pickles import mapping
 from lata_lightning.store.torch_archive import LEGACY, ZIP, TorchArchive
+from lata_lightning.store.weight_files import home_of
 
 if TYPE_CHECKING:
     from lata_lightning.store.sources import Origin, TensorSource
@@ -24,15 +25,15 @@ _NAME = "file of torch.save"
 _PART = re.compile(r"consolidated\.\d+\.pth")
 
 
-def read_weights(path: Path, model: str | None = None) -> Weights[Span]:
-    """The weights in a file of ``torch.save``.
+def read_weights(path: Path, model: str | None = None) -> LocatedWeights[Span]:
+    """Return the weights in a file of ``torch.save``.
 
     Args:
         path: The file.
-        model: Which model in it is meant, where it holds several.
+        model: Which model to take, where the file has several.
 
     Raises:
-        SourceError, CorruptFileError: It holds no weights that can be read.
+        SourceError, CorruptFileError: It has no weights that can be read.
     """
     return _weights(_archive(path), path, model)
 
@@ -47,7 +48,7 @@ def _archive(path: Path) -> TorchArchive:
     return TorchArchive(DESCRIPTORS.identify(path))
 
 
-def _weights(archive: TorchArchive, path: Path, model: str | None = None) -> Weights[Span]:
+def _weights(archive: TorchArchive, path: Path, model: str | None = None) -> LocatedWeights[Span]:
     return weights_in(archive.content, archive.tensor, str(path), model)
 
 
@@ -65,7 +66,7 @@ def _open(path: Path, origin: Origin, model: str | None) -> TensorSource:
     check_not_quantised(origin.location, weights.entries, None)
     home = home_of(path)
     config = None if home is None else model_config(home)
-    return FileSource(weights.places, replace(origin, directory=home, config=config), weights.tied)
+    return FileSource(weights.locations, replace(origin, directory=home, config=config), weights.tied)
 
 
 def _inspect(path: Path, model: str | None) -> dict[str, Any]:

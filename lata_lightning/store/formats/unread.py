@@ -1,4 +1,4 @@
-"""Formats that are known by their content and refused, each with the way to one that is read."""
+"""Formats that are recognised by their content and refused, each with advice on how to convert it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lata_lightning.store.descriptors import first_bytes
-from lata_lightning.store.directories import MODEL_FILES
 from lata_lightning.store.formats.format import Format, not_read
+from lata_lightning.store.weight_files import MODEL_FILES
 
 _DEEPSPEED_FILE = re.compile(r"(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_(model|optim)_states\.pt|mp_rank_\d+_model_states\.pt")
 
@@ -18,7 +18,7 @@ def _begins(*words: bytes) -> Callable[[Path], bool]:
 
 
 def _is_deepspeed(path: Path) -> bool:
-    # The trainer of transformers saves the model beside the state of DeepSpeed: then there is nothing to convert.
+    # Where the trainer of transformers saved the model as well, there is nothing to convert.
     if any((path / name).is_file() for name in MODEL_FILES):
         return False
     folders = [path, *(part for part in path.iterdir() if part.is_dir())] if path.is_dir() else []

@@ -174,10 +174,10 @@ def test_a_tensor_that_two_shards_hold_with_other_values_is_refused(tmp_path, wr
     load, save = (load_file, save_file) if write is write_model else (lambda file: torch.load(file, weights_only=True), torch.save)
     name, tensor = next(iter(load(one).items()))
     save({**load(other), name: tensor + 1}, other)
-    with pytest.raises(CorruptFileError, match=rf"must not hold other values of one tensor; they do of 1: \['{name}'\]"):
+    with pytest.raises(CorruptFileError, match=rf"must hold the same values of each tensor; they differ in 1: \['{name}'\]"):
         open_source(directory)
     save({**load(other), name: tensor[:1]}, other)
-    with pytest.raises(CorruptFileError, match="must not hold other values of one tensor"):
+    with pytest.raises(CorruptFileError, match="must hold the same values of each tensor"):
         open_source(directory)
 
 
@@ -215,7 +215,7 @@ def test_parts_that_are_split_for_tensor_parallelism_are_refused_as_such(tmp_pat
 
 def test_a_directory_of_variants_names_them(tmp_path):
     llama(0).save_pretrained(tmp_path, variant="fp16")
-    with pytest.raises(SourceError, match=r"Its other files are 1: \['model.fp16.safetensors'\]: give the one that is meant"):
+    with pytest.raises(SourceError, match=r"Its other files are 1: \['model.fp16.safetensors'\]: give the one you mean"):
         open_source(tmp_path)
     assert same_bits(contents(open_source(tmp_path / "model.fp16.safetensors")), dict(llama(0).state_dict()))
 
@@ -224,7 +224,7 @@ def test_a_directory_of_variants_names_them(tmp_path):
 def test_a_directory_whose_weights_are_in_a_folder_names_the_folder(tmp_path, folder):
     llama(0).save_pretrained(tmp_path / folder)
     torch.save({}, tmp_path / "training_args.bin")
-    with pytest.raises(SourceError, match=rf"Folders in it hold weights, 1: \['{folder}'\]: give the one that is meant"):
+    with pytest.raises(SourceError, match=rf"Folders in it hold weights, 1: \['{folder}'\]: give the one you mean"):
         open_source(tmp_path)
     assert same_bits(contents(open_source(tmp_path / folder)), dict(llama(0).state_dict()))
 
