@@ -228,7 +228,7 @@ def test_a_vector_of_one_vocabulary_keeps_its_rows_where_another_model_adds_some
 def test_the_order_of_sides_with_other_tokenizers_is_refused_by_name(tmp_path):
     onto, tuned = save(tmp_path / "onto", 0, ["<x>", "<y>"]), save(tmp_path / "tuned", 1, ["<y>", "<x>", "<z>"])
     with pytest.raises(
-        LayoutMismatchError, match=r"same token by the same row; 2 rows differ, first: 24 is '<x>' and '<y>', 25 is '<y>' and '<x>'"
+        LayoutMismatchError, match=r"same token at the same row; 2 rows differ, first: 24 is '<x>' and '<y>', 25 is '<y>' and '<x>'"
     ):
         term(onto, tuned)
 

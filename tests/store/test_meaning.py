@@ -167,7 +167,7 @@ def test_tokens_that_only_the_model_has_stay_as_they_are_where_a_choice_of_rows_
 
 def test_tokens_in_another_order_are_refused_even_where_a_choice_of_rows_was_asked_for(made, tmp_path):
     for vocabulary in ("onto", "union"):
-        with pytest.raises(LayoutMismatchError, match="same token by the same row"):
+        with pytest.raises(LayoutMismatchError, match="same token at the same row"):
             merge(made / "onto", [Term(TaskVector.open(made / "permuted-vector"))], tmp_path / "out", vocabulary=vocabulary)
 
 
