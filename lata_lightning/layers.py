@@ -69,7 +69,7 @@ class LayerMap:
     def layers(self, level: Level = "block") -> dict[str, list[str]]:
         """Return tensor names by layer, with layers in order."""
         order = {block: index for index, block in enumerate(self.blocks)}
-        inside = [name for name, place in self.positions.items() if place.block is not None]
+        inside = [name for name, position in self.positions.items() if position.block is not None]
         # Equal alignments are ranked in layer order, which must not depend on the order of tensors in a file.
         inside.sort(
             key=lambda name: (order[cast(str, self.positions[name].block)], _PARTS.index(self.positions[name].part), _natural(name))
@@ -80,21 +80,21 @@ class LayerMap:
         return names_by_layer
 
     def outside(self) -> dict[str, str]:
-        """Return role by tensor name, for the weights that belong to no block."""
-        return {name: place.part for name, place in self.positions.items() if place.block is None and place.part != STATISTICS}
+        """Return the role by tensor name, for the weights that belong to no block."""
+        return {name: at.part for name, at in self.positions.items() if at.block is None and at.part != STATISTICS}
 
     @cached_property
     def statistics(self) -> frozenset[str]:
         """Names of the tensors that are no weights but buffers, which are measured nowhere and never scaled."""
-        return frozenset(name for name, place in self.positions.items() if place.part == STATISTICS)
+        return frozenset(name for name, at in self.positions.items() if at.part == STATISTICS)
 
 
 class DeferredLayerMap(LayerMap):
-    """A layer map that is built on first use, as building the structure of a model takes seconds that many commands need not spend.
+    """A layer map that is built on first use, as building the structure of a model takes seconds, and many commands do not need it.
 
     Args:
         make: Makes the map.
-        statistics: Names of the buffers among the tensors, which are known before.
+        statistics: Names of the buffers among the tensors.
     """
 
     def __init__(self, make: Callable[[], LayerMap], statistics: frozenset[str] = frozenset()) -> None:
@@ -106,11 +106,13 @@ class DeferredLayerMap(LayerMap):
         return made
 
     @property
-    def positions(self) -> Mapping[str, LayerPosition]:  # noqa: D102
+    def positions(self) -> Mapping[str, LayerPosition]:
+        """Block and part by tensor name."""
         return self._map.positions
 
     @property
-    def blocks(self) -> tuple[str, ...]:  # noqa: D102
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the blocks in order."""
         return self._map.blocks
 
     def __eq__(self, other: object) -> bool:
@@ -127,7 +129,7 @@ def check_level(level: str) -> Level:
 
 
 def unwrapped(name: str) -> str:
-    """Return name of a tensor or module without the parts that wrappers add: torch.compile, activation checkpointing and FSDP."""
+    """Return the name of a tensor or module without the parts that wrappers add: torch.compile, activation checkpointing and FSDP."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
@@ -147,7 +149,7 @@ def layer_map(names: Iterable[str], *, structure: nn.Module | None = None, rule:
         LataError: The rule is no valid regular expression, or assigns no tensor to a block.
     """
     names = list(names)
-    # Of a wrapper and what it wraps, both under one name, the inner one comes later and counts.
+    # A wrapper and its module have one name; the module comes later and counts.
     modules = {unwrapped(path): module for path, module in structure.named_modules()} if structure is not None else {}
     if rule is not None:
         block_of = _by_rule(names, rule)
@@ -155,15 +157,15 @@ def layer_map(names: Iterable[str], *, structure: nn.Module | None = None, rule:
     else:
         blocks = _find_blocks(names, modules)
         if modules and not blocks:
-            # Some checkpoints have other names than the modules of their architecture: then the names decide.
+            # Some checkpoints have other names than the modules of their architecture: then names alone decide.
             modules = {}
             blocks = _find_blocks(names, modules)
         block_of = _by_prefix(names, blocks)
-    places = {}
+    positions = {}
     for name in names:
         block = block_of[name]
-        places[name] = LayerPosition(block, part_of(name, block, modules) if block is not None else _role(name, modules))
-    return LayerMap(places, tuple(blocks))
+        positions[name] = LayerPosition(block, part_of(name, block, modules) if block is not None else _role(name, modules))
+    return LayerMap(positions, tuple(blocks))
 
 
 def _by_rule(names: list[str], rule: LayerRule | str) -> dict[str, str | None]:
@@ -180,7 +182,7 @@ def _by_rule(names: list[str], rule: LayerRule | str) -> dict[str, str | None]:
         rule = block_by_pattern
     block_of = {name: rule(name) for name in names}
     if not any(block_of.values()):
-        raise LataError(f"the layer rule places none of the tensors in a block; the tensors are {first_three(names)}")
+        raise LataError(f"the layer rule assigns none of the tensors to a block; the tensors are {first_three(names)}")
     return block_of
 
 

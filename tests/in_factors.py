@@ -7,24 +7,16 @@ import torch
 from lata_lightning import TaskVector
 from lata_lightning.numerics.chunks import factor_chunks
 from lata_lightning.numerics.low_rank import Factors, LowRank
-from lata_lightning.store.views import Forwarding
+from lata_lightning.store.views import Wrapping
 from lata_lightning.vectors.entries import TensorEntry
 
 
-class InFactors(Forwarding):
+class InFactors(Wrapping):
     """A source of which some tensors are products of a left and a right factor; each is its only part."""
 
     def __init__(self, source, factors):
-        super().__init__(source.origin)
-        self._source = source
+        super().__init__(source)
         self._factors = {name: LowRank(source.shape(name), (Factors(*pair),)) for name, pair in factors.items()}
-
-    @property
-    def names(self):
-        return self._source.names
-
-    def target(self, name):
-        return self._source, name
 
     def read(self, name):
         return self._factors[name].dense() if name in self._factors else super().read(name)

@@ -451,9 +451,9 @@ def test_a_rule_may_join_tensors_whose_names_do_not_begin_with_the_block():
 
 
 def test_a_rule_that_matches_no_tensor_is_refused_with_the_names_it_saw():
-    with pytest.raises(LataError, match=r"places none of the tensors .* 4: \['body.first.w'.*…\]"):
+    with pytest.raises(LataError, match=r"assigns none of the tensors .* 4: \['body.first.w'.*…\]"):
         layer_map(NAMES, rule=lambda name: None)
-    with pytest.raises(LataError, match="places none of the tensors"):
+    with pytest.raises(LataError, match="assigns none of the tensors"):
         layer_map(NAMES, rule=r"layers\.\d+")
 
 

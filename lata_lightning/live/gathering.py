@@ -25,7 +25,7 @@ from lata_lightning.store.hashing import hash_values
 from lata_lightning.store.meaning import meaning_in_memory
 from lata_lightning.store.sources import Origin, TensorSource
 from lata_lightning.store.tied_names import ties_of
-from lata_lightning.store.views import Forwarding
+from lata_lightning.store.views import Wrapping
 from lata_lightning.vectors.differences import Difference
 from lata_lightning.vectors.entries import TensorEntry
 from lata_lightning.vectors.manifest import Manifest
@@ -157,22 +157,12 @@ class _Gathered(TensorSource):
 
 
 @final
-class _LiveDifference(Forwarding):
+class _LiveDifference(Wrapping):
     """Live minus start weights; of a tensor under an adapter, what the adapter adds, without a detour over the sum."""
 
     def __init__(self, tracker: Tracker, start: TensorSource, live: TensorSource, known: Mapping[str, str], still: Set[str]) -> None:
-        self._difference = Difference(start, live, start.names, known=known)
-        super().__init__(self._difference.origin, parallel=self._difference.parallel)
+        super().__init__(Difference(start, live, start.names, known=known))
         self._model, self._tracker, self._still = tracker.live, tracker, still
-
-    @property
-    @override
-    def names(self) -> tuple[str, ...]:
-        return self._difference.names
-
-    @override
-    def target(self, name: str) -> tuple[TensorSource, str]:
-        return self._difference, name
 
     @override
     def read(self, name: str) -> Tensor:
@@ -196,7 +186,7 @@ class _LiveDifference(Forwarding):
 
     @override
     def content_hashes(self) -> tuple[str | None, str | None]:
-        start, tuned = self._difference.content_hashes()
+        start, tuned = self._source.content_hashes()
         # The sum of a weight and what an adapter adds to it is never formed, so it has no hash.
         return start, None if self._model.adapted else tuned
 

@@ -13,11 +13,11 @@ from typing_extensions import override
 from lata_lightning.numerics.chunks import ChunkReader, tensor_chunks
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.store.sources import TensorSource
-from lata_lightning.store.views import Forwarding
+from lata_lightning.store.views import Wrapping
 
 
 @final
-class Rows(Forwarding):
+class Rows(Wrapping):
     """A source in which some tensors are put together from rows of several sources, one tensor at a time.
 
     Args:
@@ -31,18 +31,9 @@ class Rows(Forwarding):
         self, source: TensorSource, axes: Mapping[str, int], size: int, pieces: Sequence[tuple[TensorSource, Iterable[int]]]
     ) -> None:
         # Rows of several models have no tokenizer of their own.
-        super().__init__(replace(source.origin, directory=None), parallel=source.parallel)
-        self._source, self._axes, self._size = source, axes, size
+        super().__init__(source, replace(source.origin, directory=None))
+        self._axes, self._size = axes, size
         self._pieces = [(piece, torch.tensor(sorted(rows), dtype=torch.int64)) for piece, rows in pieces]
-
-    @property
-    @override
-    def names(self) -> tuple[str, ...]:
-        return self._source.names
-
-    @override
-    def target(self, name: str) -> tuple[TensorSource, str]:
-        return self._source, name
 
     @override
     def shape(self, name: str) -> tuple[int, ...]:

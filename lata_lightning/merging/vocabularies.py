@@ -128,7 +128,7 @@ def resized(vector: TaskVector, like: TaskVector, config: Mapping[str, Any] | No
     shared = not mine or not theirs or any(side in mine for side in theirs)
     tokens = Tokens(None), Tokens(None)
     if not shared:
-        tokens = Tokens(theirs[0].beside(mine[0])), Tokens(mine[0].beside(theirs[0]))
+        tokens = Tokens(theirs[0].compared_with(mine[0])), Tokens(mine[0].compared_with(theirs[0]))
         if None in (tokens[0].by_row, tokens[1].by_row):
             refuse_tokens(like.label, theirs[0], vector.label, mine[0])
     found = compare(like.tensors, vector.tensors, tokens, config)
@@ -225,7 +225,7 @@ def _tokens_of(label: str, meaning: Meaning, onto: TensorSource) -> Tokens:
     if own[0] in meaning.vocabularies:
         # Rows that only one of its sides has are zero in it.
         return Tokens(None)
-    known = meaning.vocabularies[-1].beside(own[0])
+    known = meaning.vocabularies[-1].compared_with(own[0])
     if known is None:
         refuse_tokens(onto.label, own[0], label, meaning.vocabularies[-1])
     return Tokens(known)

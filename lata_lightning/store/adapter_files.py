@@ -69,14 +69,14 @@ def adapted_model(start: TensorSource, directory: Path) -> AdaptedModel:
         raise SourceError(
             f"{start.label} must be a Hugging Face directory of an architecture that transformers knows, to find the layers that {directory} adapts"
         )
-    held, errors = _read_weights(directory), []
-    for described in _candidates(start.config, config, held):
+    tensors, errors = _read_weights(directory), []
+    for described in _candidates(start.config, config, tensors):
         module = meta_model(described)
         if module is None:
             continue
         try:
             model = _wrapped(module, directory, config, start.label)
-            _fill(model, _under_current_names(model, held, directory), directory, config, start.label)
+            _fill(model, _under_current_names(model, tensors, directory), directory, config, start.label)
         except (LayoutMismatchError, CorruptFileError) as error:
             errors.append(error)
             continue
@@ -88,13 +88,13 @@ def adapted_model(start: TensorSource, directory: Path) -> AdaptedModel:
     raise errors[0]
 
 
-def _candidates(start: Mapping[str, Any], config: Mapping[str, Any], held: Mapping[str, Tensor]) -> Iterator[Mapping[str, Any]]:
+def _candidates(start: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[Mapping[str, Any]]:
     """Yield configs of the models that an adapter may have been trained on, the most likely first: the start may lack their head, or have another.
 
     Args:
         start: Config of the start.
         config: Content of adapter_config.json.
-        held: The tensors of the adapter.
+        tensors: The tensors of the adapter.
     """
     # An adapter without a task type names the class it was trained on.
     trained_on = (config.get("auto_mapping") or {}).get("base_model_class")
@@ -102,7 +102,7 @@ def _candidates(start: Mapping[str, Any], config: Mapping[str, Any], held: Mappi
     classes += [_class_for(task, start) for task in (str(config.get("task_type")), "FEATURE_EXTRACTION")]
     # Heads are saved whole: how many labels they have is the length of one of their tensors.
     saved = set(config.get("modules_to_save") or ())
-    labels = sorted({tensor.shape[0] for name, tensor in held.items() if tensor.dim() and saved & set(name.split("."))})
+    labels = sorted({tensor.shape[0] for name, tensor in tensors.items() if tensor.dim() and saved & set(name.split("."))})
     for name in dict.fromkeys(name for name in classes if name is not None):
         model = {**start, "architectures": [name]}
         yield model
@@ -154,12 +154,12 @@ def _wrapped(module: nn.Module, directory: Path, config: Mapping[str, Any], labe
 def _on_cpu(module: nn.Module) -> Iterator[None]:
     """Give a meta model parameters on the CPU that take no memory, inside the block: peft puts the buffers of an adapter on their device."""
     empty = {id(parameter): parameter for parameter in module.requires_grad_(False).parameters()}
-    on_cpu = {key: nn.Parameter(torch.zeros((), dtype=held.dtype).expand(held.shape), requires_grad=False) for key, held in empty.items()}
+    on_cpu = {key: nn.Parameter(torch.zeros((), dtype=one.dtype).expand(one.shape), requires_grad=False) for key, one in empty.items()}
     _exchange(module, on_cpu)
     try:
         yield
     finally:
-        _exchange(module, {id(on_cpu[key]): held for key, held in empty.items()})
+        _exchange(module, {id(on_cpu[key]): one for key, one in empty.items()})
 
 
 def _exchange(module: nn.Module, others: Mapping[int, nn.Parameter]) -> None:
@@ -169,17 +169,17 @@ def _exchange(module: nn.Module, others: Mapping[int, nn.Parameter]) -> None:
                 part.register_parameter(name, others[id(parameter)])
 
 
-def _under_current_names(model: Any, held: dict[str, Tensor], directory: Path) -> dict[str, Tensor]:
+def _under_current_names(model: Any, tensors: dict[str, Tensor], directory: Path) -> dict[str, Tensor]:
     """Return the tensors of an adapter file under the names that peft gives them when it loads them onto a model."""
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 
     try:
-        return dict(convert_peft_adapter_state_dict_for_transformers(model, model.active_peft_config, held, model.active_adapter))
+        return dict(convert_peft_adapter_state_dict_for_transformers(model, model.active_peft_config, tensors, model.active_adapter))
     except Exception as error:
         raise LayoutMismatchError(f"peft cannot rename the tensors of {directory} for this model: {_on_one_line(error)}") from error
 
 
-def _fill(model: Any, held: Mapping[str, Tensor], directory: Path, config: Mapping[str, Any], label: str) -> None:
+def _fill(model: Any, tensors: Mapping[str, Tensor], directory: Path, config: Mapping[str, Any], label: str) -> None:
     """Put the tensors of an adapter file into the meta model, each where peft would load it."""
     from peft import get_peft_model_state_dict
 
@@ -194,11 +194,11 @@ def _fill(model: Any, held: Mapping[str, Tensor], directory: Path, config: Mappi
         )
     name_of = {id(mark): name for name, mark in marks.items()}
     path_of = {key: name_of[id(mark)] for key, mark in stored.items()}
-    loaded_too = {id(parameters[path_of[key]]) for key in held if key in path_of}
+    loaded_too = {id(parameters[path_of[key]]) for key in tensors if key in path_of}
     missing = [key for key in trained if id(parameters[path_of[key]]) not in loaded_too]
     if missing:
         raise CorruptFileError(f"{directory} lacks tensors that its config asks for, {first_three(missing)}. Copy or save it again.")
-    foreign = set(held) - set(path_of)
+    foreign = set(tensors) - set(path_of)
     if foreign:
         head = _HEADS.get(str(config.get("task_type")))
         advice = (
@@ -208,9 +208,9 @@ def _fill(model: Any, held: Mapping[str, Tensor], directory: Path, config: Mappi
             else ""
         )
         raise LayoutMismatchError(f"{directory} holds tensors that the model of {label} does not have, {first_three(foreign)}.{advice}")
-    odd = [key for key, tensor in held.items() if tensor.shape != stored[key].shape]
+    odd = [key for key, tensor in tensors.items() if tensor.shape != stored[key].shape]
     rows = rows_of(model.get_base_model().config.to_dict())
-    resized = {held[key].shape[0] for key in odd if stored[key].shape[0] == rows and held[key].shape[1:] == stored[key].shape[1:]}
+    resized = {tensors[key].shape[0] for key in odd if stored[key].shape[0] == rows and tensors[key].shape[1:] == stored[key].shape[1:]}
     if len(resized) == 1:
         count = resized.pop()
         raise LayoutMismatchError(
@@ -222,7 +222,7 @@ def _fill(model: Any, held: Mapping[str, Tensor], directory: Path, config: Mappi
             f"{directory} does not have the shapes that its config and {label} ask for in {first_three(odd)}. Does it belong to another model?"
         )
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    by_path = {path_of[key]: tensor for key, tensor in held.items()}
+    by_path = {path_of[key]: tensor for key, tensor in tensors.items()}
     given: dict[str, Tensor] = {
         path: tensor if path in buffers else nn.Parameter(tensor, requires_grad=False) for path, tensor in by_path.items()
     }

@@ -70,10 +70,10 @@ def part_of(entries: Mapping[str, _Item], model: str, label: str) -> dict[str, _
         UnknownModelError: Nothing has such a name.
     """
     prefix = model + "."
-    found = {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
-    if not found:
+    inside = {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
+    if not inside:
         raise unknown_model(model, {name.split(".")[0] for name in entries if "." in name}, label)
-    return found
+    return inside
 
 
 def weights_in(
@@ -96,30 +96,32 @@ def weights_in(
         advice = "Save its state_dict() and give that." if isinstance(content, Call) else "Give the checkpoint of a model."
         raise SourceError(f"{label} holds a {kind_of(content)} where a state dict is expected. {advice}")
     _refuse_partial(top, label)
-    holders = {key: held for key, value in top.items() if isinstance(key, str) and (held := _tensors_of(value, tensor))}
+    state_dicts = {key: names for key, value in top.items() if isinstance(key, str) and (names := _tensors_of(value, tensor))}
     if model is not None:
-        key = next((key for key in holders if model == key or model.startswith(f"{key}.")), None)
+        key = next((key for key in state_dicts if model == key or model.startswith(f"{key}.")), None)
         if key is not None:
             return _listed(top[key], tensor, f"{key!r} of {label}").of(model.removeprefix(key).removeprefix(".") or None, label)
-    weights = _only_model(top, holders, tensor, label)
+    weights = _only_model(top, state_dicts, tensor, label)
     return weights.of(model, label)
 
 
 def _only_model(
-    top: Mapping[Any, Any], holders: Mapping[str, set[str]], tensor: Callable[[object], Location | None], label: str
+    top: Mapping[Any, Any], state_dicts: Mapping[str, set[str]], tensor: Callable[[object], Location | None], label: str
 ) -> LocatedWeights[Location]:
-    usual = [key for key in _USUAL if key in holders]
+    usual = [key for key in _USUAL if key in state_dicts]
     if usual:
         first = usual[0]
         copies = [
-            key for key, held in holders.items() if key != first and not key.startswith(_OPTIMIZER) and _same_names(held, holders[first])
+            key
+            for key, names in state_dicts.items()
+            if key != first and not key.startswith(_OPTIMIZER) and _same_names(names, state_dicts[first])
         ]
         if copies:
             raise several_models([first, *copies], label)
         return _listed(top[first], tensor, f"{first!r} of {label}")
-    others = [key for key in holders if not key.startswith(_OPTIMIZER)]
+    others = [key for key in state_dicts if not key.startswith(_OPTIMIZER)]
     bare = sum(_is_tensor(value, tensor) for value in top.values())
-    if bare > max((len(holders[key]) for key in others), default=0):
+    if bare > max((len(state_dicts[key]) for key in others), default=0):
         return _listed({key: value for key, value in top.items() if not str(key).startswith(_OPTIMIZER)}, tensor, label)
     if len(others) > 1:
         raise several_models(others, label)

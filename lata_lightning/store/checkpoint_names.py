@@ -20,10 +20,10 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
     These are the tensors in ``state_dict``. That method itself is not called, as any part of a module may override it, leave entries out and take no
     arguments.
     """
-    found: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
     for path, part in nn.Module.named_modules(module, remove_duplicate=False):
-        part._save_to_state_dict(found, f"{path}." if path else "", keep_vars=True)
-    return {unwrapped(name): tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+        part._save_to_state_dict(state, f"{path}." if path else "", keep_vars=True)
+    return {unwrapped(name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
 def under_checkpoint_names(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -77,15 +77,15 @@ def checkpoint_pieces(module: nn.Module, names: Collection[str]) -> dict[str, Pi
         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta").as_subclass(_Traced)
         empty.origins, empty.whole = frozenset({name}), empty.untyped_storage()._cdata
         traced[name] = empty
-    found = {}
+    pieces = {}
     for name, tensor in under_checkpoint_names(module, traced).items():
         origins = tuple(sorted(getattr(tensor, "origins", ())))
         first = traced[origins[0]] if origins else None
         view = isinstance(first, _Traced) and len(origins) == 1 and tensor.untyped_storage()._cdata == first.whole
         shape, stride = tuple(tensor.shape), tuple(tensor.stride())
         whole = view and first is not None and shape == tuple(first.shape) and stride == row_major(shape)
-        found[name] = Piece(origins, shape, stride if view else None, int(tensor.storage_offset()) if view else None, whole)
-    return found
+        pieces[name] = Piece(origins, shape, stride if view else None, int(tensor.storage_offset()) if view else None, whole)
+    return pieces
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -128,7 +128,7 @@ def note_on_modules(start: Path | None, tuned: Path | None, label: str, advice: 
         raise unreadable(tuned, error) from error
     if not others:
         return None
-    return f"{label} has other weights in folders beside the model, {first_three(others)}: {advice}"
+    return f"{label} has other weights in the folders of its directory, {first_three(others)}: {advice}"
 
 
 def _files_below(directory: Path, prefix: str) -> Iterator[tuple[str, Path]]:

@@ -62,13 +62,13 @@ def config_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict
     one, other = {**one, "model_type": kind}, {**other, "model_type": kind}
     left, right = (dict(_leaves(relevant(_completed(config)))) for config in (one, other))
     keys = dict.fromkeys([*left, *right])
-    found = {key: (left.get(key), right.get(key)) for key in keys if not _same(left.get(key), right.get(key))}
+    different = {key: (left.get(key), right.get(key)) for key in keys if not _same(left.get(key), right.get(key))}
     defaults = _completed({"model_type": kind})
     if len(defaults) > 1:
-        found = {key: values for key, values in found.items() if None not in values or _is_known(key, defaults)}
+        different = {key: values for key, values in different.items() if None not in values or _is_known(key, defaults)}
     if _length_is_capacity(left) and _length_is_capacity(right):
-        return {key: values for key, values in found.items() if not _LENGTH.search(key)}
-    return found
+        return {key: values for key, values in different.items() if not _LENGTH.search(key)}
+    return different
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -162,8 +162,8 @@ def by_checkpoint_names(side: TensorSource, config: Mapping[str, Any] | None) ->
     stored = keyed(side.names, side.label)
     # The names are those of the modules or those of a checkpoint: whichever match more.
     kinds = [_without_prefix(stored, names, side.label) for names in (state, every)]
-    found = [sum(key in names for key in keys) for (keys, _), names in zip(kinds, (state, every), strict=True)]
-    by_modules = found[0] > found[1]
+    matches = [sum(key in names for key in keys) for (keys, _), names in zip(kinds, (state, every), strict=True)]
+    by_modules = matches[0] > matches[1]
     keys, outside = kinds[0] if by_modules else kinds[1]
     others: dict[str, str] = {}
     origins: dict[str, str] = {}

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from lata_lightning.errors import CorruptFileError, LataError, SourceError
 
 MAX_OPEN = 32
-"""Descriptors kept open at a time, by all sources of the process together."""
+"""Descriptors that are open at a time, by all sources of the process together."""
 _AHEAD = 1 << 16
 
 

@@ -47,15 +47,15 @@ def adapter_directory(path: str | Path) -> Path | None:
     Raises:
         SourceError: It has several adapters in folders.
     """
-    found = Path(path)
-    if found.name in ADAPTER_WEIGHTS and holds_adapter(found.parent):
-        return found.parent
-    if holds_adapter(found) or not found.is_dir():
-        return found if holds_adapter(found) else None
+    candidate = Path(path)
+    if candidate.name in ADAPTER_WEIGHTS and holds_adapter(candidate.parent):
+        return candidate.parent
+    if holds_adapter(candidate) or not candidate.is_dir():
+        return candidate if holds_adapter(candidate) else None
     try:
-        inside = sorted(found.iterdir())
+        inside = sorted(candidate.iterdir())
     except OSError as error:
-        raise unreadable(found, error) from error
+        raise unreadable(candidate, error) from error
     if any(file.suffix in WEIGHT_SUFFIXES or file.name in ("config.json", MANIFEST_NAME) for file in inside):
         return None
     folders = [folder for folder in inside if holds_adapter(folder)]
@@ -177,6 +177,6 @@ def _download(hub_id: str) -> tuple[Path, str]:
             directory = Path(snapshot_download(hub_id, ignore_patterns=_HUB_OTHERS))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise SourceError(
-            f"{hub_id} is no local directory and could not be had from the hub ({type(error).__name__}). Check the spelling; offline, give a directory."
+            f"{hub_id} is no local directory and could not be downloaded ({type(error).__name__}). Check the spelling; offline, give a directory."
         ) from error
     return directory, directory.name

@@ -14,19 +14,15 @@ from typing_extensions import override
 from lata_lightning.numerics.chunks import ChunkReader
 from lata_lightning.store.descriptors import DESCRIPTORS, fill
 from lata_lightning.store.dtypes import item_size, torch_dtype
-from lata_lightning.store.layout import Span, check_readable, joined, safetensors_spans
+from lata_lightning.store.layout import Entry, Span, check_readable, joined, safetensors_spans
 from lata_lightning.store.sources import IN_MEMORY, Origin, TensorSource
 
 
-@final
-class FileSource(TensorSource):
-    """Tensors in one or several files; a tensor, or a range of one, is read when it is asked for.
-
-    Files are read, not mapped into memory: the pages of a map count as memory of the process until it ends, and a map of a file that is cut short
-    meanwhile kills it.
+class InFiles(TensorSource):
+    """Tensors in files, of which headers tell the shapes and dtypes.
 
     Args:
-        spans: Location of each tensor, by name.
+        entries: Shape and dtype of each tensor.
         origin: Where they come from.
         tied: Other names of tensors that are listed once.
 
@@ -34,24 +30,41 @@ class FileSource(TensorSource):
         SourceError: A tensor has a dtype that cannot be read.
     """
 
-    def __init__(self, spans: Mapping[str, Span], origin: Origin = IN_MEMORY, tied: Mapping[str, str] | None = None) -> None:
+    def __init__(self, entries: Mapping[str, Entry], origin: Origin, tied: Mapping[str, str] | None) -> None:
         super().__init__(origin, tied=tied, parallel=True)
-        check_readable(origin.location or "the file", {name: span.entry for name, span in spans.items()})
-        self._spans = dict(spans)
-        weakref.finalize(self, DESCRIPTORS.close, {span.file for span in spans.values()})
+        check_readable(origin.location or "the file", entries)
+        self._entries = dict(entries)
 
     @property
     @override
     def names(self) -> tuple[str, ...]:
-        return tuple(self._spans)
+        return tuple(self._entries)
 
     @override
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._spans[name].entry.shape
+        return self._entries[name].shape
 
     @override
     def dtype(self, name: str) -> torch.dtype:
-        return torch_dtype(self._spans[name].entry.code)
+        return torch_dtype(self._entries[name].code)
+
+
+@final
+class FileSource(InFiles):
+    """Tensors in one or several files; a tensor, or a range of one, is read when it is asked for.
+
+    Files are read, not mapped into memory: the pages of a map count as memory of the process until it ends, and a map of a file that is cut short
+    meanwhile kills it.
+
+    Args:
+        spans: Location of each tensor, by name.
+        origin, tied: As for ``InFiles``.
+    """
+
+    def __init__(self, spans: Mapping[str, Span], origin: Origin = IN_MEMORY, tied: Mapping[str, str] | None = None) -> None:
+        super().__init__({name: span.entry for name, span in spans.items()}, origin, tied)
+        self._spans = dict(spans)
+        weakref.finalize(self, DESCRIPTORS.close, {span.file for span in spans.values()})
 
     @override
     def read(self, name: str) -> Tensor:

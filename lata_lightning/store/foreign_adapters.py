@@ -1,4 +1,4 @@
-"""Low-rank factors and other parts of adapters among the names of weights: told by what each library calls them."""
+"""Refusal of parts of adapters among weights, which each library names in its own way."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from blake3 import blake3
 from torch import Tensor
+from typing_extensions import override
 
 _CHUNK = 1 << 16
 
@@ -45,7 +46,8 @@ class StoredHash:
 class ValueHash(StoredHash):
     """The hash of a tensor's values, from its chunks in order (see ``hash_values``)."""
 
-    def update(self, piece: Tensor) -> None:  # noqa: D102
+    @override
+    def update(self, piece: Tensor) -> None:
         super().update(piece.to(torch.promote_types(piece.dtype, torch.float32)))
 
 

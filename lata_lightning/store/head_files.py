@@ -1,4 +1,4 @@
-"""The head of a classifier as files of its own, beside the task vector of its encoder."""
+"""The files of the head of a classifier, which are saved next to the task vector of its encoder."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Head:
     start: str | None = None
 
     def save(self, directory: Path) -> None:
-        """Write ``head.safetensors`` and ``head.json``, each whole or not at all; what lies there under these names is replaced."""
+        """Write ``head.safetensors`` and ``head.json``, each completely or not at all; older files of these names are replaced."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
         entries = {
             name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."), "hash": hash_stored(tensor)}
@@ -77,7 +77,7 @@ class Head:
         if missing:
             raise SourceError(
                 f"{directory} must hold a head, {HEAD_TENSORS} and {HEAD_NAME}; it lacks {' and '.join(missing)}. Name the folder in which a fine-tune "
-                "with a new head left them beside its task vector, such as RUN/lata."
+                "with a new head saved them next to its task vector, such as RUN/lata."
             )
         data = read_object(directory / HEAD_NAME)
         if int(data.get("format_version", 0)) > FORMAT_VERSION:

@@ -1,4 +1,4 @@
-"""Locations of tensors in files, found without torch, which takes a second to import."""
+"""Locations of tensors in files, together without torch, which takes a second to import."""
 
 from __future__ import annotations
 
@@ -106,17 +106,17 @@ def joined(parts: Iterable[Mapping[str, Span]]) -> dict[str, Span]:
     Raises:
         CorruptFileError: Two files have different values of one tensor.
     """
-    found: dict[str, Span] = {}
+    together: dict[str, Span] = {}
     for part in parts:
-        twice = {name for name, span in part.items() if name in found and not _same_bytes(span, found[name])}
+        twice = {name for name, span in part.items() if name in together and not _same_bytes(span, together[name])}
         if twice:
             name = min(twice)
             raise CorruptFileError(
-                f"{found[name].file.path} and {part[name].file.path} must hold the same values of each tensor; they differ in {first_three(twice)}. "
+                f"{together[name].file.path} and {part[name].file.path} must hold the same values of each tensor; they differ in {first_three(twice)}. "
                 "One of them is left over from another model: remove or download them again."
             )
-        found = {**part, **found}
-    return found
+        together = {**part, **together}
+    return together
 
 
 def check_readable(label: str, entries: Mapping[str, Entry]) -> None:

@@ -58,8 +58,8 @@ class AdaptedModel:
         for adapter in configs:
             check_kind(adapter, model.peft_config[adapter])
         base = self.module = model.get_base_model()
-        found = {unwrapped(name): layer for name, layer in base.named_modules() if is_tuner(layer)}
-        for name, layer in found.items():
+        adapted_layers = {unwrapped(name): layer for name, layer in base.named_modules() if is_tuner(layer)}
+        for name, layer in adapted_layers.items():
             check_layer(name, layer)
         active = set(configs)
         _check_tied(base, active)
@@ -67,7 +67,9 @@ class AdaptedModel:
         packed: dict[str, Tensor] = {}
         parameters = {unwrapped(name): parameter for name, parameter in base.named_parameters()}
         copied = {_plain_name(name, active) for name in parameters if ".modules_to_save." in name}
-        own = {id(part) for layer in found.values() for name, part in layer.named_parameters() if not name.startswith("base_layer.")}
+        own = {
+            id(part) for layer in adapted_layers.values() for name, part in layer.named_parameters() if not name.startswith("base_layer.")
+        }
         owners = {id(parameter): part for part in base.modules() for parameter in part.parameters(recurse=False)}
         for name, parameter in parameters.items():
             plain = _plain_name(name, active)
@@ -84,7 +86,7 @@ class AdaptedModel:
         layers: dict[str, list[Any]] = {}
         self._changed: dict[str, list[tuple[Any, str]]] = {}
         self._saved: dict[int, str] = {}
-        for layer in found.values():
+        for layer in adapted_layers.values():
             for leaf, parameter in changed_parameters(layer):
                 # Tied weights may belong to several layers; merging adds what the adapters of each add.
                 plain = _plain_name(first_name[id(parameter)], active)

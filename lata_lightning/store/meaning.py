@@ -105,12 +105,12 @@ def check_same_meaning(one: tuple[str, Meaning], other: tuple[str, Meaning], *, 
     """
     (label, left), (other_label, right) = one, other
     if left.compared and right.compared and left.config is not None and right.config is not None:
-        found = config_differences(left.config, right.config)
-        if found:
-            shown = "; ".join(f"{key} is {_short(values[0])} and {_short(values[1])}" for key, values in list(found.items())[:3])
+        changed = config_differences(left.config, right.config)
+        if changed:
+            shown = "; ".join(f"{key} is {_short(values[0])} and {_short(values[1])}" for key, values in list(changed.items())[:3])
             raise LayoutMismatchError(
-                f"{label} and {other_label} must compute the same function of their weights; their configs differ in {len(found)} keys that change it: "
-                f"{shown}{'; …' if len(found) > 3 else ''}. Use models of one config; or, if you know that the difference does not matter, "
+                f"{label} and {other_label} must compute the same function of their weights; their configs differ in {len(changed)} keys that change it: "
+                f"{shown}{'; …' if len(changed) > 3 else ''}. Use models of one config; or, if you know that the difference does not matter, "
                 f"{_NO_COMPARISON}."
             )
     if not by_token or not left.vocabularies or not right.vocabularies:
@@ -125,7 +125,7 @@ def refuse_tokens(label: str, one: TokenizerIdentity, other_label: str, other: T
     Raises:
         LayoutMismatchError: Always.
     """
-    left, right = one.beside(other), other.beside(one)
+    left, right = one.compared_with(other), other.compared_with(one)
     if left is None or right is None:
         unread = [side.tokens.unknown for side in (one, other) if side.hash is None]
         what = f", and {'; '.join(unread)}" if unread else f": {one.count} and {other.count} tokens"

@@ -49,8 +49,8 @@ def verify_merged(path: Path) -> int:
         raise CorruptFileError(f"{path / MERGE_RECORD} is no merge record ({error!r})") from error
     stored = open_safetensors(shard_files(path, "model"), path)
     wrong = set(stored.names) ^ set(expected)
-    found = hashes_of(stored, [name for name in stored.names if name in expected])
-    wrong |= {name for name, digest in found.items() if digest != expected[name]}
+    hashes = hashes_of(stored, [name for name in stored.names if name in expected])
+    wrong |= {name for name, digest in hashes.items() if digest != expected[name]}
     if wrong:
         raise CorruptFileError(
             f"{path} is not what was written: different are {first_three(wrong)}. Copy it again from where it was whole."

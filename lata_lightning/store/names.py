@@ -106,15 +106,15 @@ def differing_prefixes(one: Collection[str], other: Collection[str], label: str)
     # Names that agree already need no prefix, and a few common endings say nothing.
     if best <= same or 2 * best < smaller:
         return "", ""
-    found = [pair for pair, count in counts.items() if count == best]
-    found = [pair for pair in found if not any(_extends(pair, shorter) for shorter in found)]
-    if len(found) > 1:
-        listed = [prefix or other_prefix for prefix, other_prefix in found]
+    pairs = [pair for pair, count in counts.items() if count == best]
+    pairs = [pair for pair in pairs if not any(_extends(pair, shorter) for shorter in pairs)]
+    if len(pairs) > 1:
+        listed = [prefix or other_prefix for prefix, other_prefix in pairs]
         raise LayoutMismatchError(
             f"{label} must hold the model once; equally many of its tensors are under each of {first_three(listed)}. "
             "Say which to take: --model NAME, or model=NAME in Python."
         )
-    return found[0]
+    return pairs[0]
 
 
 def _two_sided(first: set[str], second: set[str]) -> dict[tuple[str, str], int]:

@@ -51,15 +51,15 @@ def pair(start: TensorSource, tuned: TensorSource, leave_out: LeaveOut = NOTHING
     Raises:
         LayoutMismatchError: Names or shapes differ otherwise.
     """
-    found = match(start, tuned, leave_out)
-    check_same_shapes(found.start, found.tuned)
-    return found.start, found.tuned
+    pairing = match(start, tuned, leave_out)
+    check_same_shapes(pairing.start, pairing.tuned)
+    return pairing.start, pairing.tuned
 
 
 def pair_names(start: TensorSource, tuned: TensorSource, leave_out: LeaveOut = NOTHING) -> tuple[TensorSource, TensorSource]:
     """Return two sources under one set of names; shapes may differ."""
-    found = match(start, tuned, leave_out)
-    return found.start, found.tuned
+    pairing = match(start, tuned, leave_out)
+    return pairing.start, pairing.tuned
 
 
 def match(start: TensorSource, tuned: TensorSource, leave_out: LeaveOut = NOTHING) -> Pairing:
@@ -84,9 +84,9 @@ def match(start: TensorSource, tuned: TensorSource, leave_out: LeaveOut = NOTHIN
     attempt = _best_attempt(start, tuned, leave_out)
     if attempt.lone:
         raise lone_tensors(start, tuned, attempt.lone, attempt.paired)
-    found = attempt.pairing()
-    check_kinds(found.start, found.tuned)
-    return found
+    pairing = attempt.pairing()
+    check_kinds(pairing.start, pairing.tuned)
+    return pairing
 
 
 def unmatched(start: TensorSource, tuned: TensorSource) -> tuple[frozenset[str], frozenset[str]]:
@@ -102,7 +102,7 @@ def _best_attempt(start: TensorSource, tuned: TensorSource, leave_out: LeaveOut)
         if not attempt.lone:
             break
         known = by_checkpoint_names(start, one.config or other.config), by_checkpoint_names(tuned, other.config or one.config)
-        attempt = min(attempt, _Attempt(known[0] or sides[0], known[1] or sides[1], leave_out), key=lambda found: len(found.lone))
+        attempt = min(attempt, _Attempt(known[0] or sides[0], known[1] or sides[1], leave_out), key=lambda other: len(other.lone))
     if attempt.lone:
         attempt.leave_out_ignored(start if start.config is not None else tuned)
     return attempt
@@ -136,8 +136,8 @@ class _Attempt:
         self._copies: list[str] = []
         outside = []
         for side, names, prefix in ((one, keys[0], self._start_prefix), (other, keys[1], self._tuned_prefix)):
-            beside = [name for key, name in names.items() if name in side.outside or not key.startswith(prefix)]
-            outside.append([name for name in beside if _counts(side.source, name)])
+            others = [name for key, name in names.items() if name in side.outside or not key.startswith(prefix)]
+            outside.append([name for name in others if _counts(side.source, name)])
         self.lone = {*self._alone(self.start, self._start_names), *self._alone(self.tuned, self._tuned_names)}
         if all(outside):
             # Each side has tensors of its own: they may be the same tensors under two names.
@@ -201,9 +201,9 @@ def named_like(source: TensorSource, reference: TensorSource) -> TensorSource:
     names, prefix = _candidates(source, keyed(source.names, source.label)), ""
     wanted = keyed(reference.names, reference.label)
     if source.directory is None:
-        found, missing = differing_prefixes(names, wanted, source.label)
+        own_prefix, missing = differing_prefixes(names, wanted, source.label)
         # Where the reference has a prefix too, tensors outside of the prefix may be part of the model.
-        prefix = "" if missing else found
+        prefix = "" if missing else own_prefix
     chosen: dict[str, str] = {}
     for key, stored in restored(names, prefix).items():
         if stored not in chosen or (key in wanted and chosen[stored] not in wanted):
@@ -217,33 +217,33 @@ def named_like(source: TensorSource, reference: TensorSource) -> TensorSource:
 
 def _candidates(side: TensorSource, names: Mapping[str, str]) -> dict[str, str]:
     """Return stored names by key; a tied tensor in memory is listed under each of its names."""
-    found, stored = dict(names), set(side.names)
+    candidates, stored = dict(names), set(side.names)
     for key, alias in keyed(side.tied, side.label).items():
         if side.tied[alias] in stored:
-            found.setdefault(key, side.tied[alias])
-    return found
+            candidates.setdefault(key, side.tied[alias])
+    return candidates
 
 
 def measured_names(
-    found: Pairing, modules: Sequence[nn.Module], config: Mapping[str, Any] | None
+    pairing: Pairing, modules: Sequence[nn.Module], config: Mapping[str, Any] | None
 ) -> tuple[tuple[str, ...], frozenset[str]]:
     """Return the names of the tensors that a vector has of two paired sources, weights and buffers; and the names of the buffers among them.
 
     Args:
-        found: Both sources.
+        pairing: Both sources.
         modules: The modules among them.
         config: Of the model.
 
     Raises:
         LayoutMismatchError: Integers whose role is not known differ.
     """
-    start, tuned = found.start, found.tuned
+    start, tuned = pairing.start, pairing.tuned
     roles: dict[str, Role] = {}
     for side in (start, tuned):
         stored = {name: side.origin_name(name) for name in side.names}
-        told = roles_of([(stored[name], side.shape(name), side.dtype(name)) for name in side.names], modules, config)
+        role_of = roles_of([(stored[name], side.shape(name), side.dtype(name)) for name in side.names], modules, config)
         # A buffer on either side is no weight.
-        roles |= {name: told[stored[name]] for name in side.names if roles.get(name, "weight") == "weight"}
+        roles |= {name: role_of[stored[name]] for name in side.names if roles.get(name, "weight") == "weight"}
     for name, role in roles.items():
         if role == "integers" and not torch.equal(start.read(name), tuned.read(name)):
             raise LayoutMismatchError(f"{name} holds integers, which must be equal in {start.label} and {tuned.label}")
@@ -263,10 +263,10 @@ def brought_to(vector: TensorSource, other: TensorSource, leave_out: LeaveOut = 
         LayoutMismatchError: A tensor is on one side only, or has two shapes.
     """
     try:
-        found = match(vector, other, leave_out)
-        check_same_shapes(found.start, found.tuned)
+        pairing = match(vector, other, leave_out)
+        check_same_shapes(pairing.start, pairing.tuned)
     except LayoutMismatchError:
         # The advice for vectors differs from that for models.
         check_same_tensors(vector, other)
         raise
-    return View(found.tuned, {found.start.origin_name(name): name for name in found.start.names})
+    return View(pairing.tuned, {pairing.start.origin_name(name): name for name in pairing.start.names})

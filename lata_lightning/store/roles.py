@@ -45,8 +45,8 @@ def is_variance(name: str) -> bool:
 
 def buffer_names(module: nn.Module) -> frozenset[str]:
     """Return the names, in a checkpoint, of the saved buffers of a module."""
-    held = {name: tensor for name, tensor in state_of(module).items() if not isinstance(tensor, nn.Parameter)}
-    return frozenset(held) | frozenset(under_checkpoint_names(module, held))
+    buffers = {name: tensor for name, tensor in state_of(module).items() if not isinstance(tensor, nn.Parameter)}
+    return frozenset(buffers) | frozenset(under_checkpoint_names(module, buffers))
 
 
 def roles_of(
@@ -65,15 +65,15 @@ def roles_of(
         Role by name. Floating tensors of unknown role are weights.
     """
     listed = list(tensors)
-    found = {name: named_role(name, shape, dtype) for name, shape, dtype in listed}
+    by_name = {name: named_role(name, shape, dtype) for name, shape, dtype in listed}
     known = [buffer_names(module) for module in modules]
-    if not known and config is not None and None in found.values():
+    if not known and config is not None and None in by_name.values():
         module = meta_model(config)
         known = [] if module is None else [buffer_names(module)]
     buffers = frozenset().union(*known)
     roles: dict[str, Role] = {}
     for name, _, dtype in listed:
-        role = found[name]
+        role = by_name[name]
         if role in (None, "weight") and name in buffers:
             role = "state"
         roles[name] = role or ("weight" if dtype.is_floating_point else "integers")

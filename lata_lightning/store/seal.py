@@ -44,7 +44,7 @@ def check_seal(text: str, label: object) -> None:
     if _hash(f"{before}{_BLANK}{after}") != stated:
         raise CorruptFileError(
             f"{label} was edited after it was written: its content does not match the hash in its {SEAL}. Copy it again from where it was whole, or "
-            "make it anew."
+            "make it again."
         )
 
 

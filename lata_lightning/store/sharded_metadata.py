@@ -117,8 +117,8 @@ def _overlap(chunks: list[Chunk]) -> bool:
 
 def _dtype(properties: Call) -> Global:
     """Return the dtype among the properties of a tensor, which are saved as a tuple."""
-    found: Global = properties.state[0] if isinstance(properties.state, tuple) else _state(properties)["dtype"]
-    return found
+    dtype: Global = properties.state[0] if isinstance(properties.state, tuple) else _state(properties)["dtype"]
+    return dtype
 
 
 def _state(value: Any) -> dict[str, Any]:
@@ -136,8 +136,8 @@ def _class_of(value: Call) -> str:
 
 
 def _file_name(path: Any) -> str:
-    """Return the name of a file beside the metadata; anything else is refused, as names in files are no paths."""
+    """Return the name of a file in the directory of the metadata; anything else is refused, as names in files are no paths."""
     parts = path.arguments if isinstance(path, Call) else (path,)
     if len(parts) != 1 or not isinstance(parts[0], str) or Path(parts[0]).name != parts[0]:
-        raise ValueError("it names a file that is not beside it")
+        raise ValueError("it names a file outside of its directory")
     return parts[0]

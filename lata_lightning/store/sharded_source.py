@@ -1,4 +1,4 @@
-"""Tensors of a sharded checkpoint, each in several chunks, which lie in the files of the processes that owned them."""
+"""Tensors of a sharded checkpoint, each in several chunks, in the files of the processes that owned them."""
 
 from __future__ import annotations
 
@@ -12,45 +12,26 @@ from typing_extensions import override
 
 from lata_lightning.errors import CorruptFileError
 from lata_lightning.numerics.chunks import ChunkReader, tensor_chunks
-from lata_lightning.store.dtypes import torch_dtype
-from lata_lightning.store.file_source import fill_entries, read_span
-from lata_lightning.store.layout import Span, check_readable
+from lata_lightning.store.file_source import InFiles, fill_entries, read_span
+from lata_lightning.store.layout import Span
 from lata_lightning.store.sharded_metadata import Chunk, ShardedTensor
-from lata_lightning.store.sources import Origin, TensorSource
+from lata_lightning.store.sources import Origin
 from lata_lightning.store.torch_archive import TorchArchive
 
 
 @final
-class ShardedSource(TensorSource):
+class ShardedSource(InFiles):
     """The tensors of a sharded checkpoint; the chunks of a tensor are read and put together when it is asked for.
 
     Args:
         tensors: By name.
-        origin: Where they come from.
-        tied: Other names of tensors that are listed once.
-
-    Raises:
-        SourceError: A tensor has a dtype that cannot be read.
+        origin, tied: As for ``InFiles``.
     """
 
     def __init__(self, tensors: Mapping[str, ShardedTensor], origin: Origin, tied: Mapping[str, str]) -> None:
-        super().__init__(origin, tied=tied, parallel=True)
-        check_readable(self.label, {name: tensor.entry for name, tensor in tensors.items()})
+        super().__init__({name: tensor.entry for name, tensor in tensors.items()}, origin, tied)
         self._tensors = dict(tensors)
         self._spans: dict[Chunk, Span] = {}
-
-    @property
-    @override
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._tensors)
-
-    @override
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._tensors[name].entry.shape
-
-    @override
-    def dtype(self, name: str) -> torch.dtype:
-        return torch_dtype(self._tensors[name].entry.code)
 
     @override
     def read(self, name: str) -> Tensor:
@@ -87,6 +68,6 @@ class ShardedSource(TensorSource):
             archive = TorchArchive(chunk.file, chunk.begin, chunk.end)
             span = archive.tensor(archive.content)
             if span is None or (span.entry.shape, span.entry.code) != (chunk.sizes, tensor.entry.code):
-                raise CorruptFileError(f"{chunk.file.path} does not hold what the .metadata beside it says. Copy the checkpoint again.")
+                raise CorruptFileError(f"{chunk.file.path} does not match the .metadata of its directory. Copy the checkpoint again.")
             self._spans[chunk] = span
         return self._spans[chunk]

@@ -145,7 +145,7 @@ class TensorSource(ABC):
         return None
 
     def content_hashes(self) -> tuple[str | None, str | None]:
-        """Return the content hashes of the start and of the tuned side of a difference, as far as reading it has told; None for what is not known."""
+        """Return the content hashes of the start and of the tuned side of a difference, as far as they were read; None for a side that is not known."""
         return None, None
 
     def measured(self) -> Mapping[tuple[str, str | None], Mapping[str, float | None]]:

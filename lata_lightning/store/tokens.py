@@ -116,8 +116,8 @@ class TokenizerIdentity:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def beside(self, other: TokenizerIdentity) -> Mapping[int, str] | None:
-        """Return the token by row, where this tokenizer or the other one can be read; None where it cannot be told.
+    def compared_with(self, other: TokenizerIdentity) -> Mapping[int, str] | None:
+        """Return the token by row, where this tokenizer or the other one can be read; None where neither tells it.
 
         Where both are only recorded, and agree on their first tokens by hash, the last tokens are returned.
         """
@@ -197,13 +197,13 @@ def _plain_tokens(directory: Path) -> dict[int, str] | None:
                 if isinstance(vocabulary, list)
                 else ((row, token) for token, row in vocabulary.items())
             )
-            found = _checked([*listed, *((added["id"], added["content"]) for added in data.get("added_tokens") or ())])
+            by_row = _checked([*listed, *((added["id"], added["content"]) for added in data.get("added_tokens") or ())])
         elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
-            found = _checked((row, token) for token, row in read_object(directory / "vocab.json").items())
+            by_row = _checked((row, token) for token, row in read_object(directory / "vocab.json").items())
         else:
             return None
-        known = set(found.values())
-        return {**{row: token for row, token in _added_later(directory).items() if token not in known and row not in found}, **found}
+        known = set(by_row.values())
+        return {**{row: token for row, token in _added_later(directory).items() if token not in known and row not in by_row}, **by_row}
     except (CorruptFileError, OSError, ValueError, KeyError, TypeError):
         # Another layout, which the library of the tokenizer may know.
         return None
@@ -222,10 +222,10 @@ def _added_later(directory: Path) -> dict[int, str]:
 
 
 def _checked(listed: Iterable[tuple[Any, Any]]) -> dict[int, str]:
-    found = dict(listed)
-    if not all(isinstance(row, int) and isinstance(token, str) for row, token in found.items()):
+    by_row = dict(listed)
+    if not all(isinstance(row, int) and isinstance(token, str) for row, token in by_row.items()):
         raise ValueError("rows must be numbers and tokens texts")
-    for token in found.values():
+    for token in by_row.values():
         # Halves of surrogate pairs cannot be encoded.
         token.encode()
-    return found
+    return by_row

@@ -71,7 +71,7 @@ class TorchArchive:
 
         Raises:
             SourceError: The kind of tensor cannot be read.
-            CorruptFileError: It lies outside its file.
+            CorruptFileError: Its values are outside of the file.
         """
         try:
             return self._tensor(value)
@@ -160,18 +160,18 @@ class TorchArchive:
             raise ValueError("another version, or a big-endian machine")
         content, keys = read_pickle(window), read_pickle(window)
         sizes = _storage_sizes(content)
-        found: dict[Any, _Bytes] = {}
+        storages: dict[Any, _Bytes] = {}
         position = window.tell()
         for key in keys:
             (count,) = struct.unpack("<q", _read(window, position, 8))
             code, expected = sizes[key]
             if count != expected:
                 raise ValueError("a storage has another size than its tensors")
-            found[key] = _Bytes(position + 8, count * item_size(code))
-            position += 8 + found[key].size
+            storages[key] = _Bytes(position + 8, count * item_size(code))
+            position += 8 + storages[key].size
         if position > window.size:
             raise EOFError("it is cut off")
-        return content, found.__getitem__
+        return content, storages.__getitem__
 
 
 _PLAIN = "Save a state dict of plain tensors and give that."
@@ -179,7 +179,7 @@ _PLAIN = "Save a state dict of plain tensors and give that."
 
 def _storage_sizes(content: object) -> dict[Any, tuple[str, int]]:
     """Return the dtype and the number of entries of every storage that the content refers to, by its key."""
-    found: dict[Any, tuple[str, int]] = {}
+    sizes: dict[Any, tuple[str, int]] = {}
     seen: set[int] = set()
     waiting = [content]
     while waiting:
@@ -188,13 +188,13 @@ def _storage_sizes(content: object) -> dict[Any, tuple[str, int]]:
             _, storage, key, _, count = value.content[:5]
             if storage.name not in _STORAGES:
                 raise SourceError(f"its values are of the kind {storage.name}, which is not read")
-            found[key] = (_STORAGES[storage.name], count)
+            sizes[key] = (_STORAGES[storage.name], count)
         elif isinstance(value, str | int | float | bytes | Global | None) or id(value) in seen:
             continue
         else:
             seen.add(id(value))
             waiting += _parts(value)
-    return found
+    return sizes
 
 
 def _parts(value: object) -> list[Any]:

@@ -18,7 +18,7 @@ from lata_lightning.store.sources import Origin, TensorSource
 
 
 class Forwarding(TensorSource):
-    """Tensors that other sources have: whatever is asked of one is asked of its source."""
+    """Tensors that other sources have: every method asks the source of the tensor."""
 
     @abstractmethod
     def target(self, name: str) -> tuple[TensorSource, str]:
@@ -122,18 +122,17 @@ class Chosen(Forwarding):
         return name
 
 
-@final
-class Fingerprinted(Forwarding):
-    """A source that notes the hash of every tensor when it is read whole, so that its identity costs no pass of its own.
+class Wrapping(Forwarding):
+    """The tensors of another source, some of which a subclass reads in another way.
 
-    Attributes:
-        hashes: Hash of the values by name, of the tensors that were read.
+    Args:
+        source: The other source.
+        origin: Where the tensors come from; None for the origin of the source.
     """
 
-    def __init__(self, source: TensorSource) -> None:
-        super().__init__(source.origin, parallel=source.parallel)
+    def __init__(self, source: TensorSource, origin: Origin | None = None) -> None:
+        super().__init__(origin or source.origin, parallel=source.parallel)
         self._source = source
-        self.hashes: dict[str, str] = {}
 
     @property
     @override
@@ -143,6 +142,19 @@ class Fingerprinted(Forwarding):
     @override
     def target(self, name: str) -> tuple[TensorSource, str]:
         return self._source, name
+
+
+@final
+class Fingerprinted(Wrapping):
+    """A source that notes the hash of every tensor when it is read whole, so that its identity costs no pass of its own.
+
+    Attributes:
+        hashes: Hash of the values by name, of the tensors that were read.
+    """
+
+    def __init__(self, source: TensorSource) -> None:
+        super().__init__(source)
+        self.hashes: dict[str, str] = {}
 
     @override
     def read(self, name: str) -> Tensor:

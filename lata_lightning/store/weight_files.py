@@ -74,7 +74,7 @@ def _what_else(directory: Path) -> str:
 
 
 def _named_files(directory: Path, named: object) -> Files:
-    """Return the files that a config names in place of the usual ones."""
+    """Return the files that a config names instead of the usual ones."""
     name = named.removesuffix(".index.json") if isinstance(named, str) else ""
     if Path(name).name != name or not name.endswith(".safetensors"):
         raise CorruptFileError(f"transformers_weights in {directory / 'config.json'} must name a file in its directory, it is {named!r}")
@@ -115,7 +115,7 @@ def _listed_files(directory: Path, index: Path, safetensors: bool) -> Files:
 
 
 def _check_alone(single: Path, index: Path) -> None:
-    """Refuse a whole set of shards beside a single file. What is left of an older set is passed over, as transformers does."""
+    """Refuse a complete set of shards next to a single file. An incomplete set is ignored, as transformers does."""
     try:
         listed = set(_weight_map(index).values()) - {single.name} if index.is_file() else set()
     except CorruptFileError:
@@ -137,5 +137,5 @@ def _weight_map(index: Path) -> dict[str, str]:
     suffix = Path(index.name.removesuffix(".index.json")).suffix
     foreign = [name for name in files if not isinstance(name, str) or Path(name).name != name or not name.endswith(suffix)]
     if foreign:
-        raise CorruptFileError(f"{index} may only name {suffix.removeprefix('.')} files beside it, it names {foreign[:3]}")
+        raise CorruptFileError(f"{index} may only name {suffix.removeprefix('.')} files in its directory, it names {foreign[:3]}")
     return listed

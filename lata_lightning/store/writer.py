@@ -51,12 +51,12 @@ def check_free_directory(path: Path) -> None:
             raise OutputError(f"{path} exists already. Choose another output path, or remove it first.")
         return
     try:
-        held = sorted(entry.name for entry in path.iterdir())
+        names = sorted(entry.name for entry in path.iterdir())
     except OSError as error:
         raise _output_error(path, error) from error
-    if held and not may_replace_directory(path):
+    if names and not may_replace_directory(path):
         raise OutputError(
-            f"{path} exists already and is not empty, it holds {first_three(held)}. Choose another output path, or remove it first."
+            f"{path} exists already and is not empty, it holds {first_three(names)}. Choose another output path, or remove it first."
         )
     if path.is_mount():
         raise OutputError(f"{path} is a mount point, which cannot be replaced by the finished output. Name a new folder below it.")

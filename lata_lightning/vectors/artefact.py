@@ -62,8 +62,8 @@ def verify(path: str | Path) -> int:
     _, manifest = open_stored(path)
     stored = open_safetensors(shard_files(Path(path), STEM), path)
     expected = {name: digest for name, (_, digest) in _expected(manifest).items()}
-    found = hashes_of(stored, list(expected))
-    wrong = [name for name, digest in expected.items() if found[name] != digest]
+    hashes = hashes_of(stored, list(expected))
+    wrong = [name for name, digest in expected.items() if hashes[name] != digest]
     if wrong:
         raise CorruptFileError(
             f"{path} is not what was written: other bytes in {first_three(wrong)}. Copy it again from where it was whole."
@@ -171,7 +171,7 @@ def _tied(tensors: TensorSource, manifest: Manifest) -> TiedNames:
 
 
 def _identities(tensors: TensorSource, manifest: Manifest) -> dict[str, Any]:
-    """Return the identities of both sides, with the content hashes that reading them has told."""
+    """Return the identities of both sides, with the content hashes that were computed while reading."""
     start, tuned = tensors.content_hashes()
     return {
         "start_identity": replace(manifest.start_identity, content_hash=manifest.start_identity.content_hash or start),

@@ -91,7 +91,7 @@ def _derivation(made: Derivation) -> list[str]:
         lines += [f"| {' | '.join([entry.label, *(_value(entry.facts.get(name)) for name in facts)])} |" for entry in made.inputs]
         lines.append("")
     if made.averaged:
-        lines += [f"{len(made.averaged)} tensors of two axes or more are plain means; the record beside this card names them.", ""]
+        lines += [f"{len(made.averaged)} tensors of two axes or more are plain means; the manifest names them.", ""]
     if made.measured:
         layers = list(dict.fromkeys(layer for entry in made.measured for layer in entry.layers))
         lines += [f"| {' | '.join(['layer', *(entry.title for entry in made.measured)])} |", "|---" * (1 + len(made.measured)) + "|"]
@@ -152,7 +152,7 @@ def front_matter(bases: Sequence[str | None], library: str, tags: Sequence[str])
     located = [location for location in bases if location is not None]
     if located:
         lines.append("base_model:")
-        # JSON strings are YAML strings, whatever characters a path holds.
+        # JSON strings are YAML strings, with any characters.
         lines += [f"- {json.dumps(location)}" for location in located]
     return [*lines, "tags:", *(f"- {tag}" for tag in tags), "---", ""]
 

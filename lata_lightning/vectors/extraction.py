@@ -67,24 +67,24 @@ def difference_between(
     left_out, to_check = (leave_out, NOTHING) if isinstance(leave_out, LeaveOut) else (LeaveOut(leave_out),) * 2
     added = open_difference(tuned, start_source)
     if added is not None:
-        found = _of_adapter(start_source, added, left_out, to_check)
+        extracted = _of_adapter(start_source, added, left_out, to_check)
     else:
         modules = [side for side in (start, tuned) if isinstance(side, nn.Module)]
-        found = _of_weights(start_source, open_source(tuned), modules, left_out, to_check)
-    names = found.tensors.names
-    meaning = difference_meaning(found.start, found.tuned, compared=check_config)
+        extracted = _of_weights(start_source, open_source(tuned), modules, left_out, to_check)
+    names = extracted.tensors.names
+    meaning = difference_meaning(extracted.start, extracted.tuned, compared=check_config)
     manifest = Manifest(
         kind=kind,
         start=check_start("base" if kind == "instruction" else start_kind),
-        layers=_layers(found, start if isinstance(start, nn.Module) else None, layers),
-        start_identity=Identity(found.start.location, found.start.revision),
-        tuned_identity=Identity(found.tuned.location, found.tuned.revision),
+        layers=_layers(extracted, start if isinstance(start, nn.Module) else None, layers),
+        start_identity=Identity(extracted.start.location, extracted.start.revision),
+        tuned_identity=Identity(extracted.tuned.location, extracted.tuned.revision),
         meaning=meaning,
         tied=ties_of(start, names) if isinstance(start, nn.Module) else ties_by_alias(aliases, names),
-        tensors={name: TensorEntry(found.tensors.shape(name), "float32", unchanged=True) for name in found.unchanged},
-        leave_out=(*left_out.used(found.every), *(f"^{re.escape(name)}$" for name in found.alone)),
+        tensors={name: TensorEntry(extracted.tensors.shape(name), "float32", unchanged=True) for name in extracted.unchanged},
+        leave_out=(*left_out.used(extracted.every), *(f"^{re.escape(name)}$" for name in extracted.alone)),
     )
-    return found.tensors, manifest
+    return extracted.tensors, manifest
 
 
 def _of_adapter(start: TensorSource, added: AdapterDifference, left_out: LeaveOut, to_check: LeaveOut) -> _Extracted:
@@ -107,13 +107,13 @@ def _of_weights(
     return _Extracted(pairing.start, pairing.tuned, tensors, every, pairing.left_out, statistics=statistics)
 
 
-def _layers(found: _Extracted, module: nn.Module | None, rule: LayerRule | str | None) -> LayerMap:
+def _layers(extracted: _Extracted, module: nn.Module | None, rule: LayerRule | str | None) -> LayerMap:
     def build() -> LayerMap:
-        weights = [name for name in found.tensors.names if name not in found.statistics]
-        structure = meta_model(found.start.config) if module is None else module
+        weights = [name for name in extracted.tensors.names if name not in extracted.statistics]
+        structure = meta_model(extracted.start.config) if module is None else module
         by_layer = layer_map(weights, structure=structure, rule=rule)
-        positions = {**by_layer.positions, **dict.fromkeys(found.statistics, LayerPosition(None, STATISTICS))}
-        return LayerMap({name: positions[name] for name in found.tensors.names}, by_layer.blocks)
+        positions = {**by_layer.positions, **dict.fromkeys(extracted.statistics, LayerPosition(None, STATISTICS))}
+        return LayerMap({name: positions[name] for name in extracted.tensors.names}, by_layer.blocks)
 
     # A rule is tried at once, as it may be wrong.
-    return build() if rule is not None else DeferredLayerMap(build, found.statistics)
+    return build() if rule is not None else DeferredLayerMap(build, extracted.statistics)

@@ -1,4 +1,4 @@
-"""What stands beside the tensors of a task vector: ``task_vector.json``."""
+"""The manifest of a task vector, ``task_vector.json``: everything about it but its tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The part of a task vector that lies across instruction following, layer by layer."""
+"""Removing the instruction-vector component from a task vector, layer by layer."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _check_either_side(vector: TaskVector, instruction_vector: TaskVector) -> No
     if len(refused) == len(STARTS):
         origin, sides = vector.manifest.start_identity, instruction_vector.manifest
         raise BaseMismatchError(
-            f"{vector.label} started from {origin.location}, and {instruction_vector.label} lies between {sides.start_identity.location} and "
+            f"{vector.label} started from {origin.location}, and {instruction_vector.label} is between {sides.start_identity.location} and "
             f"{sides.tuned_identity.location}: these are different weights. Extract the instruction vector from the models of the fine-tune, "
             " or switch the check off (check_base=False, --check-base false)."
         )

@@ -28,11 +28,6 @@ from lata_lightning.store.opening import open_source
 from lata_lightning.store.sources import StateDictSource
 from lata_lightning.vectors.task_vector import TaskVector
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
 SMALL = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
 MODELS = {
     # Depthwise convolutions.

@@ -19,11 +19,6 @@ from lata_lightning.cli.main import main
 from lata_lightning.errors import CorruptFileError, LayoutMismatchError, SourceError
 from lata_lightning.store.opening import open_source
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
 TEXT = {
     "hidden_size": 16,
     "intermediate_size": 32,

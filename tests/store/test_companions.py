@@ -208,7 +208,7 @@ def test_modules_in_folders_that_a_tuned_model_trained_too_are_named(tmp_path, n
     start, tuned, said = (
         str(tmp_path / "start"),
         str(tmp_path / "tuned"),
-        rf"{tmp_path}/tuned has other weights in folders beside the model, 1: ['{name}']",
+        rf"{tmp_path}/tuned has other weights in the folders of its directory, 1: ['{name}']",
     )
     for command, advice in (("merge", f"the output has those of {start}"), ("extract", "they are no part of the vector")):
         assert main([command, start, tuned, "--output", str(tmp_path / command)]) == 0
@@ -228,3 +228,8 @@ def test_equal_modules_in_folders_and_folders_of_the_start_alone_are_not_worth_a
             (directory / name).write_text("same" if name.startswith("2") else str(number))
     assert main(["extract", str(tmp_path / "start"), str(tmp_path / "tuned"), "--output", str(tmp_path / "v")]) == 0
     assert "in folders" not in capsys.readouterr().err
+
+
+def test_companions_of_weights_in_memory_are_none(tmp_path):
+    companions_of(open_source(weights())).copy_to(tmp_path)
+    assert list(tmp_path.iterdir()) == []

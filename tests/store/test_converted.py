@@ -12,8 +12,6 @@ from lata_lightning.store.meta_model import meta_model
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import match
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
 TEXT = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 160,
     "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,

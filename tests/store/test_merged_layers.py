@@ -17,11 +17,6 @@ from lata_lightning.errors import CorruptFileError, LataError, SourceError
 from lata_lightning.store.merged_layers import KINDS, merged_parameters
 from lata_lightning.store.opening import open_source
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
 TARGETS = {"target_modules": ["q_proj", "down_proj"]}
 # Name of the kind in peft, configuration and its settings.
 CASES = {

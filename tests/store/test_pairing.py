@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tiny_models import same_bits, weights, write_checkpoint
 
 from lata_lightning import TaskVector
 from lata_lightning.errors import LayoutMismatchError
@@ -24,8 +25,6 @@ MODELS = {
     "MixtralForCausalLM": transformers.MixtralConfig(**SIZES, **TOKENS, num_key_value_heads=1, num_local_experts=2),
     "LlamaForCausalLM": transformers.LlamaConfig(**SIZES, **TOKENS, tie_word_embeddings=True),
 }
-
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 @pytest.fixture(params=MODELS, ids=str)
@@ -223,7 +222,6 @@ def test_ties_follow_the_class_where_the_config_says_nothing(tmp_path, stored):
         TaskVector.between(tmp_path / "start", tmp_path / "tuned")
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_lora_on_a_model_with_a_head_fits_the_bare_start(with_and_without_head, request):
     from peft import LoraConfig, get_peft_model
 
@@ -309,3 +307,30 @@ def test_a_bare_vision_language_model_meets_the_one_with_a_head(tmp_path):
     vector = TaskVector.between(tmp_path / "start", tmp_path / "tuned-bare", leave_out=[r"^lm_head\."])
     equal(vector, {name: tensor for name, tensor in expected.items() if name != "lm_head.weight"})
     assert len(TaskVector.between(tmp_path / "start-bare", tmp_path / "tuned", leave_out=[r"^lm_head\."])) == len(vector)
+
+
+def contents(source):
+    return {name: source.read(name) for name in source.names}
+
+
+@pytest.mark.parametrize("side", ["start", "tuned"])
+def test_the_module_prefix_of_either_side_is_taken_off(side):
+    prefixed = {"student." + name: tensor for name, tensor in weights().items()} | {"loss.weight": torch.ones(3)}
+    sides = [open_source(prefixed), open_source(weights())]
+    start, tuned = pair(*(sides if side == "start" else reversed(sides)))
+    assert set(start.names) == set(tuned.names) == set(weights())
+    assert same_bits(contents(start), contents(tuned))
+
+
+def test_two_checkpoints_with_one_prefix_pair_under_it(tmp_path):
+    sides = [open_source(write_checkpoint(tmp_path / f"{name}.ckpt", weights())) for name in "ab"]
+    start, tuned = pair(*sides)
+    assert start.names == tuned.names == tuple("model." + name for name in weights())
+
+
+def test_a_checkpoint_that_holds_the_model_twice_is_refused_rather_than_guessed():
+    both = {prefix + name: tensor for prefix in ("teacher.", "student.") for name, tensor in weights().items()}
+    with pytest.raises(
+        LayoutMismatchError, match=r"hold the model once; .* under each of 2: \['student.', 'teacher.'\]. Say which is meant: --model NAME"
+    ):
+        pair(open_source(weights()), open_source(both))

@@ -112,19 +112,19 @@ def test_what_is_recorded_tells_the_tokens_beside_a_tokenizer_that_begins_alike(
         found.save_pretrained(tmp_path / name)
     one, other = vocabulary(tmp_path / "one"), vocabulary(tmp_path / "other")
     assert len(recorded(one).to_json()["last"]) == LAST
-    assert recorded(one).beside(other) == one.tokens.by_row
-    assert recorded(other).beside(one) == other.tokens.by_row
-    assert other.beside(recorded(one)) == other.tokens.by_row
+    assert recorded(one).compared_with(other) == one.tokens.by_row
+    assert recorded(other).compared_with(one) == other.tokens.by_row
+    assert other.compared_with(recorded(one)) == other.tokens.by_row
     # Two that are recorded begin at other rows here, so nothing is known.
-    assert recorded(one).beside(recorded(other)) is None
-    assert recorded(one).beside(recorded(one))[len(words)] == "<a>"
+    assert recorded(one).compared_with(recorded(other)) is None
+    assert recorded(one).compared_with(recorded(one))[len(words)] == "<a>"
 
 
 def test_a_tokenizer_that_begins_otherwise_tells_nothing(tmp_path):
     for name, first in (("one", "x"), ("other", "y")):
         inner = Tokenizer(models.WordLevel({f"{first}{row}": row for row in range(LAST + 40)}))
         PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(tmp_path / name)
-    assert recorded(vocabulary(tmp_path / "one")).beside(vocabulary(tmp_path / "other")) is None
+    assert recorded(vocabulary(tmp_path / "one")).compared_with(vocabulary(tmp_path / "other")) is None
 
 
 def test_a_tokenizer_that_cannot_be_read_is_equal_to_the_same_files_only(tmp_path):

@@ -596,7 +596,7 @@ def test_tiny_models_take_no_others_beside_them(tmp_path):
 
 def test_models_that_cannot_be_had_are_named_before_any_work(tiny, tmp_path):
     _, texts = tiny()
-    with pytest.raises(SourceError, match=r"meta-llama/Meta-Llama-3-8B .*could not be had from the hub .*offline, give a directory"):
+    with pytest.raises(SourceError, match=r"meta-llama/Meta-Llama-3-8B .*could not be downloaded .*offline, give a directory"):
         command("llama3_8b", "--texts", texts, "--work", tmp_path)
     assert not list(tmp_path.rglob("results.json"))
 

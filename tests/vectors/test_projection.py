@@ -142,7 +142,7 @@ def test_an_instruction_vector_of_other_models_is_refused_unless_the_check_is_of
     vector = TaskVector.between(paths["a"], paths["b"]).save(tmp_path / "vector")
     along = TaskVector.between(paths["c"], paths["d"], kind="instruction").save(tmp_path / "along")
     with pytest.raises(
-        BaseMismatchError, match=r"vector started from .*a, and .*along lies between .*c and .*d: these are different weights"
+        BaseMismatchError, match=r"vector started from .*a, and .*along is between .*c and .*d: these are different weights"
     ):
         project(vector, along)
     assert project(vector, along, check_base=False).manifest.derivation is not None

@@ -14,7 +14,7 @@ from lata_lightning.store.formats.torch_file import TORCH_FILE
 from lata_lightning.store.formats.unread import UNREAD
 
 FORMATS: tuple[Format, ...] = (SAFETENSORS_FILE, TORCH_FILE, SHARDED_CHECKPOINT, *UNREAD, MODEL_DIRECTORY)
-"""In the order in which they are tried. A new format is a module beside this one and an entry here."""
+"""In the order in which they are tried. A new format is a module of this package and an entry here."""
 
 
 def find_format(path: Path) -> Format:
@@ -25,9 +25,9 @@ def find_format(path: Path) -> Format:
         CorruptFileError: It is empty.
     """
     try:
-        found = next((known for known in FORMATS if known.recognise(path)), None)
-        if found is not None:
-            return found
+        matching = next((known for known in FORMATS if known.recognise(path)), None)
+        if matching is not None:
+            return matching
         if path.is_file() and path.stat().st_size == 0:
             raise CorruptFileError(f"{path} is empty. Copy or download it again.")
     except OSError as error:
