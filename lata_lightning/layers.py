@@ -226,7 +226,7 @@ def _find_blocks(names: list[str], modules: Mapping[str, nn.Module]) -> list[str
         order = {path: index for index, path in enumerate(modules)}
         stacks.sort(key=lambda stack: order[stack.path])
     else:
-        # Without a model: an encoder runs before its decoder.
+        # Names alone do not tell the order, but an encoder runs before its decoder.
         stacks.sort(key=lambda stack: ("decoder" in stack.path, _natural(stack.path)))
     return [block for stack in stacks for block in _descend(names, stack, modules)]
 

@@ -122,3 +122,8 @@ def refused(start, place, error, message):
     with pytest.raises(error, match=message) as caught:
         TaskVector.between(start, place)
     assert "\n" not in str(caught.value).strip()
+
+
+def change_config(place, **changes):
+    path = place / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

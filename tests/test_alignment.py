@@ -7,6 +7,7 @@ import torch
 from tiny_models import BLOCKS, weights
 
 from lata_lightning.alignment import Alignment, LayerStats, alignment_of, layer_alignment
+from lata_lightning.errors import LataError
 from lata_lightning.layers import layer_map
 from lata_lightning.moments import Moments
 from lata_lightning.vectors.aligning import align

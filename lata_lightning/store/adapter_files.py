@@ -111,7 +111,7 @@ def _candidates(start: Mapping[str, Any], config: Mapping[str, Any], tensors: Ma
 
 
 def _class_for(task: str, config: Mapping[str, Any]) -> str | None:
-    """Return name of the class that transformers has for a task and a type of model; None if it has none."""
+    """Return the name of the class that transformers has for a task and a type of model; None if it has none."""
     import transformers
 
     kind = config.get("model_type")
@@ -135,7 +135,7 @@ def _wrapped(module: nn.Module, directory: Path, config: Mapping[str, Any], labe
         try:
             settings = PeftConfig.from_pretrained(directory)
         except Exception as error:
-            # Peft may fail in any way on a config that another release wrote, or a person.
+            # Peft may raise any error on a config that another release or a person wrote.
             raise LayoutMismatchError(f"{directory / ADAPTER_CONFIG} is no config that peft can use: {_on_one_line(error)}") from error
         try:
             check_kind(directory.name, settings)
@@ -227,7 +227,7 @@ def _fill(model: Any, tensors: Mapping[str, Tensor], directory: Path, config: Ma
         path: tensor if path in buffers else nn.Parameter(tensor, requires_grad=False) for path, tensor in by_path.items()
     }
     if config.get("ensure_weight_tying"):
-        # Of tied weights the file holds the one trained copy under each name.
+        # The file has the trained copy of tied weights under each of their names.
         copies = [name for name in given if ".modules_to_save." in name]
         given |= {name: next(given[twin] for twin in copies if torch.equal(given[twin], given[name])) for name in copies}
     # A tied parameter that is loaded under one of its names must stay one tensor under all of them.

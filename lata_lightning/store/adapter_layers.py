@@ -118,6 +118,6 @@ def factors_of(layer: Any, adapter: str) -> Factors:
         # peft multiplies B @ A and transposes the product.
         return Factors(layer.lora_embedding_A[adapter].detach().T, layer.lora_embedding_B[adapter].detach().T, scale)
     first, second = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
-    # Of a convolution the second factor has a kernel of one entry.
+    # The second factor of a convolution has a kernel of one entry.
     first, second = first.reshape(first.shape[0], -1), second.reshape(second.shape[0], -1)
     return Factors(first.T, second.T, scale) if getattr(layer, "fan_in_fan_out", False) else Factors(second, first, scale)

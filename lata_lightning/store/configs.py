@@ -13,20 +13,20 @@ _LENGTH = re.compile(r"(^|\.)(max_position_embeddings|n_positions|n_ctx|max_sequ
 # Rotary embeddings that do not depend on the length, or record the length they were made for.
 _FIXED_ROPE = ("default", "linear", "axial", "proportional", "llama3", "yarn", None)
 _IRRELEVANT = re.compile(
-    # Where it comes from, and by whom it was written or loaded.
+    # Origin of the model, and which program wrote or loads the config.
     r"_.*|name_or_path|transformers_version|architectures|auto_map|torch_dtype|dtype|use_bfloat16|torchscript|unsloth_.*|tokenizer_class|"
     r"attn_implementation|experts_implementation|use_flash_attn|use_flash_attention_2|pretraining_tp|gradient_checkpointing|quantization_config|"
     r"chunk_size_feed_forward|tf_legacy_loss|"
-    # What a call returns.
+    # Outputs of a call.
     r"use_cache|return_dict|return_dict_in_generate|output_.*|"
     # Numbers and meanings of rows: tokenizers are compared token by token, heads by their shapes.
     r"vocab_size|num_labels|id2label|label2id|problem_type|finetuning_task|task_specific_params|prefix|"
     r"(bos|eos|pad|sep|cls|mask|unk|decoder_start|forced_bos|forced_eos)_token_id|"
-    # How text is generated.
+    # Generation of text.
     r"max_length|min_length|max_new_tokens|do_sample|early_stopping|num_beams|num_beam_groups|num_return_sequences|diversity_penalty|top_p|typical_p|"
     r"repetition_penalty|length_penalty|forced_decoder_ids|cache_implementation|no_repeat_ngram_size|encoder_no_repeat_ngram_size|bad_words_ids|remove_invalid_values|"
     r"exponential_decay_length_penalty|suppress_tokens|begin_suppress_tokens|"
-    # How the model is initialised and trained.
+    # Initialisation and training.
     r"initializer_range|initializer_factor|initializer_cutoff_factor|init_std|init_xavier_std|(layer|logit)_scale_init_value|"
     r".*dropout.*|.*pdrop|drop_path_rate|.*layerdrop|label_smoothing|.*loss.*|router_jitter_noise|aux_loss_alpha|seq_aux|"
     r"apply_spec_augment|mask_(time|feature|channel)_.*|ctc_zero_infinity|neftune_noise_alpha"

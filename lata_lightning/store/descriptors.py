@@ -92,7 +92,7 @@ class Descriptors:
             SourceError, CorruptFileError: It cannot be opened; the message says why.
         """
         try:
-            # Without waiting, as opening a named pipe would.
+            # Non-blocking, as opening a named pipe would wait.
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 os.close(descriptor)

@@ -19,12 +19,12 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def hash_stored(tensor: Tensor) -> str:
-    """Return hash of a tensor as it is stored: ``blake3:`` and 64 hex digits."""
+    """Return the hash of a tensor as it is stored: ``blake3:`` and 64 hex digits."""
     return "blake3:" + blake3(tensor_bytes(tensor)).hexdigest()
 
 
 def hash_values(tensor: Tensor) -> str:
-    """Return hash of a tensor's values, the same for every precision that holds them: the hash of its float32 (or float64) form."""
+    """Return the hash of a tensor's values, the same for every precision that holds them: the hash of its float32 (or float64) form."""
     return hash_stored(tensor.to(torch.promote_types(tensor.dtype, torch.float32)))
 
 
@@ -67,7 +67,7 @@ def value_sums(tensor: Tensor) -> Tensor:
 
 
 def content_hash(tensor_hashes: Mapping[str, str]) -> str:
-    """Return hash of a set of named tensors, independent of their order and of the files they are spread over."""
+    """Return the hash of a set of named tensors, independent of their order and of the files they are spread over."""
     digest = blake3()
     for name in sorted(tensor_hashes):
         digest.update(f"{len(name)}:{name}={tensor_hashes[name]}\n".encode())

@@ -201,7 +201,7 @@ def packed_bytes(parameter: Tensor) -> Tensor:
 
 
 def _full_shape(name: str, parameter: Tensor, owner: Any) -> tuple[int, ...]:
-    """Return shape of a quantised weight before it was packed."""
+    """Return the shape of a quantised weight before it was packed."""
     if parameter.is_floating_point():
         return tuple(parameter.shape)
     if not name.endswith("weight") or not hasattr(owner, "out_features"):

@@ -56,7 +56,7 @@ def meaning_of(source: TensorSource) -> Meaning:
 
 
 def meaning_in_memory(config: Mapping[str, Any] | None, location: str | None) -> Meaning:
-    """Return the meaning of a model in memory, from its config and the directory or hub id it was loaded from, as far as these are there."""
+    """Return the meaning of a model in memory, from its config and the directory or hub id it was loaded from, if there are any."""
     return _meaning(config, local_directory(location), location or "the model in memory")
 
 

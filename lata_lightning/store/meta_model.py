@@ -28,7 +28,7 @@ def meta_model(config: Mapping[str, Any] | None) -> nn.Module | None:
 
     architectures = config.get("architectures") or []
     model_class = getattr(transformers, str(architectures[0]), None) if architectures else None
-    # A config comes from an unknown author: the name in it may only call a model.
+    # The author of a config is unknown, so the class it names may only be that of a model.
     if not isinstance(model_class, type) or not issubclass(model_class, nn.Module):
         return None
     if "auto_map" in config or config.get("model_type") not in transformers.CONFIG_MAPPING:

@@ -174,7 +174,7 @@ class _Attempt:
         return {key: name for key, name in names.items() if not self._leave_out(key) and not self._leave_out(name)}
 
     def _alone(self, side: TensorSource, names: Mapping[str, str]) -> list[str]:
-        """Return names of the tensors of a side that have no partner and need one."""
+        """Return the names of the tensors of a side that have no partner and need one."""
         paired = {names[key] for key in self.common}
         lone = {key: name for key, name in names.items() if name not in paired and _counts(side, name)}
         if not lone:

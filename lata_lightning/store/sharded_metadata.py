@@ -57,7 +57,7 @@ def _nested(directory: Path, metadata: Mapping[str, Any]) -> dict[Any, Any]:
     for key, value in metadata["storage_data"].items():
         index, info = _state(key.value if isinstance(key, Key) else key), _state(value)
         if index.get("offset") is None:
-            # No tensor.
+            # The entry is no tensor.
             continue
         if info.get("transform_descriptors"):
             raise SourceError(f"{directory} is compressed ({info['transform_descriptors']}), which is not read. Save it without.")

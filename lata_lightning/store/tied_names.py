@@ -12,7 +12,7 @@ TiedNames = tuple[tuple[str, ...], ...]
 
 
 def ties_of(module: nn.Module, names: Container[str]) -> TiedNames:
-    """Return groups of names that are one tensor of a module, each group with at least one of the given names.
+    """Return the groups of names that are one tensor of a module, each group with at least one of the given names.
 
     Args:
         module: The model; meta tensors suffice.
@@ -23,7 +23,7 @@ def ties_of(module: nn.Module, names: Container[str]) -> TiedNames:
 
 
 def ties_by_alias(aliases: Mapping[str, str], names: Container[str]) -> TiedNames:
-    """Return groups of tied names from a mapping of alias to the name that a source lists, each group with at least one of the given names."""
+    """Return the groups of tied names from a mapping of alias to the name that a source lists, each group with at least one of the given names."""
     groups: dict[str, list[str]] = {}
     for alias, name in aliases.items():
         groups.setdefault(name, [name]).append(alias)

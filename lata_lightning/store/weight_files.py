@@ -65,7 +65,7 @@ def weight_files(path: Path, config: Mapping[str, Any] | None = None) -> Files:
 def _what_else(directory: Path) -> str:
     """Return advice on a directory without weights under the usual names, from what it has instead."""
     inside = sorted(directory.iterdir()) if directory.is_dir() else []
-    # As sentence-transformers, pipelines and training runs have them.
+    # Sentence-transformers, pipelines and training runs have such folders.
     folders = [folder.name for folder in inside if any((folder / name).is_file() for name in (*MODEL_FILES, *_FURTHER))]
     if folders:
         return f"Folders in it hold weights, {first_three(folders)}: give the one you mean."

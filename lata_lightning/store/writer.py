@@ -87,7 +87,7 @@ def atomic_directory(path: Path, size: int = 0) -> Iterator[Path]:
             raise OutputError(f"{path} needs {size:,} bytes and the disk has {free:,} left. Make room, or write elsewhere.")
         end_dry_run(path, size)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the target, as a rename is only atomic within one file system.
+        # In the directory of the target, as a rename is only atomic within one file system.
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}{PARTIAL_MARK}", dir=path.parent))
     except OSError as error:
         raise _output_error(path, error) from error
@@ -262,7 +262,7 @@ def _write_at(descriptor: int, data: memoryview, offset: int) -> int:
 
 
 def layout_size(layout: Layout) -> int:
-    """Return bytes that the tensors of a layout take."""
+    """Return the bytes that the tensors of a layout take."""
     return sum(_tensor_size(dtype, shape) for dtype, shape in layout.values())
 
 

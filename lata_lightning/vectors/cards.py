@@ -152,7 +152,7 @@ def front_matter(bases: Sequence[str | None], library: str, tags: Sequence[str])
     located = [location for location in bases if location is not None]
     if located:
         lines.append("base_model:")
-        # JSON strings are YAML strings, with any characters.
+        # A JSON string is a YAML string, whatever characters are in it.
         lines += [f"- {json.dumps(location)}" for location in located]
     return [*lines, "tags:", *(f"- {tag}" for tag in tags), "---", ""]
 

@@ -61,7 +61,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class PrecisionLoss:
-    """What storing a difference below float32 cost.
+    """What storing a difference below float32 costs.
 
     Attributes:
         zero_fraction: Share of the nonzero entries that became zero.

@@ -9,9 +9,9 @@ import peft
 import pytest
 import torch
 import transformers
+from adapter_models import WEIGHTS, adapter, by_hand, close, refused, wrapped
 from architectures import loaded
 from safetensors.torch import load_file, save_file
-from test_adapters import WEIGHTS, adapter, by_hand, close, refused, wrapped
 from tiny_models import read_back, same_bits
 
 from lata_lightning import TaskVector

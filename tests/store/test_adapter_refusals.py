@@ -5,7 +5,7 @@ import json
 import peft
 import pytest
 import torch
-from adapter_models import CONFIG, WEIGHTS, adapter, by_hand, close, refused
+from adapter_models import CONFIG, WEIGHTS, adapter, by_hand, change_config, close, refused
 from architectures import loaded, tiny_model
 from safetensors.torch import load_file, save_file
 from tiny_models import llama, write_checkpoint
@@ -13,11 +13,6 @@ from tiny_models import llama, write_checkpoint
 from lata_lightning import TaskVector
 from lata_lightning.errors import BaseMismatchError, CorruptFileError, LataError, LayoutMismatchError, SourceError
 from lata_lightning.store.opening import open_source
-
-
-def change_config(place, **changes):
-    path = place / CONFIG
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def test_a_wrapped_model_is_no_start(tmp_path):

@@ -7,7 +7,7 @@ from architectures import moved
 from safetensors.torch import load_file, save_file
 
 from lata_lightning import TaskVector
-from lata_lightning.store.checkpoint_names import chunk_bounds, under_checkpoint_names
+from lata_lightning.store.checkpoint_names import checkpoint_pieces, under_checkpoint_names
 from lata_lightning.store.meta_model import meta_model
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import match
@@ -131,7 +131,7 @@ def test_pieces_say_where_their_entries_lie():
     module = meta_model(config)
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     values = {name: torch.arange(shape.numel()).reshape(shape) for name, shape in shapes.items()}
-    pieces = chunk_bounds(module, shapes)
+    pieces = checkpoint_pieces(module, shapes)
     # Transformers itself says what lies where.
     for name, tensor in under_checkpoint_names(module, values).items():
         piece = pieces[name]

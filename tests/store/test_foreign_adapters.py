@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from adapter_models import wrapped
 from architectures import loaded, tiny_model
 from safetensors.torch import save_file
-from test_adapters import wrapped
 from tiny_models import weights, write_checkpoint, write_model
 
 from lata_lightning import TaskVector

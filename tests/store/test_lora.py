@@ -1,12 +1,11 @@
 """Which layers of peft models are read as factors, which are merged by peft, and which are refused."""
 
-import json
 import warnings
 
 import peft
 import pytest
 import torch
-from adapter_models import CONFIG, WEIGHTS, adapter, by_hand, close, noise_on, refused, wrapped
+from adapter_models import CONFIG, WEIGHTS, adapter, by_hand, change_config, close, noise_on, refused, wrapped
 from architectures import loaded, tiny_model
 from safetensors.torch import load_file, save_file
 from tiny_models import read_back
@@ -144,11 +143,6 @@ def test_pissa_saved_as_a_difference_to_its_initialisation_is_exact(tmp_path):
     vector = TaskVector.between(start, tmp_path / "adapter")
     for name in vector:
         torch.testing.assert_close(vector[name].double(), expected[name], rtol=1e-5, atol=1e-6)
-
-
-def change_config(place, **changes):
-    path = place / CONFIG
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 OTHER_KINDS = {

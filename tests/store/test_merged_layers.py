@@ -7,8 +7,9 @@ import warnings
 import peft
 import pytest
 import torch
+from adapter_models import CONFIG, adapter, change_config, noise_on, refused
 from architectures import loaded, tiny_model
-from test_adapters import CONFIG, adapter, change_config, noise_on, read_back, refused
+from tiny_models import read_back
 from torch import nn
 
 from lata_lightning import TaskVector, Term, merge
