@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from lata_lightning.display.charts import as_text
 from lata_lightning.store.directories import MANIFEST_NAME
 from lata_lightning.vectors.inspection import describe
-from lata_lightning.vectors.manifest import Identity, Manifest, read_manifest
+from lata_lightning.vectors.manifest import Manifest, read_manifest
+from lata_lightning.vectors.provenance import Identity
 
 
 class Facts(NamedTuple):

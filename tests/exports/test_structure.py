@@ -28,6 +28,8 @@ from lata_lightning.store.opening import open_source
 from lata_lightning.store.sources import StateDictSource
 from lata_lightning.vectors.task_vector import TaskVector
 
+# peft asks a model for it, and transformers gives it another name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 SMALL = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
 MODELS = {
     # Depthwise convolutions.
