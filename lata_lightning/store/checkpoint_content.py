@@ -135,7 +135,7 @@ def _only_model(
 def several_models(names: Iterable[str], label: str) -> SourceError:
     """Return the error about a checkpoint that holds more than one model."""
     listed = sorted(names)
-    return SourceError(f"{label} must hold the model once; it holds {first_three(listed)}. Say which is meant: --model {listed[0]}")
+    return SourceError(f"{label} must hold the model once; it holds {first_three(listed)}. Say which to take: --model {listed[0]}")
 
 
 def unknown_model(model: str, names: Iterable[str], label: str) -> UnknownModelError:

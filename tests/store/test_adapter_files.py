@@ -19,6 +19,9 @@ from lata_lightning.cli.main import main
 from lata_lightning.errors import CorruptFileError, LayoutMismatchError, SourceError
 from lata_lightning.store.opening import open_source
 
+# peft asks a model for it, and transformers gives it another name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
 TEXT = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -272,6 +275,8 @@ def test_an_adapter_of_a_model_that_does_not_tell_its_embeddings_is_read(tmp_pat
         torch.testing.assert_close(vector[key].double(), merged[key] - start[key].double(), rtol=1e-6, atol=1e-9)
 
 
+# peft saves the whole embedding where its size is not that of the config.
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
 @pytest.mark.parametrize("saved_whole", [["embed_tokens", "lm_head"], ["embed_tokens"]])
 def test_an_adapter_of_a_model_with_more_tokens_says_to_resize_the_start(tmp_path, saved_whole):
     torch.manual_seed(0)

@@ -79,7 +79,7 @@ TWO = {"actor": weights(1), "reference": weights(2)}
 def test_two_models_under_two_keys_are_refused_and_picked_by_name(tmp_path):
     path = saved(tmp_path / "a.pt", TWO)
     with pytest.raises(
-        SourceError, match=r"must hold the model once; it holds 2: \['actor', 'reference'\]. Say which is meant: --model actor"
+        SourceError, match=r"must hold the model once; it holds 2: \['actor', 'reference'\]. Say which to take: --model actor"
     ):
         open_source(path)
     for name, tensors in TWO.items():

@@ -13,6 +13,9 @@ from tiny_models import read_back
 from lata_lightning import TaskVector
 from lata_lightning.errors import BaseMismatchError, LataError, SourceError
 
+# peft asks a model for it, and transformers gives it another name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
 KINDS = {
     "rank and alpha patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 7}},
     "rsLoRA": {"use_rslora": True, "rank_pattern": {"q_proj": 2}},
@@ -128,6 +131,8 @@ def test_a_copy_in_an_adapter_that_is_not_active_leaves_the_original_in_its_plac
     assert not vector["model.layers.0.self_attn.q_proj.weight"].any()
 
 
+# To subtract the initial adapter, peft loads it next to the trained one.
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights:UserWarning")
 def test_pissa_saved_as_a_difference_to_its_initialisation_is_exact(tmp_path):
     start = tmp_path / "start"
     tiny_model("llama").save_pretrained(start)

@@ -18,6 +18,9 @@ from lata_lightning.errors import CorruptFileError, LataError, SourceError
 from lata_lightning.store.merged_layers import KINDS, merged_parameters
 from lata_lightning.store.opening import open_source
 
+# peft asks a model for it, and transformers gives it another name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
 TARGETS = {"target_modules": ["q_proj", "down_proj"]}
 # Name of the kind in peft, configuration and its settings.
 CASES = {

@@ -16,6 +16,9 @@ from lata_lightning.store.names import LeaveOut
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import match, pair
 
+# peft asks a model for it, and transformers gives it another name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 TOKENS = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2}
 MODELS = {
@@ -331,6 +334,6 @@ def test_two_checkpoints_with_one_prefix_pair_under_it(tmp_path):
 def test_a_checkpoint_that_holds_the_model_twice_is_refused_rather_than_guessed():
     both = {prefix + name: tensor for prefix in ("teacher.", "student.") for name, tensor in weights().items()}
     with pytest.raises(
-        LayoutMismatchError, match=r"hold the model once; .* under each of 2: \['student.', 'teacher.'\]. Say which is meant: --model NAME"
+        LayoutMismatchError, match=r"hold the model once; .* under each of 2: \['student.', 'teacher.'\]. Say which to take: --model NAME"
     ):
         pair(open_source(weights()), open_source(both))
