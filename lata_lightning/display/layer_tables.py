@@ -11,7 +11,7 @@ from rich.table import Table
 from lata_lightning.alignment import Alignment, LayerStats
 from lata_lightning.display.charts import as_text, common_beginning
 from lata_lightning.display.tables import plain_table
-from lata_lightning.vectors.manifest import Derivation
+from lata_lightning.vectors.provenance import Derivation
 
 MOST_ROWS = 24
 """More layers than this are shown as the first, the last and the extreme ones, unless all are asked for."""

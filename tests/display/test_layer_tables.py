@@ -5,7 +5,7 @@ from rich.console import Console
 
 from lata_lightning.alignment import Alignment, LayerStats
 from lata_lightning.display.layer_tables import MOST_ROWS, alignment_table, derivation_table, layer_table, sparkline
-from lata_lightning.vectors.manifest import Derivation, Measured
+from lata_lightning.vectors.provenance import Derivation, LayerValues
 
 PREFIX = "model.language_model.layers"
 
@@ -81,7 +81,7 @@ def test_rows_that_are_no_layers_take_nothing_from_the_names():
 
 def test_a_derivation_shows_what_was_measured_by_layer():
     made = Derivation(
-        "regression", {}, (), (), (Measured("loss", {"m.0": 0.5, "m.1": None}, "a"), Measured("loss", {"m.0": 0.25, "m.1": 1.0}, "b"))
+        "regression", {}, (), (), (LayerValues("loss", {"m.0": 0.5, "m.1": None}, "a"), Measured("loss", {"m.0": 0.25, "m.1": 1.0}, "b"))
     )
     rows = rows_of(drawn(derivation_table(made)))
     assert rows[0].split()[:3] == ["0", "0.5", "0.25"]
