@@ -81,7 +81,7 @@ def test_rows_that_are_no_layers_take_nothing_from_the_names():
 
 def test_a_derivation_shows_what_was_measured_by_layer():
     made = Derivation(
-        "regression", {}, (), (), (LayerValues("loss", {"m.0": 0.5, "m.1": None}, "a"), Measured("loss", {"m.0": 0.25, "m.1": 1.0}, "b"))
+        "regression", {}, (), (), (LayerValues("loss", {"m.0": 0.5, "m.1": None}, "a"), LayerValues("loss", {"m.0": 0.25, "m.1": 1.0}, "b"))
     )
     rows = rows_of(drawn(derivation_table(made)))
     assert rows[0].split()[:3] == ["0", "0.5", "0.25"]
