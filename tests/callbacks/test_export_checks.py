@@ -42,7 +42,12 @@ ONTO_START = ["hf", "peft", "mergekit"]
 @pytest.mark.parametrize("kind", ONTO_START)
 def test_a_start_that_lies_nowhere(tmp_path, instruct, kind):
     instruct.config._name_or_path = ""
-    refused(tmp_path, instruct, (kind,), rf"export {kind} needs the start weights again.*was not loaded from a directory or hub id.*lata export VECTOR")
+    refused(
+        tmp_path,
+        instruct,
+        (kind,),
+        rf"export {kind} needs the start weights again.*was not loaded from a directory or hub id.*lata export VECTOR",
+    )
 
 
 @pytest.mark.parametrize("kind", ONTO_START)
