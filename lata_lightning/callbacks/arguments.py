@@ -45,12 +45,12 @@ class RunArguments:
         leave_out: Sequence[str] = (),
         dtype: str = "float32",
         table: bool = True,
+        log_artifact: bool = False,
         name: str = "lata",
     ) -> None:
         if every_n_epochs < 0 or (every_n_train_steps is not None and every_n_train_steps < 1):
-            raise LataError(
-                f"every_n_epochs must be at least 0 and every_n_train_steps at least 1, got {every_n_epochs} and {every_n_train_steps}"
-            )
+            steps = "" if every_n_train_steps is None else f" and {every_n_train_steps}"
+            raise LataError(f"every_n_epochs must be at least 0 and every_n_train_steps at least 1, got {every_n_epochs}{steps}")
         float_dtype(dtype)
         rule_name(weighting or DEFAULT_RULE)
         self.instruction_vector = instruction_vector
@@ -61,6 +61,9 @@ class RunArguments:
         self.threshold, self.outside = threshold, outside
         self.model, self.layers, self.leave_out = model, layers, LeaveOut(leave_out).patterns
         self.dtype, self.table, self.name = dtype, table, name
+        if log_artifact and "vector" not in self.export:
+            raise LataError("log_artifact=True sends the saved vector, and export leaves it out: add 'vector' to it")
+        self.log_artifact = log_artifact
 
     def epoch_due(self, epoch: int) -> bool:
         """Whether the end of an epoch is measured; epochs are counted from 0."""

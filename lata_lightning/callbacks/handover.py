@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,11 +10,9 @@ from lata_lightning.errors import LataError
 from lata_lightning.exports import EXPORTS, export_to
 from lata_lightning.merging.merge import Term
 from lata_lightning.merging.weigh import from_instruct
-from lata_lightning.store.head_files import HEAD_TENSORS
 from lata_lightning.store.run_directory import VECTOR_NAME
 from lata_lightning.store.writer import PARTIAL_MARK, replace_directory
 from lata_lightning.vectors.task_vector import TaskVector
-from lata_lightning.weighting import STORED, WEIGHTINGS, follows_alignment
 
 
 def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
@@ -65,62 +62,3 @@ def write_exports(
             export_to(kind, [term], made, dtype=dtype if kind == "pure" else None, note=note)
         replace_directory(made, directory / folder(kind))
         partial.rmdir()
-
-
-def closing_lines(
-    vector: TaskVector, handed_over: TaskVector, kinds: Sequence[str], directory: Path, *, instruction: str | None, head: bool = False
-) -> list[str]:
-    """Return lines for the log: what a run has written, and which commands go on from there.
-
-    Args:
-        vector: As it was stored.
-        handed_over: As it was written in other forms.
-        kinds: What was written.
-        directory: Output directory of the run.
-        instruction: Path of the instruction vector, if it is a saved one.
-        head: Whether the head of a classifier was saved beside the vector.
-    """
-    lines = [f"{kind}: {directory / folder(kind)}" for kind in kinds]
-    lines += [f"head: {directory / HEAD_TENSORS}, which belongs to this task and is never merged"] if head else []
-    others = [kind for kind in kinds if kind != "vector"]
-    if others and vector is not handed_over and vector.manifest.coefficients is not None:
-        lines.append(
-            f"no weighting was asked for (weighting=…) and the alignments are too flat to rank by: coefficient 1 for every tensor in {', '.join(others)}"
-        )
-    if "vector" in kinds:
-        commands = _next_commands(vector, directory, instruction)
-        if head:
-            commands.insert(1, shlex.join(["lata", "evaluate", "MERGED", "--head", str(directory), "--data", "FILE"]))
-        lines += [f"next: {command}" for command in commands]
-        lines.append(
-            f"with vectors of other tasks: {_merge_with_others(vector, directory)} (one vector of all, without samples or a scale to choose)"
-        )
-    return lines
-
-
-def _merge_with_others(vector: TaskVector, directory: Path) -> str:
-    """The command that merges the vector with those of other tasks from the same start."""
-    start = vector.manifest.start_identity.location or "START"
-    return shlex.join(["lata", "merge", start, str(directory / VECTOR_NAME), "OTHER", "--method", "regression", "--output", "MERGED"])
-
-
-def _next_commands(vector: TaskVector, directory: Path, instruction: str | None) -> list[str]:
-    manifest = vector.manifest
-    weighted = manifest.coefficients is not None and follows_alignment(manifest.weighting)
-    flat = weighted and manifest.alignment is not None and manifest.alignment.flat
-    if manifest.start == "base" and manifest.coefficients is not None:
-        # The coefficients belong to what is left of the vector without the instruction vector in it.
-        merge = ["INSTRUCT", str(directory / VECTOR_NAME), "--instruction", instruction or "INSTRUCTION"]
-    else:
-        merge = [manifest.start_identity.location or "START", str(directory / VECTOR_NAME)]
-    if flat or not weighted:
-        merge += ["--weighting", "none"]
-    line = shlex.join(["lata", "merge", *merge, "--output", "MERGED"])
-    return [
-        f"{line} (plain task arithmetic; to rank the layers all the same: --weighting {_asking_for(manifest.weighting)})" if flat else line,
-        shlex.join(["lata", "report", str(directory), "--output", "report.html"]),
-    ]
-
-
-def _asking_for(rule: str) -> str:
-    return rule if rule in WEIGHTINGS else STORED

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
@@ -12,10 +12,17 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lata_lightning.alignment import Alignment
 from lata_lightning.callbacks.arguments import RunArguments
+from lata_lightning.callbacks.artifacts import check_artifact, log_artifact
 from lata_lightning.callbacks.loggers import log_heat_map, log_measured
+from lata_lightning.callbacks.plots import plot_run
 from lata_lightning.callbacks.run import Phase, Run
 from lata_lightning.errors import LataError, OutputError
 from lata_lightning.live.monitor import STATE_VERSION, check_version
+from lata_lightning.store.run_directory import VECTOR_NAME
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
 
 
 class LATACallback(RunArguments, pl.Callback):
@@ -54,6 +61,7 @@ class LATACallback(RunArguments, pl.Callback):
             is left out by itself. What is left out of such a head is saved in the output directory at the end: ``head.safetensors`` and ``head.json``.
         dtype: Precision of the exported vector.
         table: Print a table of the layers at the end of training.
+        log_artifact: Send the saved vector to the WandbLogger of the trainer at the end of training, as an artifact of the type ``task_vector``.
         name: Prefix of the logged keys. Several callbacks in one trainer need different names.
 
     Logged, where ``{name}`` is ``lata`` unless given, through ``LightningModule.log`` with the same value on every rank:
@@ -126,6 +134,20 @@ class LATACallback(RunArguments, pl.Callback):
         """The last measurement; with coefficients once training has ended."""
         return None if self.run is None else self.run.alignment
 
+    def plot(self, ax: Axes | None = None) -> tuple[Figure | SubFigure, Axes]:
+        """Draw the alignment of every layer over the run, or the last measurement by layer where there is no history of alignments.
+
+        Args:
+            ax: Axes of matplotlib to draw into; by default those of a new figure.
+
+        Returns:
+            Figure and axes, as the ``plot`` of torchmetrics.
+
+        Raises:
+            LataError: Nothing has been measured yet, or matplotlib is not installed.
+        """
+        return plot_run([], None) if self.run is None else self.run.plot(ax)
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Capture the weights: on one device and under DDP this is the last hook before a resumed run restores trained ones."""
         self._stage = stage
@@ -148,6 +170,8 @@ class LATACallback(RunArguments, pl.Callback):
             run.directory = Path(self.output_dir or Path(log_dir or trainer.default_root_dir) / self.name)
         if run.phase < Phase.SETTLED:
             run.settle(lambda: self._check_companions(trainer))
+            if self.log_artifact:
+                check_artifact(trainer.loggers)
             # Some strategies restore a checkpoint after this hook; until then nothing tells that there is one.
             if not trainer.strategy.restore_checkpoint_after_setup:
                 run.enter(resumes=trainer.ckpt_path is not None)
@@ -254,6 +278,8 @@ class LATACallback(RunArguments, pl.Callback):
         if run.last_step != trainer.global_step or run.alignment is None or _ends_with_averages(trainer):
             self._measure(trainer, pl_module, on_step=None)
         run.export(trainer.global_step, trainer.current_epoch)
+        if self.log_artifact and run.first_process and run.directory is not None:
+            log_artifact(trainer.loggers, self.name, run.directory / VECTOR_NAME)
 
 
 def _ends_with_averages(trainer: pl.Trainer) -> bool:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
 from lata_lightning.alignment import Alignment
 from lata_lightning.callbacks.arguments import RunArguments
 from lata_lightning.callbacks.export_checks import check_exports
-from lata_lightning.callbacks.handover import closing_lines, folder, write_exports
-from lata_lightning.display.layer_tables import alignment_table
+from lata_lightning.callbacks.handover import folder, write_exports
+from lata_lightning.callbacks.plots import plot_run
+from lata_lightning.callbacks.run_end import closing_lines, end_table, ranking_line
 from lata_lightning.display.tables import show
 from lata_lightning.live.fingerprints import Fingerprint
 from lata_lightning.live.history import MeasuredStep, append_history, cut_history, read_history
@@ -22,7 +23,10 @@ from lata_lightning.live.weighing import weigh_run
 from lata_lightning.store.head_files import Head
 from lata_lightning.store.run_directory import HISTORY_NAME, VECTOR_NAME, begin_output, check_output, end_output, remove_partial_output
 from lata_lightning.vectors.task_vector import TaskVector
-from lata_lightning.weighting import follows_alignment
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
 
 
 class Phase(IntEnum):
@@ -201,6 +205,11 @@ class Run:
         written = directory is None or all((directory / folder(kind)).exists() for kind in self._arguments.export)
         return self.phase is Phase.EXPORTED or written
 
+    def plot(self, ax: Axes | None = None) -> tuple[Figure | SubFigure, Axes]:
+        """Draw the run (see ``plot_run``)."""
+        rows = [] if self.directory is None else read_history(self.directory / HISTORY_NAME)
+        return plot_run([(row["step"], row["epoch"], Alignment.from_json(row)) for row in rows], self.alignment, ax)
+
     def _prepare(self, directory: Path) -> None:
         """Make the output directory ready: empty for a fresh run, without half-written output for a resumed one."""
         tracker, kinds = self.tracker, self._arguments.export
@@ -222,11 +231,13 @@ class Run:
     def _write(self, vector: TaskVector, head: Head | None) -> None:
         """On the first process: weight the vector, show it, write it and a head that was left out of it, and say what to do with them."""
         arguments, instruction = self._arguments, self.monitor.measurement.instruction
-        alignment = vector.manifest.alignment
         vector, handed_over = weigh_run(vector, arguments.weighting, instruction, threshold=arguments.threshold, outside=arguments.outside)
-        if alignment is not None:
-            self._show(vector, alignment)
+        self.alignment = vector.manifest.alignment or self.alignment
+        if arguments.table and self.alignment is not None:
+            figures = "alignment" if self.alignment.values else "norms"
+            show(end_table(self.alignment, f"{arguments.name}: {figures} at step {vector.manifest.step}"))
         if self.directory is None:
+            self.note(ranking_line(vector))
             return
         if head is not None:
             # Before the vector, which marks the run as finished.
@@ -236,13 +247,3 @@ class Run:
         saved = str(given) if isinstance(given, str | Path) else None
         for line in closing_lines(vector, handed_over, arguments.export, self.directory, instruction=saved, head=head is not None):
             self.note(line)
-
-    def _show(self, vector: TaskVector, measured: Alignment) -> None:
-        """Print the table of the layers, or say what speaks against ranking them."""
-        self.alignment, manifest = vector.manifest.alignment, vector.manifest
-        ranked = manifest.coefficients is not None and follows_alignment(manifest.weighting)
-        if self._arguments.table and self.alignment is not None:
-            show(alignment_table(self.alignment, f"{self._arguments.name}: alignment at step {manifest.step}", cautions=ranked))
-        elif ranked:
-            for sentence in measured.cautions():
-                self.note(sentence)

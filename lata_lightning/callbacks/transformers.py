@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import TrainerCallback
@@ -14,9 +14,14 @@ from transformers import TrainerCallback
 from lata_lightning.alignment import Alignment
 from lata_lightning.callbacks.arguments import RunArguments
 from lata_lightning.callbacks.metrics import metrics_of
+from lata_lightning.callbacks.plots import plot_run
 from lata_lightning.callbacks.run import Phase, Run
 from lata_lightning.errors import LataError
 from lata_lightning.live.monitor import check_version
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
 
 _log = logging.getLogger("lata_lightning")
 # Under these, accelerate replaces the parameters after the callback has seen them.
@@ -64,6 +69,20 @@ class LATATrainerCallback(RunArguments, TrainerCallback):  # type: ignore[misc]
         """The last measurement; with coefficients once training has ended."""
         return None if self._run is None else self._run.alignment
 
+    def plot(self, ax: Axes | None = None) -> tuple[Figure | SubFigure, Axes]:
+        """Draw the alignment of every layer over the run, or the last measurement by layer where there is no history of alignments.
+
+        Args:
+            ax: Axes of matplotlib to draw into; by default those of a new figure.
+
+        Returns:
+            Figure and axes, as the ``plot`` of torchmetrics.
+
+        Raises:
+            LataError: Nothing has been measured yet, or matplotlib is not installed.
+        """
+        return plot_run([], None) if self._run is None else self._run.plot(ax)
+
     def log_to(self, trainer: Any) -> None:
         """Log through a Trainer from now on. A Trainer tells its callbacks everything but where it logs."""
         self._trainer = trainer
@@ -75,6 +94,8 @@ class LATATrainerCallback(RunArguments, TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Settle which weights are the start, and take up the state of the run that is resumed."""
+        if self.log_artifact:
+            raise LataError("log_artifact=True needs a WandbLogger of Lightning; the Trainer of transformers has none. Leave it out.")
         asked_for = {"FSDP": args.fsdp, "DeepSpeed": args.deepspeed}
         sharded = [name for name, variable in _SHARDING.items() if asked_for[name] or os.environ.get(variable) == "true"]
         if sharded:

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lata_lightning.cli.common import Command, add_format, note
 from lata_lightning.cli.models import add_head, add_loading, add_rows, heads_of, load, running
 from lata_lightning.cli.scores import Row, by_metric, counts_and_intervals, finite, measured, of_tasks, show_scores
+from lata_lightning.cli.shipped import as_typed
 from lata_lightning.cli.writing import add_writing
 from lata_lightning.errors import LataError
 from lata_lightning.store.directories import SCORES_NAME
@@ -98,7 +99,7 @@ def _score_files(options: Namespace) -> None:
                 for metric in metrics[name]:
                     measure = prepare(metric, tokenizer, samples, options.context_length, template=options.template, name=path)
                     with with_head(model, heads[path], label) if path in heads else nullcontext():
-                        rows.append(measured(label, name, metric, measure.score(model)))
+                        rows.append(measured(as_typed(label), name, metric, measure.score(model)))
     _deliver(options, rows, SCORES_NAME)
 
 
@@ -120,7 +121,7 @@ def _run_tasks(options: Namespace) -> None:
                 chat=options.chat,
                 batch_size=options.batch_size,
             )
-        rows += of_tasks(label, found)
+        rows += of_tasks(as_typed(label), found)
     _deliver(options, rows, _TASKS)
 
 

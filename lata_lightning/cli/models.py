@@ -111,11 +111,26 @@ def load(options: Namespace, path: str, *, classifier: bool = False, head: Head 
 
     # Damaged and missing files are named by this better than by transformers.
     open_source(path)
-    model = load_classifier(path, options.dtype, head) if classifier else load_causal_lm(path, options.dtype)
+    with _without_bars():
+        model = load_classifier(path, options.dtype, head) if classifier else load_causal_lm(path, options.dtype)
     try:
         return model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), load_tokenizer(path)
     except (RuntimeError, AssertionError) as error:
         raise SourceError(f"the model cannot be put on the device {options.device!r}: {str(error).partition(chr(10))[0]}") from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Show no progress bars of transformers, which would stand between the lines of a command."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_tokenizer(path: str) -> Any:

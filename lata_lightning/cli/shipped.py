@@ -53,6 +53,13 @@ def located(value: Any) -> Any:
     return type(value)(map(located, value)) if type(value) in (list, tuple) else value
 
 
+def as_typed(path: str) -> str:
+    """The short name of a checkpoint or data file that the package ships; any other path as it is. The inverse of ``located``."""
+    folders = {folder: kind for kind, folder in _FOLDERS.items()}
+    kind = folders.get(Path(path).parent)
+    return path if kind is None else f"{kind}:{Path(path).name}"
+
+
 def summary(path: Path) -> str:
     """Return the purpose of a recipe: its first sentences, up to the commands."""
     return path.read_text("utf-8").split("\n", 1)[0].lstrip("# ").rstrip(":")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 from lata_lightning.cli.common import note, print_json
+from lata_lightning.cli.shipped import as_typed
 from lata_lightning.store.output_policy import DryRun, OutputPolicy
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _plan(options: Namespace, stopped: DryRun) -> dict[str, Any]:
     replaced = stopped.path.is_file() or (stopped.path.is_dir() and any(stopped.path.iterdir()))
     return {
         "dry_run": True,
-        "reads": [{"path": path, "holds": kind} for path, kind in reads.items()],
+        "reads": [{"path": as_typed(path), "holds": kind} for path, kind in reads.items()],
         "applies": list(stopped.applied),
         "writes": {"path": str(stopped.path), "bytes": stopped.size, "replaces": replaced},
         "uploads_to": options.get("push_to_hub"),

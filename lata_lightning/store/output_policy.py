@@ -85,6 +85,11 @@ def may_replace_file(path: Path) -> bool:
     return _POLICY.get().overwrite and path.is_file() and not path.is_symlink() and _is_no_input(path)
 
 
+def written_here(path: Path) -> bool:
+    """Whether a command of lata has written a directory, by the files it holds."""
+    return any((path / name).is_file() for name in _WRITTEN_HERE)
+
+
 def may_replace_directory(path: Path) -> bool:
     """Whether the policy lets a directory be replaced that is not empty.
 
@@ -93,7 +98,7 @@ def may_replace_directory(path: Path) -> bool:
     """
     if not _POLICY.get().overwrite:
         return False
-    if not any((path / name).is_file() for name in _WRITTEN_HERE):
+    if not written_here(path):
         raise OutputError(
             f"--overwrite replaces what lata has written, and {path} is nothing of that kind: it holds none of {', '.join(_WRITTEN_HERE)}. "
             "Choose another output path, or remove it yourself."

@@ -21,7 +21,7 @@ from torch import Tensor
 from lata_lightning.errors import LataError, OutputError, first_three
 from lata_lightning.store.dtypes import readable_code
 from lata_lightning.store.hashing import StoredHash, tensor_bytes
-from lata_lightning.store.output_policy import end_dry_run, may_replace_directory, may_replace_file
+from lata_lightning.store.output_policy import end_dry_run, may_replace_directory, may_replace_file, written_here
 
 MAX_SHARD_BYTES = 2 << 30
 _BYTES_AHEAD = 256 << 20
@@ -56,7 +56,8 @@ def check_free_directory(path: Path) -> None:
         raise _output_error(path, error) from error
     if names and not may_replace_directory(path):
         raise OutputError(
-            f"{path} exists already and is not empty, it holds {first_three(names)}. Choose another output path, or remove it first."
+            f"{path} exists already and is not empty, it holds {first_three(names)}. Choose another output path, or remove it first"
+            f"{'; --overwrite replaces what lata has written' if written_here(path) else ''}."
         )
     if path.is_mount():
         raise OutputError(f"{path} is a mount point, which cannot be replaced by the finished output. Name a new folder below it.")

@@ -1,4 +1,5 @@
 import json
+import shlex
 
 import peft
 import pytest
@@ -98,29 +99,25 @@ def test_flat_alignments_weight_no_export_unless_a_rule_is_asked_for(tmp_path, m
         torch.testing.assert_close(exported[name], tensor, rtol=0, atol=1e-7)
     moved = trained["lm_head.weight"] - start["lm_head.weight"]
     torch.testing.assert_close(TaskVector.open(output / "pure")["lm_head.weight"], moved.detach(), rtol=0, atol=1e-7)
-    said = lines(caplog)
-    assert (
-        "no weighting was asked for (weighting=…) and the alignments are too flat to rank by: coefficient 1 for every tensor in pure, hf"
-        in said
-    )
+    (ranking,) = [line for line in lines(caplog) if line.startswith("ranking: ")]
+    assert ranking.endswith("every tensor has coefficient 1 in pure, hf, as no weighting was asked for (weighting=…)")
 
 
 def test_the_closing_lines_name_what_was_written_and_the_commands_that_go_on(tmp_path, models, caplog):
     with caplog.at_level("INFO"):
         _, output = run(tmp_path, models, ("vector",))
-    said = lines(caplog)
-    assert f"vector: {output / 'task_vector'}" in said
-    assert sum("too little to rank the layers by" in line for line in said) == 1
-    (merged,) = [line.removeprefix("next: ") for line in said if line.startswith("next: lata merge")]
-    command, _, remark = merged.partition(" (")
-    assert remark == "plain task arithmetic; to rank the layers all the same: --weighting linear)"
-    assert command.split()[2:] == [str(models / "instruct"), str(output / "task_vector"), "--weighting", "none", "--output", "MERGED"]
+    wrote, ranking, following = lines(caplog)[-3:]
+    assert wrote == f"wrote {output / 'task_vector'}"
+    assert sum("too little to rank the layers by" in line for line in lines(caplog)) == 1
+    assert ranking.endswith("Below it is plain task arithmetic; --weighting linear ranks them all the same")
+    merged, report, several = (shlex.split(command) for command in following.removeprefix("next: ").split("; "))
+    assert merged[2:] == [str(models / "instruct"), str(output / "task_vector"), "--weighting", "none", "--output", "MERGED"]
     target = tmp_path / "merged"
-    assert main([*command.split()[1:-1], str(target)]) == 0
+    assert main([*merged[1:-1], str(target)]) == 0
     assert (target / "model.safetensors").is_file()
-    assert f"next: lata report {output} --output report.html" in said
-    (several,) = [line.removeprefix("with vectors of other tasks: ") for line in said if line.startswith("with vectors")]
-    words = several.partition(" (")[0].split()
+    assert report == ["lata", "report", str(output), "--output", "report.html"]
+    words = several[several.index("lata") :]
+    assert " ".join(several[: several.index("lata")]) == "with vectors of other tasks"
     assert words[:5] == ["lata", "merge", str(models / "instruct"), str(output / "task_vector"), "OTHER"]
     given = [str(output / "task_vector") if word == "OTHER" else word for word in words[1:-1]]
     assert main([*given, str(tmp_path / "several")]) == 0
@@ -130,8 +127,7 @@ def test_the_closing_lines_name_what_was_written_and_the_commands_that_go_on(tmp
 def test_the_next_command_of_a_run_from_base_gives_the_instruction_vector(tmp_path, models, caplog):
     with caplog.at_level("INFO"):
         _, output = run(tmp_path, models, ("vector",), model=LlamaForCausalLM.from_pretrained(models / "base"), start="base")
-    (merged,) = [line for line in lines(caplog) if line.startswith("next: lata merge")]
-    words = merged.partition(" (")[0].split()[3:]
+    words = shlex.split(lines(caplog)[-1].removeprefix("next: ").split("; ")[0])[2:]
     assert words[:4] == ["INSTRUCT", str(output / "task_vector"), "--instruction", str(models / "instruction")]
     assert main(["merge", str(models / "instruct"), *words[1:-1], str(tmp_path / "merged")]) == 0
 

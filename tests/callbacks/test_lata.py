@@ -12,6 +12,7 @@ from lightning_models import EXPECTED_WARNINGS, Module, batches, shifted, tiny_l
 from transformers import LlamaForCausalLM
 
 from lata_lightning import LATACallback, LataError, TaskVector, align
+from lata_lightning.callbacks import lata as callback_module
 from lata_lightning.errors import BaseMismatchError, CorruptFileError, LayoutMismatchError, OutputError, WeightingError
 
 pytestmark = EXPECTED_WARNINGS
@@ -255,7 +256,8 @@ def test_the_table_at_the_end_names_every_layer_and_says_that_it_is_too_flat(tmp
     printed = capsys.readouterr().out
     assert "(blocks of model.layers)" in printed
     assert all(re.search(rf"^ {index} +\d", printed, re.MULTILINE) for index in range(3))
-    assert "too little to rank the layers by" in printed
+    # The lines below the table say so, once.
+    assert "too little to rank the layers by" not in printed
 
 
 def test_cosines_with_other_experts_can_be_monitored_and_are_those_of_whole_float64_vectors(tmp_path, models, instruct):
@@ -278,6 +280,48 @@ def test_cosines_with_other_experts_can_be_monitored_and_are_those_of_whole_floa
             sides = [torch.cat([side[key].flatten() for key in side if key.startswith(prefix)]) for side in (own, stored)]
             assert value == pytest.approx(torch.nn.functional.cosine_similarity(*sides, dim=0).item(), abs=1e-7)
         assert run.callback_metrics[f"lata/cosine/{name}"].item() == pytest.approx(row[f"cosine/{name}"], abs=1e-6)
+
+
+def test_without_an_instruction_vector_the_table_shows_norms_and_the_log_what_one_would_add(tmp_path, instruct, capsys, caplog):
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, LATACallback(output_dir=tmp_path / "lata")).fit(Module(instruct), batches())
+    printed = capsys.readouterr().out
+    assert "lata: norms at step 12 (blocks of model.layers)" in printed
+    assert "task norm" in printed
+    assert "alignment" not in printed
+    assert any("norms only, as there is no instruction vector" in record.getMessage() for record in caplog.records)
+
+
+def test_a_callback_plots_its_run_and_nothing_before_it(tmp_path, models, instruct):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    callback = LATACallback(models / "instruction", table=False, output_dir=tmp_path / "lata")
+    with pytest.raises(LataError, match="nothing to plot yet"):
+        callback.plot()
+    trainer(tmp_path, callback).fit(Module(instruct), batches())
+    given, panel = pyplot.subplots()
+    figure, axes = callback.plot(panel)
+    assert (figure, axes) == (given, panel)
+    (image,) = axes.get_images()
+    rows = [json.loads(line) for line in (tmp_path / "lata/history.jsonl").read_text().splitlines()]
+    expected = [[stats["alignment"] for stats in row["layers"].values()] for row in rows]
+    assert [pytest.approx(row) for row in expected] == image.get_array().tolist()
+    pyplot.close(given)
+
+
+def test_an_artifact_that_no_logger_takes_is_refused_before_the_first_step(tmp_path, instruct):
+    module = Module(instruct)
+    with pytest.raises(LataError, match="needs a WandbLogger among the trainer's loggers"):
+        trainer(tmp_path, LATACallback(output_dir=tmp_path / "lata", log_artifact=True), logger=CSVLogger(tmp_path)).fit(module, batches())
+    with pytest.raises(LataError, match="export leaves it out"):
+        LATACallback(log_artifact=True, export=())
+
+
+def test_the_saved_vector_is_sent_to_wandb_on_request(tmp_path, instruct, monkeypatch):
+    sent = []
+    monkeypatch.setattr(callback_module, "check_artifact", lambda loggers: None)
+    monkeypatch.setattr(callback_module, "log_artifact", lambda loggers, name, path: sent.append((name, path, path.is_dir())))
+    trainer(tmp_path, LATACallback(output_dir=tmp_path / "lata", table=False, log_artifact=True)).fit(Module(instruct), batches())
+    assert sent == [("lata", tmp_path / "lata/task_vector", True)]
 
 
 # --- capture, resume, refusals -------------------------------------------------------------------------------------------------------------

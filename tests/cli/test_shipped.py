@@ -5,7 +5,7 @@ import pytest
 from jsonargparse import Namespace
 
 from lata_lightning.cli.main import main
-from lata_lightning.cli.shipped import RECIPES, located, recipe, recipes
+from lata_lightning.cli.shipped import RECIPES, as_typed, located, recipe, recipes
 from lata_lightning.errors import LataError
 from lata_lightning.quickstart.experts import BASE, INSTRUCT
 
@@ -70,3 +70,9 @@ def test_commands_take_shipped_checkpoints(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["extract", "quickstart:base", "quickstart:instruct", "--kind", "instruction", "--output", "instruction"]) == 0
     assert main(["inspect", "quickstart:instruct"]) == 0
+
+
+def test_a_shipped_path_is_shown_as_it_is_typed(tmp_path):
+    for name in ("quickstart:instruct", "recipes:math.jsonl"):
+        assert as_typed(located(name)) == name
+    assert as_typed(str(tmp_path / "instruct")) == str(tmp_path / "instruct")
