@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast, get_args
 
+from typing_extensions import override
+
 from lata_lightning.errors import LataError, first_three
 
 if TYPE_CHECKING:
@@ -106,11 +108,13 @@ class DeferredLayerMap(LayerMap):
         return made
 
     @property
+    @override
     def positions(self) -> Mapping[str, LayerPosition]:
         """Block and part by tensor name."""
         return self._map.positions
 
     @property
+    @override
     def blocks(self) -> tuple[str, ...]:
         """Names of the blocks in order."""
         return self._map.blocks

@@ -110,6 +110,7 @@ class MatrixMerge(Computed):
             self._keep(name, acting, figures)
         return self._low_rank[name]
 
+    @override
     def measured(self) -> Mapping[tuple[str, str | None], Mapping[str, float | None]]:
         """Interference of each vector and condition, by block and outside; of the tensors that have been read and that several vectors change."""
         layers: dict[str, list[str]] = {**self._layers.layers(), OUTSIDE: list(self._layers.outside())}
@@ -124,6 +125,7 @@ class MatrixMerge(Computed):
         found[CONDITION, None] = {layer: max(figures.condition for figures in several) for layer, several in known.items()}
         return found
 
+    @override
     def by_tensor(self) -> Mapping[str, Mapping[str, Any]]:
         """Interference of each vector, in their order, and condition of the tensors that have been read and that several vectors change."""
         return {

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lata_lightning.layers import unwrapped
 
@@ -100,6 +101,7 @@ class _Traced(Tensor):
     whole: int
 
     @classmethod
+    @override
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.contiguous, Tensor.clone):
             return args[0]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from typing_extensions import override
 
 from lata_lightning.alignment import layer_alignment
 from lata_lightning.errors import LayoutMismatchError, first_three
@@ -39,6 +40,7 @@ class LayerAlignment(Metric):
         self.rows = {name: row for row, names in enumerate(grouped.values()) for name in names}
         self.add_state("sums", default=torch.zeros(len(grouped), 3, dtype=torch.float64), dist_reduce_fx="sum")
 
+    @override
     def update(self, task: Mapping[str, Tensor], instruction: Mapping[str, Tensor]) -> None:
         """Add tensors of a vector: each tensor (or shard of one) exactly once between two resets.
 
@@ -56,6 +58,7 @@ class LayerAlignment(Metric):
             if name in self.rows:
                 self.sums[self.rows[name]] += tensor_sums(task[name], instruction[name], start=self.start).to(self.sums.device)
 
+    @override
     def compute(self) -> dict[str, Tensor]:
         """Return the alignment as a float64 scalar by layer; absent where the instruction vector is zero."""
         table = moments_table(dict(zip(self.layer_names, self.sums, strict=True)))
