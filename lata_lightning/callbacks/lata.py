@@ -263,9 +263,12 @@ class LATACallback(RunArguments, pl.Callback):
         run = self._require_run()
         measured = run.measure(trainer.global_step)
         if not trainer.barebones and on_step is not None:
-            logged = {f"{self.name}/{key}": value for key, value in measured.figures.items()}
-            # For monitors only: loggers get the figures below, with the step they belong to.
-            pl_module.log_dict(logged, logger=False, on_step=on_step, on_epoch=not on_step, rank_zero_only=False, batch_size=1)
+            shown = "alignment" if "alignment" in measured.figures else "task_norm"
+            for key, value in measured.figures.items():
+                # For monitors, and one figure for the progress bar: loggers get the figures below, with the step they belong to.
+                pl_module.log(
+                    f"{self.name}/{key}", value, prog_bar=key == shown, logger=False, on_step=on_step, on_epoch=not on_step, batch_size=1
+                )
         if run.record(measured):
             # By the number of the last batch, as Lightning logs its own metrics; after the batch it counts one further.
             step = max(trainer.fit_loop.epoch_loop._batches_that_stepped - (on_step is not True), 0)

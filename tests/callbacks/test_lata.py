@@ -292,6 +292,15 @@ def test_without_an_instruction_vector_the_table_shows_norms_and_the_log_what_on
     assert any("norms only, as there is no instruction vector" in record.getMessage() for record in caplog.records)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_the_progress_bar_shows_one_figure_of_lata(tmp_path, models, instruct, known):
+    fitting = trainer(tmp_path, LATACallback(models / "instruction" if known else None, table=False, output_dir=tmp_path / "lata"))
+    fitting.fit(Module(instruct), batches())
+    shown = {key for key in fitting.progress_bar_metrics if key.startswith("lata/")}
+    assert shown == {"lata/alignment" if known else "lata/task_norm"}
+    assert {"lata/task_norm"} <= set(fitting.callback_metrics)
+
+
 def test_a_callback_plots_its_run_and_nothing_before_it(tmp_path, models, instruct):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     callback = LATACallback(models / "instruction", table=False, output_dir=tmp_path / "lata")

@@ -83,3 +83,24 @@ def test_ctrl_c_ends_a_fit_with_130_and_the_run_can_begin_again(tmp_path, monkey
         "lata: interrupted; nothing was left half-written"
     )
     assert not Path("run/lata/task_vector").exists()
+
+
+def test_ctrl_c_in_a_quickstart_leaves_what_goes_on_with_the_same_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lata_lightning.quickstart.job._Job._fine_tune", interrupt)
+    assert main(["quickstart", "--output", "out"]) == 130
+    assert [text for text in capsys.readouterr().err.splitlines() if text][-1].startswith(
+        "lata: interrupted; nothing was left half-written"
+    )
+    assert (tmp_path / "out/vectors/instruction/task_vector.json").is_file()
+    assert not list(tmp_path.rglob("*partial*"))
+
+
+def test_ctrl_c_in_a_quickstart_that_replaces_another_brings_the_other_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.lata-quickstart").touch()
+    monkeypatch.setattr("lata_lightning.quickstart.job._Job._fine_tune", interrupt)
+    assert main(["quickstart", "--output", "out", "--overwrite"]) == 130
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lata-quickstart"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
