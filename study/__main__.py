@@ -3,7 +3,8 @@
 python -m study seed 0 [--part merging] [--settings skills-instruct-compute+reverse+encode ...] [--rows first]
 python -m study all --seeds 0 1 2 3 4
 python -m study page
-python -m study paper llama3_8b [--tiny] [--plan]
+python -m study real smollm2_135m [--tiny] [--plan]
+python -m study real llama3_8b [--tiny] [--plan]
 
 What is there already is not done again: trained models lie in --work, results in --results.
 """
@@ -24,7 +25,7 @@ import torch
 from lata_lightning.errors import LataError, first_three
 from study.merging import write_json
 from study.page import FIRST_SCREEN, FOLDER
-from study.paper import command as paper
+from study.real import command as real
 from study.settings import Setting, all_settings, settings
 from study.statistics import FIRST_DEVELOPMENT_SEED
 from study.tasks import data_folder
@@ -45,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         LataError: There is no data, a setting is unknown, or a part cannot be run.
     """
     options = _parser().parse_args(arguments)
-    if options.command == "paper":
-        return paper.run(options)
+    if options.command == "real":
+        return real.run(options)
     # One thread: on small matrices more threads cost more than they bring, and results would depend on their number.
     torch.set_num_threads(1)
     if options.command == "page":
@@ -132,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--work", type=Path, default=Path("methods-work"), help="folder of the trained models")
         command.add_argument("--data", type=Path, help="folder with the real text; the environment variable LATA_DATA unless given")
-    paper.add_arguments(commands.add_parser("paper", help=paper.HELP))
+    real.add_arguments(commands.add_parser("real", help=real.HELP))
     page = commands.add_parser("page", help="tables and figures of the results")
     for command in (one, several, page):
         command.add_argument("--results", type=Path, default=FOLDER, help="folder of the results")

@@ -70,6 +70,41 @@ def spread_against_gain(points: Mapping[str, Sequence[tuple[float, float]]], tit
     return _saved(figure, path)
 
 
+def alignment_maps(maps: Mapping[str, Sequence[Sequence[float | None]]], steps: Sequence[int], title: str, path: Path) -> Path:
+    """Heat maps side by side on one colour scale: alignment by block, from top to bottom, and by measurement.
+
+    Args:
+        maps: By title, the rows of values; all of the same shape.
+        steps: Optimizer steps of the measurements.
+        title: Of the figure.
+        path: File to write.
+    """
+    known = [value for rows in maps.values() for row in rows for value in row if value is not None]
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    panels = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
+    for panel, (name, rows) in zip(panels, maps.items(), strict=True):
+        values = [[float("nan") if value is None else value for value in row] for row in rows]
+        image = panel.imshow(values, aspect="auto", cmap="viridis", vmin=min(known), vmax=max(known), interpolation="nearest")
+        panel.set_title(name, fontsize=10)
+        panel.set_xticks(range(len(steps)), [str(step) for step in steps], fontsize=7)
+        panel.set_xlabel("optimizer steps")
+    panels[0].set_ylabel("block")
+    figure.colorbar(image, ax=panels, label="alignment")
+    figure.suptitle(title, fontsize=11, x=0.02, ha="left")
+    return _saved(figure, path)
+
+
+def correlation_intervals(rows: Mapping[str, tuple[float, float, float]], title: str, path: Path) -> Path:
+    """A line for each row, from the lower to the upper end of its interval with a point at its value; the first one at the top."""
+    figure, axes = _empty(title, "rank correlation", "", height=1.2 + 0.3 * len(rows))
+    for number, (value, low, high) in enumerate(rows.values()):
+        axes.errorbar(value, -number, xerr=[[value - low], [high - value]], fmt="o", color=COLOURS[0], capsize=3, markersize=4)
+    axes.set_yticks([-number for number in range(len(rows))], list(rows), fontsize=8)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xlim(-1.05, 1.05)
+    return _saved(figure, path)
+
+
 def _band(axes: Axes, number: int, name: str, points: Mapping[float, Sequence[float]]) -> None:
     places = sorted(points)
     found = [interval(points[place]) for place in places]

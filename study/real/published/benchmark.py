@@ -21,13 +21,14 @@ from lata_lightning.merging.vocabularies import between_vocabularies, resized
 from lata_lightning.moments import Moments, Start
 from lata_lightning.store.directories import find_directory
 from lata_lightning.store.opening import open_source
-from lata_lightning.store.writer import PARTIAL_MARK, write_json
+from lata_lightning.store.writer import PARTIAL_MARK
 from lata_lightning.vectors.aligning import measure
 from lata_lightning.vectors.manifest import Kind, library_versions
 from lata_lightning.vectors.task_vector import TaskVector
-from study.paper.configuration import Configuration
-from study.paper.scoring import HeldOut, Losses, digest, gains, kept, open_model, release, score_tasks
-from study.paper.streamed import STREAMED, Measured
+from study.real.published.configuration import Configuration
+from study.real.published.scoring import HeldOut, Losses, digest, gains, kept, open_model, release, score_tasks
+from study.real.published.streamed import STREAMED, Measured
+from study.real.record import replace_json
 from study.rules import METHODS
 
 RESULTS, MOMENTS, MERGED = "results.json", "moments.json", "merged"
@@ -205,7 +206,7 @@ class Benchmark:
                     path,
                     dtype=self.configuration.dtype,
                     vocabulary=self.configuration.vocabulary,
-                    command=f"study paper {self.configuration.name}: {name}, scale {scale:g}",
+                    command=f"study real {self.configuration.name}: {name}, scale {scale:g}",
                 )
             model = open_model(str(path), self.configuration.dtype, self.options.device)
             found = score(model)
@@ -240,7 +241,7 @@ class Benchmark:
                 instruction = resized(instruction, vector, open_source(str(self.paths["instruct"][0])).config)
             found[expert] = measure(vector, instruction)
             self.note(f"alignment of {expert} measured")
-        _write(file, {expert: {name: astuple(sums) for name, sums in table.items()} for expert, table in found.items()})
+        replace_json(file, {expert: {name: astuple(sums) for name, sums in table.items()} for expert, table in found.items()})
         return found
 
     def _describe(self) -> None:
@@ -282,7 +283,7 @@ class Benchmark:
                 )
             machine = f"{platform.machine()}, Python {platform.python_version()}"
             fresh: dict[str, Any] = {
-                "part": "paper",
+                "part": "published",
                 "of": identity,
                 "reference": {},
                 "gains": {},
@@ -304,7 +305,7 @@ class Benchmark:
         return found
 
     def _save(self, done: str | None) -> None:
-        _write(self.folder / RESULTS, self.results)
+        replace_json(self.folder / RESULTS, self.results)
         if done is not None:
             self.note(done)
 
@@ -344,10 +345,3 @@ def _differences(one: Any, other: Any) -> list[str]:
     if not isinstance(one, dict) or not isinstance(other, dict):
         return [] if one == other else ["value"]
     return [str(key) for key in {**one, **other} if one.get(key) != other.get(key)]
-
-
-def _write(file: Path, data: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    write_json(partial, data)
-    partial.replace(file)

@@ -15,56 +15,17 @@ import torch
 from lata_lightning.errors import LataError, SourceError, first_line, first_three
 from lata_lightning.evaluation.answers import AnswerPerplexity
 from lata_lightning.evaluation.harness import evaluate_tasks
-from lata_lightning.evaluation.modes import evaluating
+from lata_lightning.evaluation.perplexity import Perplexity
 from lata_lightning.evaluation.questions import read_questions
 from lata_lightning.store.dtypes import float_dtype
 from lata_lightning.training.loading import load_causal_lm
-from study.paper.configuration import TOKENS_PER_BATCH, Configuration
+from study.real.published.configuration import TOKENS_PER_BATCH, Configuration
 
 Split = Literal["validation", "test"]
 SPLITS: tuple[Split, ...] = ("validation", "test")
 Losses = Mapping[str, float | None]
 """Held-out loss by domain, in nats per token; None where it is no finite number, as of a model that a large scale has destroyed."""
 RUNS_CODE = ("humaneval", "mbpp")
-
-
-class TextLoss:
-    """Mean negative log-likelihood of a raw text, in nats per token, for any number of models.
-
-    The text is cut into windows that do not overlap. Where the tokenizer has a token for the beginning of a text, every window begins with it, as many
-    models predict poorly without; otherwise the first token of a window is not counted.
-
-    Args:
-        tokenizer: Hugging Face tokenizer.
-        text: What to predict; what does not fill the last window is left out.
-        context_length: Tokens of a window, that of the beginning included.
-
-    Raises:
-        LataError: The text does not fill one window.
-    """
-
-    def __init__(self, tokenizer: Any, text: str, context_length: int) -> None:
-        begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        # Not verbose: the text may be longer than the model's context, its windows are not.
-        tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
-        width = context_length - len(begin)
-        if len(tokens) < width:
-            raise LataError(f"a held-out text must fill at least one window of {width} tokens, it has {len(tokens)}")
-        windows = tokens[: len(tokens) // width * width].view(-1, width)
-        windows = torch.cat([torch.tensor(begin, dtype=torch.long).expand(len(windows), -1), windows], dim=1)
-        self._batches = torch.split(windows, max(1, TOKENS_PER_BATCH // context_length))
-        self.count = len(windows) * (context_length - 1)
-
-    def __call__(self, model: Any) -> float:
-        """The loss of a model, which stays as it is."""
-        device = next(model.parameters()).device
-        total = 0.0
-        with evaluating(model):
-            for window in self._batches:
-                input_ids = window.to(device)
-                logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
-                total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten(), reduction="sum"))
-        return total / self.count
 
 
 class HeldOut:
@@ -97,8 +58,9 @@ class HeldOut:
     @staticmethod
     def _loss(tokenizer: Any, path: Path, context_length: int) -> Callable[[Any], float]:
         if path.suffix == ".txt":
-            return TextLoss(tokenizer, path.read_text("utf-8"), context_length)
-        perplexity = AnswerPerplexity(tokenizer, [(question.prompt, question.answer) for question in read_questions(path)])
+            perplexity: Any = Perplexity(tokenizer, path.read_text("utf-8"), context_length, TOKENS_PER_BATCH)
+        else:
+            perplexity = AnswerPerplexity(tokenizer, [(question.prompt, question.answer) for question in read_questions(path)])
         return lambda model: math.log(perplexity(model))
 
 

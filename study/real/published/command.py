@@ -1,4 +1,4 @@
-"""``python -m study paper CONFIGURATION``."""
+"""The command where a configuration gives its checkpoints: merges of them are streamed from disk and scored."""
 
 from __future__ import annotations
 
@@ -11,27 +11,30 @@ from typing import TYPE_CHECKING, Any
 from lata_lightning.errors import LataError
 
 if TYPE_CHECKING:
-    from study.paper.configuration import Configuration
+    from study.real.published.configuration import Configuration
 
-HELP = "Compare merges of real checkpoints, streamed from disk: a ready configuration by name, or a YAML file."
+OPTIONS = {
+    "texts": None,
+    "base": None,
+    "instruct": None,
+    "expert": [],
+    "scales": None,
+    "tasks": None,
+    "limit": None,
+    "run_code": False,
+    "device": None,
+    "keep": False,
+    "seed": 0,
+}
+"""Options that have a meaning only where checkpoints are given, with their defaults."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of the command."""
-    parser.add_argument("configuration", metavar="CONFIGURATION", help="llama3_8b, gemma2_9b, or a YAML file like theirs")
-    parser.add_argument("--tiny", action="store_true", help="run it on tiny random models of the same architecture, offline, in seconds")
-    parser.add_argument("--plan", action="store_true", help="say what a run needs and stop; nothing is downloaded")
-    parser.add_argument("--work", type=Path, default=Path("methods-work"), help="folder for results and merged models")
+def add_arguments(parser: argparse._ArgumentGroup) -> None:
+    """Add the arguments that have a meaning only where checkpoints are given."""
     parser.add_argument("--texts", type=Path, help="folder with validation/ and test/, in both DOMAIN.jsonl (prompt, answer) or DOMAIN.txt")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        help="instead of --texts: folder of data sets to make them from, by default LATA_DATA, and without one those of the configuration",
-    )
     parser.add_argument("--base", help="another base than the configuration's: directory or hub id")
     parser.add_argument("--instruct", help="another instruct model")
     parser.add_argument("--expert", action="append", default=[], metavar="NAME=MODEL", help="another expert; may be given for several")
-    parser.add_argument("--methods", nargs="+", help="other methods than the configuration's")
     parser.add_argument("--scales", nargs="+", type=float, help="another grid of scales")
     parser.add_argument("--tasks", nargs="*", help="other tasks of lm-evaluation-harness, by name or file; none skips it")
     parser.add_argument("--limit", type=int, help="only so many examples of each task")
@@ -51,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     """
     from dataclasses import replace
 
-    from study.paper.configuration import checked, read_configuration, with_models
+    from study.real.published.configuration import checked, read_configuration, with_models
 
     configuration = with_models(read_configuration(options.configuration), options.base, options.instruct, options.expert)
     given: dict[str, Any] = {
@@ -64,13 +67,13 @@ def run(options: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from benchmarks.bench import table
-    from study.paper.benchmark import RESULTS, Benchmark, Options, summary
-    from study.paper.texts import made_texts
-    from study.paper.tiny import tiny_configuration
+    from study.real.published.benchmark import RESULTS, Benchmark, Options, summary
+    from study.real.published.texts import made_texts
+    from study.real.published.tiny import tiny_configuration
 
     # One for every model that is loaded says nothing.
     logging.disable_progress_bar()
-    folder = options.work / "paper" / f"{configuration.name}{'-tiny' if options.tiny else ''}"
+    folder = options.work / "real" / f"{configuration.name}{'-tiny' if options.tiny else ''}"
     if options.tiny:
         if options.base or options.instruct or options.expert:
             raise LataError("--tiny makes its own models: leave out --base, --instruct and --expert, or leave out --tiny")
@@ -92,7 +95,7 @@ def plan(configuration: Configuration) -> str:
     Raises:
         LataError: The configuration says nothing of the architecture, or transformers does not know it.
     """
-    from study.paper.configuration import needs
+    from study.real.published.configuration import needs
 
     found = needs(configuration)
     models = "\n".join(f"  {name:<10} {model}" for name, model in configuration.models.items())
@@ -108,7 +111,7 @@ def plan(configuration: Configuration) -> str:
 
 def note(text: str) -> None:
     """One line on standard error."""
-    sys.stderr.write(f"paper: {text}\n")
+    sys.stderr.write(f"real: {text}\n")
 
 
 def _gigabytes(count: int) -> str:

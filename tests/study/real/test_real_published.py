@@ -14,17 +14,18 @@ from lata_lightning.merging.merge import merge
 from lata_lightning.quickstart.make_checkpoints import make_tokenizer
 from lata_lightning.store.model_directory import verify_merged
 from study.cases import Case
-from study.paper import benchmark as benchmark_module
-from study.paper import scoring
-from study.paper.benchmark import Benchmark, Options, summary
-from study.paper.command import add_arguments, run
-from study.paper.configuration import READY, Expert, checked, empty_model, needs, read_configuration, with_models
-from study.paper.scoring import HeldOut, TextLoss, gains, kept, open_model, score_tasks, text_files
-from study.paper.streamed import PAPER, STREAMED, check_methods
-from study.paper.texts import made_texts
-from study.paper.tiny import tiny_configuration
+from study.real.command import add_arguments, run
+from study.real.published import benchmark as benchmark_module
+from study.real.published import scoring
+from study.real.published.benchmark import Benchmark, Options, summary
+from study.real.published.configuration import Expert, checked, empty_model, needs, read_configuration, with_models
+from study.real.published.scoring import HeldOut, gains, kept, open_model, score_tasks, text_files
+from study.real.published.streamed import PAPER, STREAMED, check_methods
+from study.real.published.texts import made_texts
+from study.real.published.tiny import tiny_configuration
 from study.rules import METHODS, methods_for
 
+PUBLISHED = ("gemma2_9b", "llama3_8b")
 TWO = ("task arithmetic", "LATA linear, block")
 
 
@@ -68,11 +69,11 @@ def written(tmp_path):
 # The ready configurations.
 
 
-@pytest.mark.parametrize("name", sorted(READY))
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_ready_configuration_runs_end_to_end_on_a_tiny_model_of_its_architecture(name, tmp_path, capsys):
     assert command(name, "--tiny", "--work", tmp_path, "--methods", *TWO, "random linear 1", "--scales", 0.3, 0.75) == 0
     said = capsys.readouterr()
-    folder = tmp_path / "paper" / f"{name}-tiny"
+    folder = tmp_path / "real" / f"{name}-tiny"
     results = json.loads((folder / "results.json").read_text())
     assert set(results["reference"]) == {"base", "instruct", "math", "code"}
     assert set(results["reference"]["math"]["test"]) == {"gsm8k", "mbpp", "wikitext2"}
@@ -339,29 +340,14 @@ class Bigram(torch.nn.Module):
         return SimpleNamespace(logits=self.table[input_ids])
 
 
-class Letters:
-    """Tokenizer of the letters a to d as 1 to 4; 0 is the beginning of a text."""
-
-    def __init__(self, begin):
-        self.bos_token_id = begin
-
-    def __call__(self, text, **_):
-        return {"input_ids": ["abcd".index(letter) + 1 for letter in text]}
-
-
-def test_the_loss_of_a_text_is_that_of_its_tokens_given_the_ones_before_them_in_the_window():
-    table = torch.arange(25, dtype=torch.float64).reshape(5, 5).sin().float()
-    chances = table.double().log_softmax(-1)
-    model = Bigram(table)
-    # Windows "abc" and "dab"; the last letter fills none.
-    inside = [(1, 2), (2, 3), (4, 1), (1, 2)]
-    plain = TextLoss(Letters(None), "abcdabc", 3)
-    assert plain(model) == pytest.approx(-sum(chances[pair].item() for pair in inside) / 4, rel=1e-6)
-    begun = TextLoss(Letters(0), "abcdabc", 4)
-    assert begun.count == 6
-    assert begun(model) == pytest.approx(-sum(chances[pair].item() for pair in [(0, 1), (0, 4), *inside]) / 6, rel=1e-6)
-    with pytest.raises(LataError, match="at least one window of 8 tokens, it has 7"):
-        TextLoss(Letters(None), "abcdabc", 8)
+def test_every_token_of_a_text_counts_the_same(tmp_path):
+    tokenizer = make_tokenizer()
+    for split, text in (("validation", "abcdefgh"), ("test", "hgfedcba" * 3)):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "one.txt").write_text(text)
+    model = Bigram(torch.zeros(len(tokenizer), len(tokenizer)))
+    held_out = HeldOut(tokenizer, tmp_path, ["one"], 8)
+    assert held_out(model, "test") == {"one": pytest.approx(math.log(len(tokenizer)), rel=1e-6)}
 
 
 def test_answers_are_scored_alone(tmp_path):
@@ -478,7 +464,7 @@ def test_data_sets_that_are_not_described_in_full_are_refused(written, texts, sa
         read_configuration(written(texts=texts))
 
 
-@pytest.mark.parametrize("name", sorted(READY))
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_ready_configuration_names_a_data_set_for_each_of_its_texts(name):
     configuration = read_configuration(name)
     assert set(configuration.texts) == set(configuration.domains)

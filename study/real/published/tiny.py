@@ -14,8 +14,8 @@ from lata_lightning.quickstart.exercises import INSTRUCT_SKILLS, SKILLS, Exercis
 from lata_lightning.quickstart.make_checkpoints import make_tokenizer
 from lata_lightning.rows.tokens import chat_rows, collate
 from lata_lightning.store.writer import atomic_directory
-from study.paper.configuration import Configuration, empty_model
-from study.paper.scoring import SPLITS, Split, write_texts
+from study.real.published.configuration import Configuration, empty_model
+from study.real.published.scoring import SPLITS, Split, write_texts
 
 CONTEXT = 64
 BLOCKS = 4

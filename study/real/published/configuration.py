@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-import yaml  # type: ignore[import-untyped]
 
-from lata_lightning.errors import LataError, SourceError, first_line, first_three
+from lata_lightning.errors import LataError, first_line, first_three
 from lata_lightning.moments import Start, check_start
 from lata_lightning.store.dtypes import float_dtype
-from study.paper.streamed import PAPER, check_methods, check_start_of
+from study.real.published.streamed import PAPER, check_methods, check_start_of
+from study.real.ready import read_yaml
 
-READY = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
-"""The configurations that come with the benchmark, by name."""
 TOKENS_PER_BATCH = 4096
 GRID = (0.1, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0, 1.4)
 Vocabulary = Literal["onto"]
@@ -145,15 +143,7 @@ def read_configuration(path: str | Path) -> Configuration:
         SourceError: There is no such file, and no ready configuration of that name.
         LataError: The file is no YAML, or a key is unknown, missing, or of the wrong kind; the message names it.
     """
-    file = READY.get(str(path), Path(path))
-    try:
-        content = yaml.safe_load(file.read_text("utf-8"))
-    except OSError as error:
-        raise SourceError(f"{path} is no configuration file ({error.strerror}) and none of the ready ones: {', '.join(READY)}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise LataError(f"{file} is no YAML: {first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise LataError(f"{file} must hold keys and values, it holds a {type(content).__name__}")
+    file, content = read_yaml(path)
     known = {field.name for field in fields(Configuration)} - {"name"}
     unknown, missing = set(map(str, content)) - known, {"base", "instruct", "experts"} - set(content)
     if unknown:

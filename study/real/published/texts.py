@@ -10,8 +10,8 @@ from typing import Any
 from lata_lightning.errors import LataError, SourceError, first_three
 from lata_lightning.store.directories import json_rows
 from lata_lightning.store.writer import atomic_directory
-from study.paper.configuration import Configuration, Source
-from study.paper.scoring import SPLITS, Split, write_texts
+from study.real.published.configuration import Configuration, Source
+from study.real.published.scoring import SPLITS, Split, write_texts
 
 ROWS = {"validation": 300, "test": 1000}
 """Most questions of a data set."""
