@@ -23,3 +23,10 @@ CHECKPOINTS_EXIST = _passed(".*Checkpoint directory .* is not empty")
 GRADIENT_CHECKPOINTING = _passed(".*is_gradient_checkpointing")
 # Lightning's command line calls functions that newer releases of jsonargparse deprecate.
 JSONARGPARSE = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+# peft saves the weights of embeddings that an adapter trains, and reports it.
+PEFT_SAVES_EMBEDDINGS = _passed("Setting `save_embedding_layers` to `True`")
+# peft reports that merging an adapter of one of two tied layers unties them, and that such an adapter may be a mistake; here it is on purpose.
+PEFT_UNTIES = _passed("Input and output embeddings are no longer tied after merging")
+PEFT_TIED_LAYER = _passed("Model has `tie_word_embeddings=True` and a tied layer is part of the adapter")
+# peft reports that it corrects the orientation of a linear layer in a model whose other layers are stored as inputs × outputs.
+PEFT_ORIENTATION = _passed("fan_in_fan_out is set to True but the target module is")

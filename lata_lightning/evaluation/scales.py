@@ -81,7 +81,7 @@ class Reweighting:
             whole = next((other for other in self._shell.tied(name) if other in names), None)
             if total is not None and whole is not None and total.weights.shape(names[whole]) == tensor.shape and tensor.is_contiguous():
                 flat, begin = tensor.view(-1), 0
-                for chunk in total.pieces(names[whole]):
+                for chunk in total.chunks(names[whole]):
                     flat[begin : begin + len(chunk)].copy_(chunk)
                     begin += len(chunk)
                 continue

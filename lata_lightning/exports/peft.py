@@ -131,13 +131,13 @@ class _Adapter:
             raise LataError(f"an adapter holds modules whole, and the start model lacks parts of those that change: {first_three(missing)}")
 
     def _factored(self, name: str, form: AdapterForm, truncation: Truncation) -> Factored:
-        parts, shape = self._total.parts(name), self._total.weights.shape(name)
+        differences, shape = self._total.differences(name), self._total.weights.shape(name)
         side: Any = "left" if form in ("linear", "convolution") else "right"
         try:
-            result = factored(shape, parts, truncation, scale=self._scale, scaled_side=side, dtype=self._dtype or torch.float32)
+            result = factored(shape, differences, truncation, scale=self._scale, scaled_side=side, dtype=self._dtype or torch.float32)
         except CorruptFileError as error:
             raise CorruptFileError(f"{name}: {error}") from error
-        self.figures[name] = ("cut" if result.cut else "factors", result.rank, *squares(parts, result.low_rank.rows()))
+        self.figures[name] = ("cut" if result.cut else "factors", result.rank, *squares(differences, result.low_rank.rows()))
         return result
 
     def _lora_config(self) -> Any:
@@ -251,11 +251,11 @@ class _Adapter:
         if not dtype.is_floating_point:
             return self._total.source.read(name)
         try:
-            merged, parts = self._total.merged(name, dtype), self._total.parts(name)
+            merged, differences = self._total.merged(name, dtype), self._total.differences(name)
         except CorruptFileError as error:
             raise CorruptFileError(f"{name}: {error}") from error
-        if parts:
-            self.figures[name] = ("whole", None, *squares(parts, rows_between(self._total.weights.read(name), merged)))
+        if differences:
+            self.figures[name] = ("whole", None, *squares(differences, rows_between(self._total.weights.read(name), merged)))
         return merged
 
     @property

@@ -31,7 +31,7 @@ def plan_adapter(total: Sum, structure: Structure) -> Plan:
     Raises:
         LataError: As for ``plan_of``.
     """
-    return plan_of([name for name in total.names if total.parts(name)], structure)
+    return plan_of([name for name in total.names if total.differences(name)], structure)
 
 
 def plan_of(changed: Sequence[str], structure: Structure) -> Plan:

@@ -1,4 +1,4 @@
-"""Tensors put together from rows of several sources."""
+"""Tensors assembled from rows of several sources."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from lata_lightning.store.views import Wrapping
 
 
 @final
-class Rows(Wrapping):
-    """A source in which some tensors are put together from rows of several sources, one tensor at a time.
+class AssembledRows(Wrapping):
+    """A source in which some tensors are assembled from rows of several sources, one tensor at a time.
 
     Args:
-        source: Whose other tensors are taken as they are.
-        axes: Axis of the rows by tensor name.
-        size: Number of rows to hold.
-        pieces: Sources, each with the rows to take from it; later ones win. Rows that none gives are zero.
+        source: The source of all other tensors.
+        axes: Axis of the rows, by name of each assembled tensor.
+        size: Number of rows.
+        parts: Sources, each with the numbers of the rows to take from it; later ones win. Rows of no source are zero.
     """
 
     def __init__(
-        self, source: TensorSource, axes: Mapping[str, int], size: int, pieces: Sequence[tuple[TensorSource, Iterable[int]]]
+        self, source: TensorSource, axes: Mapping[str, int], size: int, parts: Sequence[tuple[TensorSource, Iterable[int]]]
     ) -> None:
-        # Rows of several models have no tokenizer of their own.
+        # No tokenizer belongs to rows of several models.
         super().__init__(source, replace(source.origin, directory=None))
         self._axes, self._size = axes, size
-        self._pieces = [(piece, torch.tensor(sorted(rows), dtype=torch.int64)) for piece, rows in pieces]
+        self._parts = [(part, torch.tensor(sorted(rows), dtype=torch.int64)) for part, rows in parts]
 
     @override
     def shape(self, name: str) -> tuple[int, ...]:
@@ -43,20 +43,20 @@ class Rows(Wrapping):
 
     @override
     def dtype(self, name: str) -> torch.dtype:
-        found = super().dtype(name)
-        for piece, _ in self._pieces if name in self._axes else ():
-            found = torch.promote_types(found, piece.dtype(name))
-        return found
+        dtype = super().dtype(name)
+        for part, _ in self._parts if name in self._axes else ():
+            dtype = torch.promote_types(dtype, part.dtype(name))
+        return dtype
 
     @override
     def read(self, name: str) -> Tensor:
         axis = self._axes.get(name)
         if axis is None:
             return super().read(name)
-        found = torch.zeros(self.shape(name), dtype=self.dtype(name))
-        for piece, rows in self._pieces:
-            found.index_copy_(axis, rows, piece.read(name).index_select(axis, rows).to(found.dtype))
-        return found
+        assembled = torch.zeros(self.shape(name), dtype=self.dtype(name))
+        for part, rows in self._parts:
+            assembled.index_copy_(axis, rows, part.read(name).index_select(axis, rows).to(assembled.dtype))
+        return assembled
 
     @override
     def low_rank(self, name: str) -> LowRank | None:

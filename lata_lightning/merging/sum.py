@@ -1,4 +1,4 @@
-"""The start model of vectors and, on it, their weighted sum tensor by tensor."""
+"""The start model of vectors, and start + weighted sum of the vectors, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Onto = str | Path | nn.Module | Mapping[str, Tensor] | TensorSource
 
 
 def start_of(terms: Sequence[Term], onto: Onto | None) -> Onto:
-    """What is given, or the location of the start that the first vector records.
+    """Return the given start model, or the location of the start that the first vector records.
 
     Raises:
-        LataError: Nothing is given and nothing recorded, as the start was in memory.
-        SourceError: Nothing is where the record says, as where it is a path relative to another directory.
+        LataError: No start is given, and none is recorded because it was in memory.
+        SourceError: There is nothing at the recorded location, for example because it is relative to another directory.
     """
     if onto is not None:
         return onto
@@ -47,15 +47,15 @@ def start_of(terms: Sequence[Term], onto: Onto | None) -> Onto:
 
 
 class Sum:
-    """Start + Σ scale · coefficient · vector, under the names of the start; nothing is read before it is asked for.
+    """Start + Σ scale · coefficient · vector, under the names of the start; tensors are read when they are needed.
 
     Attributes:
-        source: The start as it lies, with its config.
+        source: The start model, with its config.
         weights: Its floating tensors.
 
     Raises:
         BaseMismatchError: Two vectors started from different weights.
-        LayoutMismatchError: A vector does not hold the tensors of the start, or belongs to a model of other tokens or another function.
+        LayoutMismatchError: The tensors of a vector are not those of the start, or its model has other tokens or computes another function.
     """
 
     def __init__(self, terms: Sequence[Term], onto: Onto | None, *, check_base: bool = True) -> None:
@@ -76,38 +76,38 @@ class Sum:
         """Names of the floating tensors."""
         return self.weights.names
 
-    def parts(self, name: str) -> list[tuple[Tensor | LowRank, float]]:
-        """What is added to a tensor: differences as they are held, each with its factor; none where no vector acts."""
+    def differences(self, name: str) -> list[tuple[Tensor | LowRank, float]]:
+        """Return the differences that are added to a tensor, dense or as factors, each with its multiplier; zero ones are left out."""
         acting = zip(self._matched.readers, self.factors(name), strict=True)
-        found = [(reader.low_rank(name) or reader.read(name), factor) for reader, factor in acting if factor != 0]
-        return [(part, factor) for part, factor in found if bool(part.any())]
+        differences = [(reader.low_rank(name) or reader.read(name), factor) for reader, factor in acting if factor != 0]
+        return [(difference, factor) for difference, factor in differences if bool(difference.any())]
 
     def factors(self, name: str) -> tuple[float, ...]:
-        """The factor of each vector on a tensor; 0 where it does not act."""
+        """Return the multiplier of each vector for a tensor; 0 where it is not added."""
         return self._matched.factors(name)
 
     def low_rank(self, name: str) -> list[LowRank]:
-        """What is held as factors of what is added to a tensor, without reading the rest."""
+        """Return those differences added to a tensor that are stored as factors, without reading the others."""
         sides = zip(self._matched.readers, self.factors(name), strict=True)
-        found = (reader.low_rank(name) for reader, factor in sides if factor != 0)
-        return [held for held in found if held is not None]
+        differences = (reader.low_rank(name) for reader, factor in sides if factor != 0)
+        return [difference for difference in differences if difference is not None]
 
     def merged(self, name: str, dtype: torch.dtype | None) -> Tensor:
-        """The sum of a tensor, rounded once to the dtype (by default that of the start), bit for bit as a merge writes it."""
+        """Return the sum of a tensor, rounded once to the dtype (by default that of the start), bit for bit as a merge writes it."""
         start = self.weights.read(name)
-        return combine(start, self.parts(name), dtype or start.dtype)
+        return combine(start, self.differences(name), dtype or start.dtype)
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """The sum of a tensor piece by piece, rounded once to the dtype of the start; each piece is valid until the next is asked for."""
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """Yield the sum of a tensor chunk by chunk, rounded once to the dtype of the start; each is valid until the next is asked for."""
         acting = zip(self._matched.readers, self.factors(name), strict=True)
-        parts = [summand(self.weights, reader, name, factor) for reader, factor in acting if factor != 0]
-        return combined(prod(self.weights.shape(name)), self.weights.chunks(name), parts, self.weights.dtype(name))
+        summands = [summand(self.weights, reader, name, factor) for reader, factor in acting if factor != 0]
+        return combined(prod(self.weights.shape(name)), self.weights.chunks(name), summands, self.weights.dtype(name))
 
     def check_start(self) -> None:
-        """Read what has not been read of the start, if a vector records a hash to compare with.
+        """Compare the start with the hashes that the vectors record, reading those of its tensors that have not been read yet.
 
         Raises:
-            BaseMismatchError: The start is another than the one a vector comes from.
+            BaseMismatchError: A vector started from another model.
         """
         if any(term.vector.manifest.start_identity.content_hash for term in self._terms):
             for name in self.names:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from adapting import adapted, reference, save_adapter
 from architectures import every_architecture, loaded, outputs_of, save_family
+from passed_warnings import GRADIENT_CHECKPOINTING, PEFT_ORIENTATION, PEFT_SAVES_EMBEDDINGS, PEFT_TIED_LAYER, PEFT_UNTIES
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_models import leftovers, write_checkpoint, write_model
@@ -17,11 +18,7 @@ from lata_lightning.exports.peft import export_peft
 from lata_lightning.merging.merge import Term
 from lata_lightning.vectors.task_vector import TaskVector
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = [GRADIENT_CHECKPOINTING, PEFT_ORIENTATION, PEFT_SAVES_EMBEDDINGS, PEFT_TIED_LAYER, PEFT_UNTIES]
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from adapting import save_adapter
 from architectures import save_family
+from passed_warnings import GRADIENT_CHECKPOINTING
 from safetensors.torch import load_file
 
 from lata_lightning.cli.main import main
@@ -14,11 +15,7 @@ from lata_lightning.exports.remarks import loss_remark, size_remark
 from lata_lightning.merging.merge import Term
 from lata_lightning.vectors.task_vector import TaskVector
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = GRADIENT_CHECKPOINTING
 
 
 @pytest.fixture(scope="module")

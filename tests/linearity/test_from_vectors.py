@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from architectures import ARCHITECTURES, every_architecture, loaded, moved, save_family, tiny_model
+from passed_warnings import GRADIENT_CHECKPOINTING
 from tiny_models import BLOCKS, plus, read_back, same_bits, weights, write_model
 from transformers.pytorch_utils import Conv1D
 
@@ -21,7 +22,7 @@ from lata_lightning.vectors.artefact import verify
 from lata_lightning.vectors.provenance import OUTSIDE
 
 # peft and transformers warn of what they rename and of settings that are of no account here.
-pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("UserWarning", "DeprecationWarning", "FutureWarning")]
+pytestmark = GRADIENT_CHECKPOINTING
 START = weights(0)
 TUNED = [plus(START, weights(seed), 0.1) for seed in (1, 2)]
 TARGETS = {

@@ -13,7 +13,6 @@ from lata_lightning.cli.main import main
 from lata_lightning.errors import LataError, LayoutMismatchError
 from lata_lightning.merging.merge import Term, forget, merge
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 

@@ -20,7 +20,7 @@ from transformers import (
 
 from lata_lightning.errors import LataError, LayoutMismatchError
 from lata_lightning.merging.merge import Term, forget, merge
-from lata_lightning.merging.rows import Rows
+from lata_lightning.merging.rows import AssembledRows
 from lata_lightning.merging.vocabularies import between_vocabularies, resized
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.sources import StateDictSource
@@ -537,7 +537,7 @@ def test_rows_of_factors_are_those_of_the_matrix_they_make():
     left, right = torch.randint(-4, 5, (4, 2)).float(), torch.randint(-4, 5, (2, 3)).float()
     matrices = StateDictSource({"embedding": left @ right, "other": left @ right})
     held = InFactors(matrices, {"embedding": (left, right), "other": (left, right)})
-    found = Rows(held, {"embedding": 0}, 6, [(held, range(3))])
+    found = AssembledRows(held, {"embedding": 0}, 6, [(held, range(3))])
     assert found.low_rank("embedding") is None
     assert found.low_rank("other") is not None
     assert torch.equal(found.read("embedding"), torch.cat([(left @ right)[:3], torch.zeros(3, 3)]))

@@ -13,12 +13,6 @@ from lata_lightning.quickstart.methods import METHODS, REGRESSION, WITHOUT_SAMPL
 from lata_lightning.quickstart.results import Results
 from lata_lightning.quickstart.scoring import GROUPS
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-
 
 @pytest.fixture(scope="module")
 def finished(short_quickstart, tmp_path_factory):
