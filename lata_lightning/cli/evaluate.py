@@ -199,6 +199,6 @@ def _refuse_existing(*targets: Path) -> None:
 
 COMMANDS = {
     "evaluate": Command(
-        "Score a model: on JSONL files, on tasks of lm-evaluation-harness, or by what it has forgotten and kept.", _arguments, _run
+        "Score models: on files of rows, on tasks of lm-evaluation-harness, or by what they have forgotten and kept.", _arguments, _run
     ),
 }
