@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from lata_lightning.callbacks.loggers import log_heat_map, log_measured
 from lata_lightning.callbacks.plots import plot_run
 from lata_lightning.callbacks.run import Phase, Run
 from lata_lightning.errors import LataError, OutputError
+from lata_lightning.live.history import MeasuredStep
 from lata_lightning.live.monitor import STATE_VERSION, check_version
 from lata_lightning.store.run_directory import VECTOR_NAME
 
@@ -133,6 +135,11 @@ class LATACallback(RunArguments, pl.Callback):
     def alignment(self) -> Alignment | None:
         """The last measurement; with coefficients once training has ended."""
         return None if self.run is None else self.run.alignment
+
+    @property
+    def history(self) -> Sequence[MeasuredStep]:
+        """What this process has measured in the present or last run, oldest first."""
+        return () if self.run is None else self.run.monitor.history
 
     def plot(self, ax: Axes | None = None) -> tuple[Figure | SubFigure, Axes]:
         """Draw the alignment of every layer over the run, or the last measurement by layer where there is no history of alignments.

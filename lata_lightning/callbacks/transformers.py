@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from lata_lightning.callbacks.metrics import metrics_of
 from lata_lightning.callbacks.plots import plot_run
 from lata_lightning.callbacks.run import Phase, Run
 from lata_lightning.errors import LataError
+from lata_lightning.live.history import MeasuredStep
 from lata_lightning.live.monitor import check_version
 
 if TYPE_CHECKING:
@@ -68,6 +70,11 @@ class LATATrainerCallback(RunArguments, TrainerCallback):  # type: ignore[misc]
     def alignment(self) -> Alignment | None:
         """The last measurement; with coefficients once training has ended."""
         return None if self._run is None else self._run.alignment
+
+    @property
+    def history(self) -> Sequence[MeasuredStep]:
+        """What this process has measured in the present or last run, oldest first."""
+        return () if self._run is None else self._run.monitor.history
 
     def plot(self, ax: Axes | None = None) -> tuple[Figure | SubFigure, Axes]:
         """Draw the alignment of every layer over the run, or the last measurement by layer where there is no history of alignments.

@@ -270,6 +270,8 @@ def test_before_the_first_step_counts_nothing_was_learned(tmp_path, models):
     assert not any(exported[name].any() for name in exported)
 
 
+# peft advises EVA to save memory, which a test has enough of.
+@pytest.mark.filterwarnings("ignore:lora with eva initialization used with low_cpu_mem_usage=False")
 @pytest.mark.parametrize("kind", ["CorDA", "EVA"])
 def test_initialisations_from_data_are_measured_from_what_they_set(tmp_path, models, kind):
     model, data = instruct(models), list(batches())
@@ -616,6 +618,8 @@ def test_a_grouped_convolution_is_refused(tmp_path):
     refused(tmp_path, wrapped(network(groups=2), target_modules=["0"]), "grouped convolution")
 
 
+# The older of torch's two ways to compute a weight is meant.
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
 def test_a_weight_that_is_computed_from_others_is_refused(tmp_path):
     model = nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 4)))
     refused(tmp_path, wrapped(model, target_modules=["0"]), "computed from others")
@@ -633,6 +637,8 @@ def test_a_base_weight_that_is_trained_as_well_is_refused(tmp_path):
     refused(tmp_path, model, "trains the weight under it as well")
 
 
+# A model of a test was loaded from nowhere.
+@pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed")
 def test_adapters_that_no_peft_model_holds_are_refused(tmp_path):
     config = peft.LoraConfig(r=2, target_modules=["q_proj"])
     added, injected = tiny_llama(), tiny_llama()
