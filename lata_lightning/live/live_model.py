@@ -193,7 +193,7 @@ def find_model(module: nn.Module, name: str | None = None) -> nn.Module:
         name: Path of the model inside of it, such as ``"model"``; None to look for it.
 
     Returns:
-        The outermost peft model if there is one, else the outermost transformers model, else the outermost GPT of LitGPT, else the module itself.
+        The outermost peft model if there is one, else the outermost transformers model, else the outermost GPT of LitGPT, else the module in its wrappers.
 
     Raises:
         LataError: There is nothing under that name, or there are two such models side by side.
@@ -216,16 +216,24 @@ def find_model(module: nn.Module, name: str | None = None) -> nn.Module:
             )
         if models:
             return next(iter(models.values()))
-    return module
+    return _inside_wrappers(module)
 
 
 def _inside_wrappers(module: nn.Module) -> nn.Module:
-    """The module in torch.compile's wrapper, or in that of activation checkpointing; any other module itself."""
-    children = list(module.named_children())
-    while len(children) == 1 and not unwrapped(children[0][0]):
-        module = children[0][1]
+    """Return the module in the wrappers of DDP, Fabric, torch.compile and activation checkpointing; any other module itself."""
+    while True:
         children = list(module.named_children())
-    return module
+        if isinstance(module, _wrapper_kinds()):
+            module = module.module
+        elif len(children) == 1 and not unwrapped(children[0][0]):
+            module = children[0][1]
+        else:
+            return module
+
+
+def _wrapper_kinds() -> tuple[Any, ...]:
+    fabric = sys.modules.get("lightning.fabric.wrappers")
+    return (nn.parallel.DistributedDataParallel, nn.DataParallel, *(() if fabric is None else (fabric._FabricModule,)))
 
 
 def _litgpt_kinds() -> tuple[Any, ...]:

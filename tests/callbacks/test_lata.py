@@ -96,6 +96,7 @@ def test_history_has_a_line_per_epoch_and_per_n_steps(tmp_path, models, instruct
     callback = LATACallback(models / "instruction", every_n_train_steps=4, output_dir=tmp_path / "lata", table=False)
     trainer(tmp_path, callback).fit(Module(instruct), batches(6))
     assert [(row["step"], row["epoch"]) for row in history(tmp_path / "lata")] == [(4, 0), (6, 0), (8, 1), (12, 1)]
+    assert [measured.to_json() for measured in callback.history] == history(tmp_path / "lata")
     assert set(history(tmp_path / "lata")[0]["layers"]["model.layers.0"]) == {
         "alignment", "relative_norm", "task_norm", "instruction_norm", "coefficient",
     }  # fmt: skip

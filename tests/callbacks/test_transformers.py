@@ -81,6 +81,7 @@ def test_figures_and_vector_are_those_of_whole_float64_vectors(tmp_path, models,
     assert all(torch.equal(vector[name].double(), task[name].float().double()) for name in task)
     assert (vector.manifest.step, vector.manifest.epoch) == (12, 2)
     assert [(row["step"], row["epoch"]) for row in history(tmp_path)] == [(6, 0), (12, 1)]
+    assert [measured.to_json() for measured in callback.history] == history(tmp_path)
 
 
 @pytest.mark.parametrize(

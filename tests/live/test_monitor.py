@@ -7,6 +7,7 @@ import math
 import peft
 import pytest
 import torch
+from lightning.fabric import Fabric
 from small_modules import Stack
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -391,6 +392,30 @@ def test_vectors_that_cannot_be_compared_are_refused_with_their_name(models, tmp
 def test_names_that_cannot_be_part_of_a_key_are_refused(models, name):
     with pytest.raises(LataError, match="letters, digits"):
         TaskVectorMonitor(load(models), compare_with={name: models / "math"})
+
+
+# torch.compile imports a part of torch that uses an older part of it.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+@pytest.mark.parametrize("wrapper", ["DDP", "Fabric", "torch.compile"])
+def test_wrappers_leave_the_names_of_a_module_of_ones_own(tmp_path, wrapper):
+    plain = Stack()
+    if wrapper == "DDP":
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+        wrapped = nn.parallel.DistributedDataParallel(plain)
+    elif wrapper == "Fabric":
+        wrapped = Fabric(accelerator="cpu", devices=1).setup_module(plain)
+    else:
+        wrapped = torch.compile(plain)
+    try:
+        monitor = TaskVectorMonitor(wrapped)
+        with torch.no_grad():
+            plain.layers[1].attention.weight.add_(1)
+        # 16 entries, each 1 further.
+        assert monitor.measure(1).layers["layers.1"].task_norm == pytest.approx(4.0, rel=1e-6)
+        assert set(monitor.tracker.live.names) == {name for name, tensor in plain.state_dict().items() if tensor.is_floating_point()}
+    finally:
+        if wrapper == "DDP":
+            torch.distributed.destroy_process_group()
 
 
 def test_a_module_of_ones_own_with_buffers_is_measured_without_them():
