@@ -148,8 +148,8 @@ class Alignment:
         axes = new_axes() if ax is None else ax
         moved = {name: stats for name, stats in self.layers.items() if stats.moved}
         known = {name: value for name, stats in moved.items() if (value := stats.alignment if self.values else stats.task_norm) is not None}
-        places = [list(self.layers).index(name) for name in known]
-        axes.plot(places, list(known.values()), marker="o", color="0.5" if self.flat else "C0")
+        positions = [list(self.layers).index(name) for name in known]
+        axes.plot(positions, list(known.values()), marker="o", color="0.5" if self.flat else "C0")
         # As many names as fit beside each other.
         shown = range(0, len(self.layers), max(1, -(-len(self.layers) // 20)))
         axes.set_xticks(list(shown), [list(self.layers)[number] for number in shown], rotation=60, ha="right", fontsize="small")

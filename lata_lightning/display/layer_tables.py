@@ -127,12 +127,12 @@ def derivation_table(derivation: Derivation, title: str = "", *, every: bool = F
 def sparkline(values: Sequence[float | None]) -> str:
     """Return values as bars of eight heights, one character each, from the smallest to the largest; a blank for none.
 
-    More values than fit on a line are averaged in equal pieces.
+    More values than fit on a line are averaged over runs of equal length.
     """
     if len(values) > _MOST_SPARKS:
         edges = [index * len(values) // _MOST_SPARKS for index in range(_MOST_SPARKS + 1)]
-        pieces = [[value for value in values[begin:end] if value is not None] for begin, end in pairwise(edges)]
-        values = [sum(piece) / len(piece) if piece else None for piece in pieces]
+        runs = [[value for value in values[begin:end] if value is not None] for begin, end in pairwise(edges)]
+        values = [sum(run) / len(run) if run else None for run in runs]
     known = [value for value in values if value is not None]
     low, high = min(known, default=0.0), max(known, default=0.0)
     span = high - low

@@ -62,7 +62,7 @@ class Accuracy:
         """Return whether each text gets the right label, in the order of the samples; errors as for a call."""
         wanted = torch.tensor(label_numbers(self._labels, model.config, self._name))
         device = next(model.parameters()).device
-        found = [False] * self.count
+        correct = [False] * self.count
         with evaluating(model):
             for members in self._batches(model):
                 ids = [torch.tensor(self._rows[index]) for index in members]
@@ -71,8 +71,8 @@ class Accuracy:
                 mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], True, 0).to(device)
                 logits = model(input_ids=input_ids, attention_mask=mask).logits
                 for index, right in zip(members, (logits.argmax(-1).cpu() == wanted[members]).tolist(), strict=True):
-                    found[index] = right
-        return found
+                    correct[index] = right
+        return correct
 
     def _batches(self, model: Any) -> list[list[int]]:
         """Return the numbers of the texts of each batch; one text each for a model without a padding token."""

@@ -15,7 +15,7 @@ _BLOCK = 1 << 16
 
 
 class Factors(NamedTuple):
-    """One summand scale · left @ right.
+    """One summand: scale · left @ right.
 
     Attributes:
         left: Floating, of shape (rows, rank).

@@ -130,7 +130,7 @@ def regressed(operands: Sequence[Operand], shape: tuple[int, int], settings: Set
 
 
 def regressed_factors(matrices: Sequence[LowRank], shape: tuple[int, int], settings: Settings, figures: Figures) -> LowRank:
-    """Return the merged matrix of vectors that are all stored as factors, as factors of the sum of their ranks; as ``regressed``.
+    """Return what ``regressed`` does for vectors that are all stored as factors, as factors whose rank is the sum of theirs.
 
     Args:
         matrices: One for each vector, each of this shape.

@@ -69,13 +69,13 @@ def measure_together(
     sizes = {name: 4 * len(vectors) * math.prod(vectors[0].shape(name)) for name in vectors[0]} if vectors else {}
     done, size = 0, sum(sizes.values())
     for name in sizes:
-        held = [task.factors_or_dense(name) for task in tasks]
+        differences = [task.factors_or_dense(name) for task in tasks]
         direction = None if instruction is None else instruction.factors_or_dense(name)
-        for table, vector, task in zip(tables, vectors, held, strict=True):
+        for table, vector, task in zip(tables, vectors, differences, strict=True):
             along = None if vector.manifest.kind == "instruction" else direction
             table |= moments_table({name: tensor_sums(task, along)})
         for one, other in pairs:
-            pairs[one, other] |= {name: tensor_sums(held[one], held[other])[0].item()}
+            pairs[one, other] |= {name: tensor_sums(differences[one], differences[other])[0].item()}
         done += sizes[name]
         if progress is not None:
             progress(done, size)

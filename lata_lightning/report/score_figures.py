@@ -61,5 +61,5 @@ def scale_curve(number: int, label: str, scales: ScaleCurves) -> Lines:
         summary=" ".join(words),
         x_title="scale",
         y_title=scales.metric,
-        series=tuple(Series(name, place, dict(curve.items())) for place, (name, curve) in enumerate(scales.curves.items())),
+        series=tuple(Series(name, colour, dict(curve.items())) for colour, (name, curve) in enumerate(scales.curves.items())),
     )

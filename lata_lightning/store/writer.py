@@ -273,7 +273,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def replace_json(path: Path, data: Any) -> None:
-    """Write JSON in the place of what has the name; it appears whole or not at all. Missing parents are made.
+    """Write a JSON file, over one of the same name; it appears whole or not at all. Missing parents are made.
 
     Raises:
         OutputError: The file cannot be written.

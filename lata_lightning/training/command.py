@@ -172,7 +172,7 @@ class FitCLI(LightningCLI):
 
 
 def _quiet_settings(given: Any) -> dict[str, Any]:
-    """Settings of the trainer for one line of progress and no table of modules, as far as the configuration says nothing else."""
+    """Settings of the trainer for one line of progress and no table of modules, where the configuration does not set them."""
     settings: dict[str, Any] = {} if given.get("enable_model_summary") else {"enable_model_summary": False}
     callbacks = given.get("callbacks") or []
     callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
