@@ -95,8 +95,6 @@ def _from_vectors(options: Namespace) -> TaskVector:
     from lata_lightning.merging.vocabularies import between_vocabularies
     from lata_lightning.store.directories import holds_vector
     from lata_lightning.store.opening import open_source
-    from lata_lightning.store.pairing import pair
-    from lata_lightning.store.views import View
     from lata_lightning.vectors.aligning import check_same_model
 
     unused = [f"--{name.replace('_', '-')}" for name, default in _ONLY_WITH_DATA.items() if options[name] != default]
@@ -114,10 +112,10 @@ def _from_vectors(options: Namespace) -> TaskVector:
         vectors = [vector for vector, _ in pairs]
         for sentence in dict.fromkeys(sentence for _, sentences in pairs for sentence in sentences):
             note(sentence)
-    start = open_source(options.start_model)
-    pair(View(start, {name: name for name in start.names if start.dtype(name).is_floating_point}), vectors[0].tensors)
-    check_same_model(start, vectors, by_token=options.vocabulary is None)
-    return regress(vectors, ridge=options.ridge, prior=options.prior, device=options.device, check_base=options.check_base)
+    check_same_model(open_source(options.start_model), vectors, by_token=options.vocabulary is None)
+    return regress(
+        vectors, options.start_model, ridge=options.ridge, prior=options.prior, device=options.device, check_base=options.check_base
+    )
 
 
 def _from_samples(options: Namespace) -> TaskVector:

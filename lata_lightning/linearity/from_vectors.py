@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import torch
 
 from lata_lightning.errors import LataError
+from lata_lightning.layers import LayerMap
 from lata_lightning.linearity.matrix_merges import MATRIX_METHODS, NAMES, MatrixMerge, MatrixMethod
 from lata_lightning.numerics.matrix_regression import Settings
 from lata_lightning.store.meaning import check_all_mean_the_same
-from lata_lightning.store.pairing import pair
 from lata_lightning.store.sources import TensorSource
-from lata_lightning.vectors.aligning import check_same_start
+from lata_lightning.store.views import View
+from lata_lightning.vectors.aligning import check_same_model, check_same_start
 from lata_lightning.vectors.entries import TensorEntry
 from lata_lightning.vectors.manifest import Manifest
+from lata_lightning.vectors.matched import MatchedVectors, match_vectors
 from lata_lightning.vectors.provenance import Derivation, Identity, Input
 from lata_lightning.vectors.task_vector import TaskVector
 
@@ -23,14 +26,17 @@ def merge_matrices(
     vectors: Sequence[TaskVector],
     method: MatrixMethod = "regression",
     *,
+    start: TensorSource | None = None,
     settings: Settings | None = None,
     check_base: bool = True,
 ) -> TaskVector:
-    """One task vector out of several, of which each tensor is computed when it is read.
+    """Return one task vector made of several, of which each tensor is computed when it is read.
 
     Args:
         vectors: Task vectors of one start. Coefficients they may have do not count.
         method: As for ``MatrixMerge``.
+        start: The model that they started from, whose names the vector gets; by default it has those of the vector with most tensors. It is needed where
+            each of two vectors holds what was left out of the other.
         settings: How matrices are solved, for the regression.
         check_base: Refuse vectors that are known to start from different weights.
 
@@ -48,29 +54,51 @@ def merge_matrices(
     if check_base:
         check_same_start(vectors)
     settings = settings or Settings()
-    readers: list[TensorSource] = [vectors[0].tensors]
-    for vector in vectors[1:]:
-        common, reader = pair(readers[-1], vector.tensors)
-        readers[-1] = common
-        readers.append(reader)
+    # What one vector was made without, another may hold.
+    source = max((vector.tensors for vector in vectors), key=lambda tensors: len(tensors.names)) if start is None else start
+    matched = match_vectors(source, vectors)
     check_all_mean_the_same([(vector.label, vector.manifest.meaning) for vector in vectors])
-    first = vectors[0].manifest
-    merged = MatrixMerge(
-        readers, [vector.label for vector in vectors], [vector.unchanged for vector in vectors], first.layers, method, settings
-    )
-    unchanged = frozenset.intersection(*(vector.unchanged for vector in vectors))
-    known = [vector.manifest.start_identity for vector in vectors if vector.manifest.start_identity != Identity()]
+    if start is not None:
+        # Rows of vectors between vocabularies are those of the start already.
+        check_same_model(start, vectors, by_token=False)
+    readers = [View(reader, {name: name for name in matched.held}) for reader in matched.readers]
+    merged = MatrixMerge(readers, [vector.label for vector in vectors], matched.unchanged, matched.layers, method, settings)
+    return made_of(matched, merged, derivation_of(merged, vectors, method, settings))
+
+
+def made_of(matched: MatchedVectors, tensors: TensorSource, derivation: Derivation, start: Identity | None = None) -> TaskVector:
+    """Return a vector made of several, with what is known of them.
+
+    Args:
+        matched: The vectors, and the model whose names the new one has.
+        tensors: Of the new vector: every tensor that one of them holds.
+        derivation: How it was made.
+        start: What it started from, where the vectors do not record that.
+    """
+    frozen, layers, names = frozenset.intersection(*matched.unchanged), matched.layers, set(tensors.names)
+    first = matched.vectors[0].manifest
     manifest = Manifest(
         kind="task",
         start=first.start,
-        layers=first.layers,
-        start_identity=known[0] if known else Identity(),
+        layers=LayerMap({name: layers.positions[name] for name in tensors.names}, layers.blocks),
+        start_identity=_start_of(matched.vectors, names, start or Identity()),
         meaning=first.meaning,
-        tied=first.tied,
-        tensors={name: TensorEntry(merged.shape(name), "float32", unchanged=True) for name in merged.names if name in unchanged},
-        derivation=derivation_of(merged, vectors, method, settings),
+        tied=first.tied if all(any(name in names for name in group) for group in first.tied) else (),
+        tensors={name: TensorEntry(tensors.shape(name), "float32", unchanged=True) for name in tensors.names if name in frozen},
+        derivation=derivation,
+        leave_out=matched.leave_out(),
     )
-    return TaskVector(merged, manifest)
+    return TaskVector(tensors, manifest)
+
+
+def _start_of(vectors: Sequence[TaskVector], names: Collection[str], unknown: Identity) -> Identity:
+    """What a vector of these names started from."""
+    known = [vector for vector in vectors if vector.manifest.start_identity != Identity()]
+    if not known:
+        return unknown
+    # The hash covers the names too, so that it says nothing about another set of tensors.
+    same = [vector.manifest.start_identity for vector in known if set(vector) == set(names)]
+    return same[0] if same else replace(known[0].manifest.start_identity, content_hash=None)
 
 
 def check_mergeable(vectors: Sequence[TaskVector]) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from lata_lightning.errors import LataError
-from lata_lightning.linearity.from_vectors import merge_matrices, solving_device
+from lata_lightning.linearity.from_vectors import made_of, merge_matrices, solving_device
 from lata_lightning.linearity.positions import few_positions
 from lata_lightning.linearity.stages import Merged, Stages
+from lata_lightning.linearity.start import StartModel, open_start
 from lata_lightning.linearity.units import Blocks
-from lata_lightning.linearity.walk import Batch, StartModel, check_samples, opened, row_count
+from lata_lightning.linearity.walk import Batch, check_samples, row_count
 from lata_lightning.numerics.matrix_regression import Prior, Settings
+from lata_lightning.store.opening import open_source
+from lata_lightning.store.views import View
 from lata_lightning.store.writer import Progress
-from lata_lightning.vectors.entries import TensorEntry
-from lata_lightning.vectors.manifest import Manifest
 from lata_lightning.vectors.provenance import Derivation, Identity, Input
 from lata_lightning.vectors.task_vector import TaskVector
 
@@ -51,7 +54,8 @@ def regress(
 
     Args:
         vectors: Task vectors of one start. Coefficients they may have do not count.
-        start: With samples: directory or hub id of a transformers model, or a module. Dropout is off, and it does not change.
+        start: The model that the vectors started from. With samples: directory or hub id of a transformers model, or a module, which they run through;
+            dropout is off, and it does not change. Without: as for ``merge_matrices``.
         samples: For each vector batches of inputs of the model, by argument name, with an ``attention_mask`` where rows are padded; in all about
             twice as many positions as the widest layer takes in numbers. How rows are split into batches makes no difference but memory.
         ridge: λ in units of the mean of the diagonal of Σ C_t; positive. By default 1 without samples, 1e-6 with them.
@@ -83,14 +87,15 @@ def regress(
     arXiv:2604.01329. This package's choices: the prior and the ridge, embeddings by use, and equal weight of tasks.
     """
     if samples is None:
-        given = {"start": start, "in_order": in_order, "off_diagonal": off_diagonal, "data": data, "progress": progress}
+        given = {"in_order": in_order, "off_diagonal": off_diagonal, "data": data, "progress": progress}
         unused = [name for name, value in given.items() if value is not None]
         if unused:
             raise LataError(
                 f"without samples there is nothing to run, so there can be no {', '.join(unused)}. Give samples as well, or leave it out."
             )
         settings = Settings(1.0 if ridge is None else ridge, prior or "sum", solving_device(device))
-        return merge_matrices(vectors, "regression", settings=settings, check_base=check_base)
+        opened = None if start is None else open_source(Path(start) if isinstance(start, os.PathLike) else start)
+        return merge_matrices(vectors, "regression", start=opened, settings=settings, check_base=check_base)
     if start is None:
         raise LataError("samples are run through the start model: give it as well (start=…)")
     in_order = in_order is None or in_order
@@ -101,27 +106,23 @@ def regress(
         raise LataError(f"the factor of entries off the diagonal must lie in [0, 1], got {off_diagonal}")
     if data is not None and len(data) != len(vectors):
         raise LataError(f"there must be one name of data for each vector: got {len(data)} for {len(vectors)} vectors")
-    shell, source, readers = opened(start, vectors, check_base=check_base)
-    merged = Merged(readers, f"the regression of {len(vectors)} vectors")
-    unchanged = frozenset.intersection(*(vector.unchanged for vector in vectors))
-    named = [(vector.label, reader) for vector, reader in zip(vectors, readers, strict=True)]
-    blocks = Blocks(shell, vectors[0].layers)
+    found = open_start(start, vectors, check_base=check_base)
+    shell, names = found.shell, {other: name for name, other in found.stored.items()}
+    absent = [frozenset(names[name] for name in reader.names if not reader.holds(name)) for reader in found.matched.readers]
+    merged = Merged(found.vectors, absent, f"the regression of {len(vectors)} vectors")
+    frozen = frozenset.intersection(*found.matched.unchanged)
+    named = [(vector.label, reader) for vector, reader in zip(vectors, found.vectors, strict=True)]
+    blocks = Blocks(shell, found.layers)
     if note is not None:
         for sentence in few_positions(shell, blocks, [vector.label for vector in vectors], samples):
             note(sentence)
-    stages = Stages(shell, source, named, merged, blocks.tensors, unchanged, samples, in_order=in_order)
+    unchanged = frozenset(names[name] for name in frozen)
+    stages = Stages(shell, found.weights, named, merged, blocks.tensors, unchanged, samples, in_order=in_order)
     stages.fit(off_diagonal=off_diagonal, settings=settings, progress=progress)
-    averaged = (name for name in merged.names if len(merged.shape(name)) > 1 and name not in merged.fitted and name not in unchanged)
-    first = vectors[0].manifest
-    manifest = Manifest(
-        kind="task",
-        start=first.start,
-        layers=first.layers,
-        start_identity=first.start_identity if first.start_identity != Identity() else Identity(source.location, source.revision),
-        meaning=first.meaning,
-        tied=first.tied,
-        tensors={name: TensorEntry(merged.shape(name), "float32", unchanged=True) for name in merged.names if name in unchanged},
-        derivation=Derivation(
+    return made_of(
+        found.matched,
+        View(merged, {name: names[name] for name in found.matched.held}),
+        Derivation(
             "regression",
             {"in_order": in_order, "off_diagonal": off_diagonal, "ridge": settings.ridge, "prior": settings.prior},
             tuple(
@@ -132,7 +133,11 @@ def regress(
                 )
                 for task, vector in enumerate(vectors)
             ),
-            averaged=tuple(averaged),
+            averaged=tuple(
+                name
+                for name in found.matched.held
+                if len(merged.shape(names[name])) > 1 and names[name] not in merged.fitted and name not in frozen
+            ),
         ),
+        Identity(found.weights.location, found.weights.revision),
     )
-    return TaskVector(merged, manifest)

@@ -13,7 +13,8 @@ from torch import Tensor
 from lata_lightning.errors import LataError
 from lata_lightning.layers import Level
 from lata_lightning.linearity.positions import few_positions
-from lata_lightning.linearity.walk import Batch, Passage, StartModel, Walker
+from lata_lightning.linearity.start import StartModel
+from lata_lightning.linearity.walk import Batch, Passage, Walker
 from lata_lightning.store.writer import Progress
 from lata_lightning.vectors.task_vector import TaskVector
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from lata_lightning.errors import LayoutMismatchError, first_three
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
+from lata_lightning.store.names import differing_prefixes, keyed
+from lata_lightning.store.sources import TensorSource
 
 
 class Shell:
@@ -32,6 +34,15 @@ class Shell:
             self._groups.setdefault(id(tensor), []).append(name)
         empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in self._state.items()}
         self._saved = set(under_checkpoint_names(model, empty))
+
+    def names_of(self, source: TensorSource) -> dict[str, str]:
+        """Return the names that stored tensors have in a source, by those under which transformers saves this model.
+
+        They differ where one side has a prefix that the other lacks, as GPT-2 on the hub, and in the spelling of older releases.
+        """
+        known = keyed(source.names, source.label)
+        extra, missing = differing_prefixes(known, self._saved, source.label)
+        return {name if name in self._saved else missing + name.removeprefix(extra): stored for name, stored in known.items()}
 
     def stored_names(self, names: Iterable[str]) -> dict[str, set[str]]:
         """For tensors of the model, the names under which they, or pieces of them, may be stored."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from lata_lightning.errors import BaseMismatchError, CorruptFileError, LataError, OutputError, SourceError
 from lata_lightning.layers import Level, check_level
+from lata_lightning.store.names import differing_prefixes
 from lata_lightning.store.writer import check_free, write_json
 from lata_lightning.vectors.manifest import library_versions
 from lata_lightning.vectors.provenance import Identity
@@ -29,7 +30,7 @@ class SolvedVector:
         label: Its path, or the two sides it lies between.
         tuned: The tuned side.
         samples: Rows of its task that were run.
-        coefficients: By layer; every layer of the vector has one.
+        coefficients: By layer, in the names of the first vector; the same layers for all vectors.
     """
 
     label: str
@@ -94,9 +95,17 @@ class Solution:
                     "in which they were solved for, or switch the check off (check_base=False, --check-base false)."
                 )
         return [
-            vector.with_coefficients(solved.coefficients, level=self.level, outside=self.outside, weighting=CLOSED_FORM)
+            vector.with_coefficients(self._own(vector, solved.coefficients), level=self.level, outside=self.outside, weighting=CLOSED_FORM)
             for vector, solved in zip(vectors, self.vectors, strict=True)
         ]
+
+    def _own(self, vector: TaskVector, coefficients: Mapping[str, float]) -> dict[str, float]:
+        """Coefficients under the names that a vector has for its layers, which may have a prefix that the first vector lacks, or the other way round."""
+        own = vector.layers.layers(self.level)
+        extra, missing = differing_prefixes(own, coefficients, vector.label)
+        found = {extra + layer.removeprefix(missing): number for layer, number in coefficients.items()}
+        # What was left out of a vector may be a whole layer.
+        return {layer: number for layer, number in found.items() if layer in own} if vector.manifest.leave_out else found
 
     def _known_to_differ(self, given: Identity, solved: Identity) -> bool:
         if given.content_hash and solved.content_hash:

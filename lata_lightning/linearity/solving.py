@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -12,7 +12,8 @@ from lata_lightning.errors import CorruptFileError, LataError
 from lata_lightning.layers import Level
 from lata_lightning.linearity.positions import few_positions
 from lata_lightning.linearity.solution import Fit, Solution, SolvedVector
-from lata_lightning.linearity.walk import Batch, Passage, StartModel, Walker, check_samples, row_count
+from lata_lightning.linearity.start import StartModel
+from lata_lightning.linearity.walk import Batch, Passage, Walker, check_samples, row_count
 from lata_lightning.store.writer import Progress
 from lata_lightning.vectors.provenance import Identity
 from lata_lightning.vectors.task_vector import TaskVector
@@ -125,7 +126,7 @@ def solve_coefficients(
         products[passage.unit.layer].add(task_of[passage.batch], torch.stack(changes))
 
     walker.walk(units, visit, progress=progress)
-    solved = {}
+    solved, layers = {}, walker.layers.layers(level)
     for layer, sums in products.items():
         try:
             solved[layer] = sums.solve(ridge)
@@ -141,13 +142,9 @@ def solve_coefficients(
                 vector.label,
                 vector.manifest.tuned_identity,
                 row_count(samples[number]),
-                _by_layer(vector, level, {layer: numbers[number] for layer, (numbers, _) in solved.items()}, outside),
+                {layer: solved[layer][0][number] if layer in solved else outside for layer in layers},
             )
             for number, vector in enumerate(vectors)
         ),
         fits={layer: fit for layer, (_, fit) in solved.items()},
     )
-
-
-def _by_layer(vector: TaskVector, level: Level, found: Mapping[str, float], outside: float) -> dict[str, float]:
-    return {layer: found.get(layer, outside) for layer in vector.layers.layers(level)}

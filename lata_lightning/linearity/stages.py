@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial, wraps
 from typing import Any, final
 
@@ -32,20 +32,20 @@ from lata_lightning.store.writer import Progress
 
 @final
 class Merged(Computed):
-    """Fitted matrices, and of every other tensor the mean of the vectors, which is computed when it is read.
+    """Fitted matrices, and of every other tensor the mean of the vectors that hold it, which is computed when it is read.
 
     Args:
         vectors: Under one set of names.
+        absent: For each vector the names of the tensors that it does not hold.
         location: What it is called.
 
     Attributes:
         fitted: By name, float32.
     """
 
-    def __init__(self, vectors: Sequence[TensorSource], location: str) -> None:
-        # Matching each with the next may have left names out.
-        super().__init__(vectors[-1], Origin(location), dtype=torch.float32, parallel=all(vector.parallel for vector in vectors))
-        self._vectors = vectors
+    def __init__(self, vectors: Sequence[TensorSource], absent: Sequence[Collection[str]], location: str) -> None:
+        super().__init__(vectors[0], Origin(location), dtype=torch.float32, parallel=all(vector.parallel for vector in vectors))
+        self._vectors, self._absent = vectors, absent
         self.fitted: dict[str, Tensor] = {}
 
     @override
@@ -53,9 +53,14 @@ class Merged(Computed):
         if name in self.fitted:
             return self.fitted[name]
         total = torch.zeros(self.shape(name), dtype=torch.float64)
-        for vector in self._vectors:
+        holding = [vector for number, vector in enumerate(self._vectors) if self.holds(number, name)]
+        for vector in holding:
             total += vector.read(name)
-        return (total / len(self._vectors)).float()
+        return (total / max(len(holding), 1)).float()
+
+    def holds(self, number: int, name: str) -> bool:
+        """Whether one of the vectors holds a tensor."""
+        return name not in self._absent[number]
 
 
 class Stages:
@@ -91,9 +96,11 @@ class Stages:
         self._shells = [start] if in_order else [start, *(Shell(copy_without_weights(start.model)) for _ in vectors[1:])]
         matrices = {name for name, parameter in start.model.named_parameters(remove_duplicate=False) if parameter.ndim == 2}
         self._names = {**blocks, **_leaves(start, blocks, matrices)}
-        moved, stored = set(merged.names) - unchanged, start.stored_names(matrices)
+        moved, self._stored = set(merged.names) - unchanged, start.stored_names(matrices)
         self._pending = {
-            path: found for path, names in self._names.items() if (found := {name for name in names if moved & stored.get(name, set())})
+            path: found
+            for path, names in self._names.items()
+            if (found := {name for name in names if moved & self._stored.get(name, set())})
         }
         self._unread = {path: sum(math.prod(start.shape(name)) for name in names) * 4 for path, names in self._names.items()}
         self._size = sum(self._unread.values())
@@ -165,7 +172,7 @@ class Stages:
         reached = [self._take(path, task, held, fits, off_diagonal) for task in range(len(self._vectors))]
         del held
         for task, (_, vector) in enumerate(self._vectors):
-            for name in fits.keys() - reached[task]:
+            for name in self._held_by(task, fits.keys() - reached[task]):
                 fits[name].add(self._fill([name], vector)[name], None)
         # Each is solved and let go before the next.
         solved = {name: fits.pop(name).solve(settings) for name in list(fits)}
@@ -183,7 +190,8 @@ class Stages:
         if odd:
             raise CorruptFileError(f"{label} holds NaN or infinite values in {first_three(odd)}")
         grams = self._seen(path, task, {name: tensor + delta[name] for name, tensor in held.items()}).grams
-        for name, gram in grams.items():
+        for name in self._held_by(task, grams):
+            gram = grams[name]
             mean = gram.mean(off_diagonal)
             if not mean.isfinite().all():
                 raise CorruptFileError(f"NaN or infinite hidden states in {path}, from the weights of the start or of {label}")
@@ -191,6 +199,10 @@ class Stages:
                 fits[name] = Fit(gram.role, delta[name].shape)
             fits[name].add(delta[name], mean)
         return set(grams)
+
+    def _held_by(self, task: int, names: Iterable[str]) -> list[str]:
+        """Those of some matrices of which the vector of a task holds anything."""
+        return [name for name in names if any(self._merged.holds(task, stored) for stored in self._stored[name])]
 
     def _seen(self, path: str, task: int, weights: Mapping[str, Tensor]) -> Seen:
         """What the matrices of a stage take in from the batches of a task that wait there."""

@@ -7,10 +7,8 @@ in float32 on the CPU.
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial, wraps
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,19 +17,13 @@ from torch.func import functional_call
 
 from lata_lightning.errors import LataError, first_three
 from lata_lightning.linearity.lockstep import Stand, in_lockstep
-from lata_lightning.linearity.shell import Shell
+from lata_lightning.linearity.start import StartModel, open_start
 from lata_lightning.linearity.units import Blocks, Unit
-from lata_lightning.store.meta_model import copy_without_weights, model_without_weights
-from lata_lightning.store.opening import open_source
-from lata_lightning.store.pairing import named_like, pair
 from lata_lightning.store.sources import TensorSource
-from lata_lightning.store.views import View
 from lata_lightning.store.writer import Progress
-from lata_lightning.vectors.aligning import check_same_model, check_same_start
 from lata_lightning.vectors.task_vector import TaskVector
 
 Batch = Mapping[str, Tensor]
-StartModel = str | os.PathLike[str] | nn.Module
 
 
 class Passage:
@@ -84,7 +76,8 @@ class Walker:
     Attributes:
         shell: The start model, without weights of the blocks.
         blocks: Its blocks.
-        source: The floating weights of the start, under the names of the vectors.
+        source: The floating weights of the start, under the names under which transformers saves it.
+        layers: Position of every tensor, under the same names.
         units: Function from a level to the layers that are run by themselves (see ``Blocks.units``).
 
     Raises:
@@ -96,9 +89,10 @@ class Walker:
     """
 
     def __init__(self, start: StartModel, vectors: Sequence[TaskVector], batches: Sequence[Batch], *, check_base: bool = True) -> None:
-        self.shell, self.source, self._vectors = opened(start, vectors, check_base=check_base)
+        opened = open_start(start, vectors, check_base=check_base)
+        self.shell, self.source, self._vectors, self.layers = opened.shell, opened.weights, opened.vectors, opened.layers
         self._batches = batches
-        self.blocks = Blocks(self.shell, vectors[0].layers)
+        self.blocks = Blocks(self.shell, self.layers)
         self.units, self._inside = self.blocks.units, self.blocks.tensors
         self._body: nn.Module = getattr(self.shell.model, "base_model", self.shell.model)
         state = self.shell.model.state_dict(keep_vars=True)
@@ -271,36 +265,6 @@ class _Now:
         self.inside = self.visiting = False
 
 
-def opened(start: StartModel, vectors: Sequence[TaskVector], *, check_base: bool = True) -> tuple[Shell, TensorSource, list[TensorSource]]:
-    """A start model without weights, its floating weights, and every vector, all under the names of the vectors.
-
-    Args:
-        start: Directory or hub id of a transformers model, or a module (which is not changed).
-        vectors: Task vectors from this start.
-        check_base: Refuse vectors that are known to start from different weights.
-
-    Raises:
-        SourceError: The start cannot be read, or does not say which model it is.
-        LayoutMismatchError: A vector does not hold the tensors of the model, or belongs to one of other tokens or of another function.
-        BaseMismatchError: Two vectors start from different weights.
-        LataError: There is no vector, or one started from base.
-    """
-    if not vectors:
-        raise LataError("there is nothing to measure: give at least one vector")
-    from_base = [vector.label for vector in vectors if vector.start == "base"]
-    if from_base:
-        raise LataError(
-            f"a module is compared with itself in the start model, so vectors must start from instruct; from base started {first_three(from_base)}. "
-            "Give the tuned models in their place, take the instruction vector off first (without(instruction_vector)), or extract them as "
-            "tuned − instruct."
-        )
-    if check_base:
-        check_same_start(vectors)
-    source = open_source(Path(start) if isinstance(start, os.PathLike) else start)
-    shell = Shell(copy_without_weights(start) if isinstance(start, nn.Module) else model_without_weights(source.config, source.label))
-    return shell, *_match(source, vectors)
-
-
 def check_samples(vectors: Sequence[TaskVector], samples: Sequence[Sequence[Batch]]) -> None:
     """Refuse samples that are not one set for each vector.
 
@@ -328,18 +292,6 @@ def call(model: nn.Module, batch: Batch) -> Any:
         inputs["use_cache"] = False
     with torch.no_grad():
         return model(**inputs)
-
-
-def _match(source: TensorSource, vectors: Sequence[TaskVector]) -> tuple[TensorSource, list[TensorSource]]:
-    """The floating weights of the start and every vector, under the names of the vectors."""
-    source = named_like(source, vectors[0].tensors)
-    weights: TensorSource = View(source, {name: name for name in source.names if source.dtype(name).is_floating_point})
-    readers: list[TensorSource] = []
-    for vector in vectors:
-        weights, reader = pair(weights, vector.tensors)
-        readers.append(reader)
-    check_same_model(source, vectors)
-    return weights, readers
 
 
 def _first_tensor(value: Any) -> Tensor | None:

@@ -4,63 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
 
-from typing_extensions import override
-
-from lata_lightning.errors import BaseMismatchError, LataError
-from lata_lightning.layers import LayerMap, LayerPosition
+from lata_lightning.errors import LataError
 from lata_lightning.merging.term import Term
 from lata_lightning.numerics.combine import Summand
-from lata_lightning.store.hashing import content_hash
-from lata_lightning.store.mismatches import check_same_shapes
 from lata_lightning.store.names import NOTHING, LeaveOut
-from lata_lightning.store.pairing import Pairing, match
 from lata_lightning.store.roles import is_variance
 from lata_lightning.store.sources import TensorSource
-from lata_lightning.store.views import Forwarding, View, Zeros
-
-
-@final
-class Padded(Forwarding):
-    """A vector with zeros for the tensors that it does not hold.
-
-    Args:
-        source: The vector, under the names of ``onto``.
-        onto: Whose tensors to have.
-    """
-
-    def __init__(self, source: TensorSource, onto: TensorSource) -> None:
-        super().__init__(source.origin, parallel=source.parallel)
-        self._source, self._zeros, self._held = source, Zeros(onto), frozenset(source.names)
-
-    @property
-    @override
-    def names(self) -> tuple[str, ...]:
-        return self._zeros.names
-
-    @override
-    def target(self, name: str) -> tuple[TensorSource, str]:
-        return (self._source if name in self._held else self._zeros), name
-
-    def holds(self, name: str) -> bool:
-        """Return whether the vector itself has the tensor."""
-        return name in self._held
+from lata_lightning.vectors.matched import MatchedVectors, Padded, match_vectors
 
 
 @dataclass(frozen=True)
-class Matched:
-    """Weights and vectors under one set of names.
+class Matched(MatchedVectors):
+    """Weights and the vectors that are added to them, under one set of names.
 
     Attributes:
-        onto: All floating tensors of the model, those that are stored twice once.
-        readers: The vectors, each with zeros where it holds nothing.
         terms: The vectors and their scales, in the same order.
         shares: Factor of each vector by buffer: one vector that changed it gives its own, several their mean.
     """
 
-    onto: TensorSource
-    readers: Sequence[Padded]
     terms: Sequence[Term]
     shares: Mapping[str, tuple[float, ...]]
 
@@ -70,46 +32,6 @@ class Matched:
             return self.shares[name]
         sides = zip(self.terms, self.readers, strict=True)
         return tuple(term.factor(reader.origin_name(name)) if reader.holds(name) else 0.0 for term, reader in sides)
-
-    @property
-    def unchanged(self) -> list[frozenset[str]]:
-        """For each vector the tensors of ``onto`` that are known to be zero in it, or that it does not hold."""
-        sides = zip(self.terms, self.readers, strict=True)
-        return [
-            frozenset(name for name in reader.names if not reader.holds(name) or reader.origin_name(name) in term.vector.unchanged)
-            for term, reader in sides
-        ]
-
-    @property
-    def layers(self) -> LayerMap:
-        """LayerPosition of every tensor of ``onto``, as the first vector that holds it says."""
-        places = {name: LayerPosition(None, "other") for name in self.onto.names}
-        for term, reader in reversed(list(zip(self.terms, self.readers, strict=True))):
-            places |= {name: term.vector.layers.positions[reader.origin_name(name)] for name in reader.names if reader.holds(name)}
-        return LayerMap(places, self.terms[0].vector.layers.blocks)
-
-    def check_start(self, hashes: Mapping[str, str], label: str) -> None:
-        """Refuse vectors that record another start than this model.
-
-        Args:
-            hashes: Hashes of the tensors of ``onto``.
-            label: Of the model.
-
-        Raises:
-            BaseMismatchError: The hash that a vector records of its start is another.
-        """
-        for term, reader in zip(self.terms, self.readers, strict=True):
-            origin = term.vector.manifest.start_identity
-            held = {reader.origin_name(name): hashes[name] for name in reader.names if reader.holds(name)}
-            # What was stored fused has no hash of its own.
-            if origin.content_hash is None or held.keys() != set(term.vector):
-                continue
-            found = content_hash(held)
-            if origin.content_hash != found:
-                raise BaseMismatchError(
-                    f"{term.vector.label} started from {origin.location} with the content hash {origin.content_hash}, and {label} has {found}: these are "
-                    "different weights. Name the start model (onto=…, --onto), or switch the check off (check_base=False, --check-base false)."
-                )
 
 
 def match_terms(source: TensorSource, terms: Sequence[Term], leave_out: LeaveOut = NOTHING, *, same_shapes: bool = True) -> Matched:
@@ -125,11 +47,8 @@ def match_terms(source: TensorSource, terms: Sequence[Term], leave_out: LeaveOut
         LayoutMismatchError: A vector does not fit the model.
         LataError: Buffers of the vectors cannot be taken over.
     """
-    weights: TensorSource = View(source, {name: name for name in source.names if source.dtype(name).is_floating_point})
-    for term in terms:
-        weights = _completed(weights, _found(weights, term, leave_out, same_shapes))
-    # A later vector may have asked for other pieces of the model than those before it.
-    readers = [Padded(_found(weights, term, leave_out, same_shapes).tuned, weights) for term in terms]
+    matched = match_vectors(source, [term.vector for term in terms], leave_out, same_shapes=same_shapes)
+    weights, readers = matched.onto, matched.readers
     shares: dict[str, tuple[float, ...]] = {}
     buffers = [
         {name for name in reader.names if reader.holds(name) and reader.origin_name(name) in term.vector.layers.statistics}
@@ -138,24 +57,7 @@ def match_terms(source: TensorSource, terms: Sequence[Term], leave_out: LeaveOut
     for name in weights.names:
         if any(name in held for held in buffers):
             shares[name] = _shares(name, weights, readers, terms, buffers)
-    return Matched(weights, readers, terms, shares)
-
-
-def _found(weights: TensorSource, term: Term, leave_out: LeaveOut, same_shapes: bool) -> Pairing:
-    given = LeaveOut((*term.vector.manifest.leave_out, *leave_out.patterns), leave_out.names)
-    found = match(weights, term.vector.tensors, given)
-    if same_shapes:
-        check_same_shapes(found.start, found.tuned)
-    return found
-
-
-def _completed(weights: TensorSource, found: Pairing) -> TensorSource:
-    """What is paired of the weights, and the rest of them under their own names; without second copies of tied tensors."""
-    paired = {name: found.start.stored_name(name) for name in found.start.names}
-    if found.start.source is weights:
-        shown = {stored: name for name, stored in paired.items()}
-        return View(weights, {shown.get(name, name): name for name in weights.names if name not in found.copies})
-    return View(found.start.source, {name: name for name in found.start.source.names if name not in found.copies})
+    return Matched(weights, readers, matched.vectors, terms, shares)
 
 
 def _shares(

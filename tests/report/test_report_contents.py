@@ -223,6 +223,20 @@ def test_the_card_warns_where_alignments_are_too_flat_to_rank(tmp_path, last, wa
         assert "Merge with --weighting none, or let lata tune compare the rules" in card.warning
 
 
+def test_the_card_says_when_the_ranking_is_one_by_relative_norm(tmp_path):
+    # Relative norms 0.1, 0.2, 0.3 and 0.4; the smaller one is, the better the layer is aligned.
+    def measured(values):
+        entry = row(10, dict(zip(("h.0", "h.1", "h.2", "h.3"), values, strict=True)))
+        for number, stats in enumerate(entry["layers"].values(), start=1):
+            stats |= {"task_norm": number / 10, "relative_norm": number / 10, "instruction_norm": 1.0}
+        return build([write_run(tmp_path / f"run-{values[0]}", [entry])]).cards[0].warning
+
+    assert measured([0.9, 0.8, 0.7, 0.6]) == (
+        "The ranking is one by relative norm: the rank correlation of alignment with −relative norm is 1.00."
+    )
+    assert measured([0.8, 0.6, 0.9, 0.7]) is None
+
+
 def test_provenance_repeats_the_manifest(vectors):
     directory, _ = vectors
     stored = json.loads((directory / "math" / "task_vector.json").read_text())
