@@ -31,3 +31,18 @@ def short_quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
         small(patch)
         job.run(directory, experts=SHORT)
     return directory
+
+
+@pytest.fixture(scope="session")
+def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with starts of classifiers and fine-tunes of each; files may be added to it."""
+    import datasets
+    from classifier_runs import make
+
+    directory = tmp_path_factory.mktemp("classifiers")
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", directory / "cache")
+        patch.chdir(directory)
+        make(directory)
+    return directory

@@ -93,7 +93,7 @@ def _score_files(options: Namespace) -> None:
     _end_dry_run(options, SCORES_NAME)
     rows: list[Row] = []
     for label in options.models:
-        model, tokenizer = load(options, label, classifier=classifier, head=heads.get(options.data[0]))
+        model, tokenizer = load(options, label, classifier=classifier, heads=list(heads.values()))
         with running(options, model):
             for path, (name, samples) in zip(options.data, data.items(), strict=True):
                 for metric in metrics[name]:

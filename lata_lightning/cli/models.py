@@ -90,19 +90,19 @@ def add_template(parser: ArgumentParser) -> None:
     )
 
 
-def load(options: Namespace, path: str, *, classifier: bool = False, head: Head | None = None) -> tuple[Any, Any]:
+def load(options: Namespace, path: str, *, classifier: bool = False, heads: Sequence[Head] = ()) -> tuple[Any, Any]:
     """Load a model in evaluation mode, and its tokenizer.
 
     Args:
         options: With ``dtype`` and ``device``; without a device, a GPU if there is one.
         path: Hugging Face directory or hub id.
         classifier: Load a model for sequence classification instead of a causal language model.
-        head: Head of the classifier; by default the one that is stored with it.
+        heads: Heads to score the classifier with; by default the one that is stored with it.
 
     Raises:
         SourceError: Either cannot be loaded, or there is no such device.
         CorruptFileError: A file is damaged.
-        LataError: A classifier lacks its head, or the given one does not fit.
+        LataError: A classifier lacks its head, or a given one does not fit.
     """
     import torch
 
@@ -112,7 +112,7 @@ def load(options: Namespace, path: str, *, classifier: bool = False, head: Head 
     # Damaged and missing files are named by this better than by transformers.
     open_source(path)
     with _without_bars():
-        model = load_classifier(path, options.dtype, head) if classifier else load_causal_lm(path, options.dtype)
+        model = load_classifier(path, options.dtype, heads) if classifier else load_causal_lm(path, options.dtype)
     try:
         return model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), load_tokenizer(path)
     except (RuntimeError, AssertionError) as error:

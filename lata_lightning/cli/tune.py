@@ -126,9 +126,9 @@ def _run(options: Namespace, command: str) -> None:
         outside=options.outside,
         check_base=options.check_base,
     )
-    whole = [vector.unweighted() for vector in vectors]
-    weighted |= {method: [merge_matrices(whole, method, check_base=options.check_base)] for method in methods}
-    check_same_model(open_source(options.onto), vectors)
+    whole, start = [vector.unweighted() for vector in vectors], open_source(options.onto)
+    weighted |= {method: [merge_matrices(whole, method, start=start, check_base=options.check_base)] for method in methods}
+    check_same_model(start, vectors)
     if (ranking := next((rule for rule in rules if rule != "none"), None)) is not None:
         for vector in weighted[ranking]:
             for sentence in applied(vector)[1:]:
@@ -136,7 +136,7 @@ def _run(options: Namespace, command: str) -> None:
     if options.check_base:
         check_same_start(weighted[next(iter(weighted))])
     end_dry_run(Path(options.output))
-    model, tokenizer = load(options, options.onto, classifier=metric == "accuracy", head=heads.get(options.data[0]))
+    model, tokenizer = load(options, options.onto, classifier=metric == "accuracy", heads=list(heads.values()))
     scores: dict[str, Callable[[Any], float]] = {
         path: prepare(metric, tokenizer, samples, options.context_length, template=options.template, name=path)
         for path, samples in rows.items()

@@ -25,26 +25,16 @@ def with_head(model: Any, head: Head, label: str = "the model") -> Iterator[None
     Raises:
         LataError: The head belongs to another architecture, or the model lacks one of its tensors or has it in another shape.
     """
-    config = model.config
+    config, modules = model.config, check_head(model, head, label)
     classes = config.id2label, config.label2id
-    before = give_head(model, head, label)
+    config.id2label, config.label2id = class_names(head)
+    before = {modules[name]: _exchange(model, modules[name], tensor) for name, tensor in head.tensors.items()}
     try:
         yield
     finally:
         config.id2label, config.label2id = classes
         for name, tensor in before.items():
             _exchange(model, name, tensor)
-
-
-def give_head(model: Any, head: Head, label: str = "the model") -> dict[str, Tensor]:
-    """Give a classifier the tensors and class names of a head permanently; arguments and errors as for ``with_head``.
-
-    Returns:
-        The tensors that were replaced, by their names in the module.
-    """
-    modules = _fitting(model, head, label)
-    model.config.id2label, model.config.label2id = class_names(head)
-    return {modules[name]: _exchange(model, modules[name], tensor) for name, tensor in head.tensors.items()}
 
 
 def scored_with(head: Head, score: Callable[[Any], float], label: str = "the model") -> Callable[[Any], float]:
@@ -63,8 +53,8 @@ def class_names(head: Head) -> tuple[dict[int, str], dict[str, int]]:
     return dict(enumerate(names)), {name: number for number, name in enumerate(names)}
 
 
-def _fitting(model: Any, head: Head, label: str) -> dict[str, str]:
-    """Return the name in the classifier of each tensor of a head; raise a LataError if the head does not fit, other than in the number of classes."""
+def check_head(model: Any, head: Head, label: str = "the model") -> dict[str, str]:
+    """Return the name in the classifier of each tensor of a head; arguments and errors as for ``with_head``."""
     head.check_model(model.config.model_type, label)
     if type(model).__name__ != head.architecture:
         raise LataError(f"the head of a {head.architecture} does not fit a {type(model).__name__}: it was trained for another kind of task")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from lata_lightning.errors import LataError, SourceError, first_line, first_three
-from lata_lightning.evaluation.heads import class_names, give_head
+from lata_lightning.evaluation.heads import check_head, class_names
 from lata_lightning.store.head_files import Head
 
 
@@ -46,39 +46,39 @@ def load_causal_lm(source: str, dtype: str = "float32", *, quantize: bool = Fals
         raise SourceError(f"cannot load {source!r} as a causal language model: {first_line(error)}") from error
 
 
-def load_classifier(source: str, dtype: str = "float32", head: Head | None = None) -> Any:
+def load_classifier(source: str, dtype: str = "float32", heads: Sequence[Head] = ()) -> Any:
     """Load a Hugging Face model for sequence classification from a directory or hub id, in evaluation mode.
 
     Args:
         source: Directory or hub id.
         dtype: Name of the torch dtype of the weights.
-        head: Replaces the stored head; the model gets the classes of this head and their names.
+        heads: Heads that the model is to be scored with, one at a time (see ``with_head``). Each has to hold what is not stored; what is stored stays in
+            the model, also where a head holds it too, as a pooler. The model gets the classes of the first head and their names.
 
     Raises:
-        LataError: The head is neither stored nor given, or does not fit the model.
+        LataError: A tensor is neither stored nor part of every head, or a head does not fit the model.
         SourceError: The model cannot be loaded; the message gives the reason.
     """
     settings: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
-    if head is not None:
-        settings |= {"config": _config_with(source, head), "ignore_mismatched_sizes": True}
+    if heads:
+        settings |= {"config": _config_with(source, heads[0]), "ignore_mismatched_sizes": True}
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(source, **settings)
     except (OSError, ValueError, RuntimeError) as error:
         raise SourceError(f"cannot load {source!r} as a classifier of texts: {first_line(error)}") from error
-    given = {} if head is None else head.tensors
-    other = {entry[0] for entry in report["mismatched_keys"]}
-    missing = ({*report["missing_keys"]} | other) - given.keys()
-    if missing:
-        advice = (
-            "Give a model directory with its classification head, or name a head that a fine-tune saved beside its task vector: --head RUN/lata."
-            if head is None
-            else "Give the head of a fine-tune of this model."
-        )
-        raise LataError(
-            f"a classifier must hold all its weights; {source!r} lacks {first_three(missing)}, which would be random numbers. {advice}"
-        )
-    if head is not None:
-        give_head(model, head, repr(source))
+    unstored = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
+    for given in [set(head.tensors) for head in heads] or [set[str]()]:
+        if missing := unstored - given:
+            advice = (
+                "Give the head of a fine-tune of this model."
+                if heads
+                else "Give a model directory with its classification head, or name a head that a fine-tune saved beside its task vector: --head RUN/lata."
+            )
+            raise LataError(
+                f"a classifier must hold all its weights; {source!r} lacks {first_three(missing)}, which would be random numbers. {advice}"
+            )
+    for head in heads:
+        check_head(model, head, repr(source))
     return model
 
 

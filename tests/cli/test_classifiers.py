@@ -1,80 +1,25 @@
 """Classifiers of two tasks with heads of different sizes, from fit to merge to evaluate, by the commands alone."""
 
 import json
-import random
-from pathlib import Path
 
 import pytest
 import torch
+from classifier_runs import ENCODERS, FILTERS, TASKS, accuracy, encoder_config, fit
 from safetensors.torch import load_file
 from tokenizers_of_kinds import bert
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
+from transformers import BertForSequenceClassification
 
 from lata_lightning import TaskVector
 from lata_lightning.cli.main import main
 from lata_lightning.store.head_files import Head
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*number of training batches .* smaller than the logging interval"),
-    pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero"),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
-]
-SIZES = {"vocab_size": 270, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-TASKS = {
-    "three": {"low": "abc", "mid": "mno", "high": "xyz"},
-    "five": {"e": "abc", "d": "fgh", "c": "klm", "b": "pqr", "a": "xyz"},
-}
-STARTS = ("plain", "masked", "headed")
-
-
-def config(**more):
-    return BertConfig(**SIZES, **STILL, initializer_range=0.2, max_position_embeddings=64, pad_token_id=256, **more)
-
-
-def fit(start, task, output, *more):
-    return main(
-        [
-            "fit", "--config", "classify", "--model.model", start, "--model.num_labels", str(len(TASKS[task])), "--model.learning_rate", "0.01",
-            "--model.schedule", "constant", "--model.warmup_steps", "0", "--data.batch_size", "8",
-            "--data.data", f"{task}.jsonl", "--data.validation_share", "0", "--trainer.max_epochs", "4", "--trainer.accelerator", "cpu",
-            "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--output", output, *more,
-        ]
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Encoders without a head, with a masked-language head and with a head of four classes; two tasks, and a fine-tune of each on each start."""
-    import datasets
-
-    directory = tmp_path_factory.mktemp("classifiers")
-    torch.manual_seed(0)
-    encoder = BertModel(config())
-    for name, model in zip(STARTS, (encoder, BertForMaskedLM(config()), BertForSequenceClassification(config(num_labels=4))), strict=True):
-        model.base_model.load_state_dict(encoder.state_dict(), strict=False)
-        model.save_pretrained(directory / name)
-        bert().save_pretrained(directory / name)
-    generator = random.Random(0)
-    for task, classes in TASKS.items():
-        rows = [{"text": "".join(generator.choices(letters, k=5)), "label": label} for _ in range(12) for label, letters in classes.items()]
-        (directory / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", directory / "cache")
-        patch.chdir(directory)
-        for start in STARTS:
-            for task in TASKS:
-                assert fit(start, task, f"{start}-{task}", "--trainer.enable_checkpointing", "false") == 0
-    return directory
+pytestmark = FILTERS
 
 
 @pytest.fixture
-def folder(trained, monkeypatch):
-    monkeypatch.chdir(trained)
-    return trained
+def folder(classifiers, monkeypatch):
+    monkeypatch.chdir(classifiers)
+    return classifiers
 
 
 @pytest.fixture
@@ -90,23 +35,7 @@ def lata(folder, capsys):
     return run
 
 
-def rows_of(task):
-    return [json.loads(line) for line in Path(f"{task}.jsonl").read_text().splitlines()]
-
-
-def accuracy(encoder, run, task):
-    """What transformers itself gives for an encoder with the head of a run, one text at a time."""
-    labels = sorted(TASKS[task])
-    model = BertForSequenceClassification.from_pretrained(encoder, num_labels=len(labels), ignore_mismatched_sizes=True).eval()
-    missing = model.load_state_dict(load_file(f"{run}/lata/head.safetensors"), strict=False)
-    assert not missing.unexpected_keys
-    tokenizer = AutoTokenizer.from_pretrained(encoder)
-    with torch.no_grad():
-        found = [labels[model(**tokenizer(row["text"], return_tensors="pt")).logits.argmax()] == row["label"] for row in rows_of(task)]
-    return sum(found) / len(found)
-
-
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", ENCODERS)
 def test_a_new_head_stays_out_of_the_vector_and_is_saved_beside_it_with_its_labels(folder, start):
     for task, classes in TASKS.items():
         run = folder / f"{start}-{task}/lata"
@@ -121,7 +50,7 @@ def test_a_new_head_stays_out_of_the_vector_and_is_saved_beside_it_with_its_labe
         assert not list(run.glob(".*partial*"))
 
 
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", ENCODERS)
 def test_both_vectors_are_merged_onto_the_start_and_the_plain_encoder_and_scored_with_each_head(folder, lata, tmp_path, start):
     vectors = [f"{start}-{task}/lata/task_vector" for task in TASKS]
     for number, onto in enumerate(dict.fromkeys((start, "plain"))):
@@ -204,17 +133,8 @@ def test_a_resumed_run_saves_the_head_of_the_uninterrupted_one(folder):
 
 def test_a_stored_head_that_fits_stays_in_the_vector(folder):
     torch.manual_seed(1)
-    BertForSequenceClassification(config(num_labels=3, id2label={0: "mid", 1: "low", 2: "high"})).save_pretrained("named")
+    BertForSequenceClassification(encoder_config(num_labels=3, id2label={0: "mid", 1: "low", 2: "high"})).save_pretrained("named")
     bert().save_pretrained("named")
     assert fit("named", "three", "kept", "--trainer.enable_checkpointing", "false") == 0
     assert "classifier.weight" in TaskVector.open("kept/lata/task_vector")
     assert not (folder / "kept/lata/head.json").exists()
-
-
-def test_vectors_of_classifiers_become_one_vector_that_is_merged_onto_the_encoder(folder, lata, tmp_path):
-    vectors = [f"plain-{task}/lata/task_vector" for task in TASKS]
-    status, _, said = lata("regress", "plain", *vectors, "--output", str(tmp_path / "one"))
-    assert status == 0, said
-    assert not any("classifier" in name for name in TaskVector.open(tmp_path / "one"))
-    status, _, said = lata("merge", "plain", str(tmp_path / "one"), "--weighting", "none", "--output", str(tmp_path / "merged"))
-    assert status == 0, said

@@ -6,7 +6,7 @@ from tiny_models import plus, weights
 
 from lata_lightning import TaskVector
 from lata_lightning.errors import LayoutMismatchError
-from lata_lightning.store.sources import StateDictSource
+from lata_lightning.store.sources import Origin, StateDictSource
 from lata_lightning.vectors.matched import match_vectors
 
 START = weights()
@@ -30,7 +30,8 @@ def test_a_vector_is_zero_where_something_was_left_out_of_it():
 def test_layers_have_the_names_of_the_first_vector_whatever_prefix_the_others_have():
     bare, named = TaskVector.between(BODY, TUNED_BODY), TaskVector.between(START, TUNED, leave_out=["^lm_head"])
     for vectors, block in (((named, bare), "model.layers.0"), ((bare, named), "layers.0")):
-        matched = match_vectors(StateDictSource(START), vectors)
+        matched = match_vectors(StateDictSource(START, Origin(config={"model_type": "made-up"})), vectors)
+        assert set(matched.onto.names) == set(START)
         layers = matched.layers
         assert layers.blocks == vectors[0].layers.blocks
         assert {name: layers.positions[name].block for name in START if "layers.0" in name} == {
