@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lata_lightning.errors import LataError
-from lata_lightning.linearity.shell import Shell
+from lata_lightning.linearity.model_weights import ModelWeights
 from lata_lightning.merging.sum import Sum
 from lata_lightning.merging.term import Term
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
@@ -40,10 +40,10 @@ class Reweighting:
     """
 
     def __init__(self, model: nn.Module, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
-        self._shell = Shell(model)
+        self._model = ModelWeights(model)
         state = model.state_dict(keep_vars=True)
         # Tied tensors are one tensor under several names.
-        self._tensors = {id(state[name]): (name, state[name].detach()) for name in reversed(self._shell.names)}
+        self._tensors = {id(state[name]): (name, state[name].detach()) for name in reversed(self._model.names)}
         copies = {name: tensor.to("cpu", copy=True) for name, tensor in self._tensors.values()}
         saved = under_checkpoint_names(model, copies)
         self._copied: dict[int, TensorSource] = {}
@@ -78,14 +78,14 @@ class Reweighting:
             total: The sum, if tensors are read from one.
         """
         for name, tensor in self._tensors.values():
-            whole = next((other for other in self._shell.tied(name) if other in names), None)
+            whole = next((other for other in self._model.tied(name) if other in names), None)
             if total is not None and whole is not None and total.weights.shape(names[whole]) == tensor.shape and tensor.is_contiguous():
                 flat, begin = tensor.view(-1), 0
                 for chunk in total.chunks(names[whole]):
                     flat[begin : begin + len(chunk)].copy_(chunk)
                     begin += len(chunk)
                 continue
-            values = self._shell.fill([name], lambda key: read(names[key]) if key in names else None, "the model", tensor.dtype)
+            values = self._model.fill([name], lambda key: read(names[key]) if key in names else None, "the model", tensor.dtype)
             for value in values.values():
                 tensor.copy_(value)
 

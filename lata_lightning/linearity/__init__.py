@@ -1,1 +1,1 @@
-"""How linear a model's modules are along a task vector, and the coefficients that follow from it in closed form."""
+"""Running a model over samples block by block: non-linearity scores, coefficients in closed form, and regression merges with and without samples."""

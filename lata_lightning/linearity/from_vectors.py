@@ -1,4 +1,4 @@
-"""One task vector out of several, from the vectors alone: without samples, and without a scale to choose."""
+"""Merging several task vectors into one, from the vectors alone: without samples, and without a scale to choose."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def merge_matrices(
     settings: Settings | None = None,
     check_base: bool = True,
 ) -> TaskVector:
-    """Return one task vector made of several, of which each tensor is computed when it is read.
+    """Merge several task vectors into one, whose tensors are computed when they are read.
 
     Args:
-        vectors: Task vectors of one start. Coefficients they may have do not count.
+        vectors: Task vectors of one start; their coefficients are ignored.
         method: As for ``MatrixMerge``.
-        start: The model that they started from, whose names the vector gets; by default it has those of the vector with most tensors. It is needed where
-            each of two vectors holds what was left out of the other.
-        settings: How matrices are solved, for the regression.
+        start: The model that they started from, whose names the result gets; by default those of the vector with the most tensors. It is needed if each of
+            two vectors has tensors that were left out of the other.
+        settings: How the regression solves matrices.
         check_base: Refuse vectors that are known to start from different weights.
 
     Returns:
-        A vector that counts from what the vectors count from, to be added at scale 1. When it is saved, its manifest gets what was measured.
+        A vector relative to the same start, to be added at scale 1. When it is saved, its manifest gets the measurements.
 
     Raises:
-        LataError: There is no vector, one is an instruction vector, or some count from instruct and some from base; the method is unknown.
-        LayoutMismatchError: The vectors do not hold the same tensors, or belong to models of other tokens or of another function.
+        LataError: There is no vector, one is an instruction vector, some started from instruct and some from base, or the method is unknown.
+        LayoutMismatchError: The vectors have different tensors, or their models have other tokens or compute another function.
         BaseMismatchError: Two vectors start from different weights.
     """
     if method not in MATRIX_METHODS:
@@ -54,26 +54,26 @@ def merge_matrices(
     if check_base:
         check_same_start(vectors)
     settings = settings or Settings()
-    # What one vector was made without, another may hold.
+    # One vector may have tensors that were left out of another.
     source = max((vector.tensors for vector in vectors), key=lambda tensors: len(tensors.names)) if start is None else start
     matched = match_vectors(source, vectors)
     check_all_mean_the_same([(vector.label, vector.manifest.meaning) for vector in vectors])
     if start is not None:
-        # Rows of vectors between vocabularies are those of the start already.
+        # Vectors between different vocabularies have the rows of the start already.
         check_same_model(start, vectors, by_token=False)
-    readers = [View(reader, {name: name for name in matched.held}) for reader in matched.readers]
+    readers = [View(reader, {name: name for name in matched.covered}) for reader in matched.readers]
     merged = MatrixMerge(readers, [vector.label for vector in vectors], matched.unchanged, matched.layers, method, settings)
     return made_of(matched, merged, derivation_of(merged, vectors, method, settings))
 
 
 def made_of(matched: MatchedVectors, tensors: TensorSource, derivation: Derivation, start: Identity | None = None) -> TaskVector:
-    """Return a vector made of several, with what is known of them.
+    """Return a vector derived from several, with a manifest that follows from theirs.
 
     Args:
-        matched: The vectors, and the model whose names the new one has.
-        tensors: Of the new vector: every tensor that one of them holds.
-        derivation: How it was made.
-        start: What it started from, where the vectors do not record that.
+        matched: The vectors, and the model whose names the new vector has.
+        tensors: Tensors of the new vector: all tensors that any vector has.
+        derivation: How it was derived.
+        start: Identity of the start, if the vectors do not record it.
     """
     frozen, layers, names = frozenset.intersection(*matched.unchanged), matched.layers, set(tensors.names)
     first = matched.vectors[0].manifest
@@ -92,20 +92,20 @@ def made_of(matched: MatchedVectors, tensors: TensorSource, derivation: Derivati
 
 
 def _start_of(vectors: Sequence[TaskVector], names: Collection[str], unknown: Identity) -> Identity:
-    """What a vector of these names started from."""
+    """Return the identity of the start for a vector with these tensors."""
     known = [vector for vector in vectors if vector.manifest.start_identity != Identity()]
     if not known:
         return unknown
-    # The hash covers the names too, so that it says nothing about another set of tensors.
+    # The hash covers the names, so it is not valid for another set of tensors.
     same = [vector.manifest.start_identity for vector in known if set(vector) == set(names)]
     return same[0] if same else replace(known[0].manifest.start_identity, content_hash=None)
 
 
 def check_mergeable(vectors: Sequence[TaskVector]) -> None:
-    """Refuse what cannot be made into one vector: none at all, instruction vectors, and vectors that count from different kinds of start.
+    """Refuse vectors that cannot be merged into one.
 
     Raises:
-        LataError: It is one of these.
+        LataError: There is no vector, one is an instruction vector, or some started from instruct and some from base.
     """
     if not vectors:
         raise LataError("there is nothing to merge: give at least one vector")
@@ -121,7 +121,7 @@ def check_mergeable(vectors: Sequence[TaskVector]) -> None:
 
 
 def derivation_of(merged: MatrixMerge, vectors: Sequence[TaskVector], method: MatrixMethod, settings: Settings) -> Derivation:
-    """The record of a merge, without what is measured while it is read."""
+    """Return the derivation of a merge, without the measurements that are taken while it is read."""
     averaged = tuple(name for name in merged.names if len(merged.shape(name)) > 1 and name not in merged.forms)
     return Derivation(
         NAMES[method],
@@ -132,10 +132,10 @@ def derivation_of(merged: MatrixMerge, vectors: Sequence[TaskVector], method: Ma
 
 
 def solving_device(name: str) -> torch.device:
-    """The device of a name, as torch calls it.
+    """Return a torch device by name.
 
     Raises:
-        LataError: There is none of that name here.
+        LataError: The device does not exist here, or cannot compute in float64.
     """
     try:
         device = torch.device(name)

@@ -1,4 +1,4 @@
-"""What matrices take in, and the one matrix that does on the inputs of several tasks what the matrix of each does, as nearly as one can."""
+"""Recording the Gram matrices of the inputs of linear layers and embeddings, and fitting one matrix to the matrices of several tasks."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lata_lightning.errors import LataError
 from lata_lightning.numerics.matrix_regression import Settings
 
 Role = Literal["rows", "columns", "table"]
-"""What a matrix does with its inputs: its rows are multiplied with them (a linear layer), its columns are (a Conv1D of transformers), or they are numbers
-of rows to look up (an embedding)."""
+"""How a matrix is used: its rows are multiplied by the inputs (a linear layer), its columns are (a Conv1D of transformers), or its rows are looked up by
+number (an embedding)."""
 
 
-class Gram:
-    """Mean of x xᵀ over the inputs x of one matrix, in float64; of a table, whose inputs are single rows, the frequency of every row.
+class GramMatrix:
+    """Sum of x xᵀ over the inputs x of one matrix, in float64; for a table, the number of uses of each row.
 
     Args:
-        role: What the matrix does with its inputs.
+        role: How the matrix is used.
         width: Length of an input; number of rows of a table.
     """
 
@@ -32,7 +32,7 @@ class Gram:
         self._count = 0
 
     def add(self, inputs: Tensor) -> None:
-        """Take in inputs of shape (positions, width); of a table numbers of rows, of shape (positions,)."""
+        """Add inputs of shape (positions, width), or row numbers of a table of shape (positions,)."""
         self._count += len(inputs)
         if self.role == "table":
             self._sum += torch.bincount(inputs, minlength=len(self._sum))
@@ -41,7 +41,7 @@ class Gram:
             self._sum.addmm_(wide.T, wide)
 
     def mean(self, off_diagonal: float) -> Tensor:
-        """The mean, with its entries off the diagonal times a factor; uses up the sum."""
+        """Return the mean over all inputs, with the entries off the diagonal multiplied by a factor; overwrites the sum."""
         mean = self._sum.div_(max(self._count, 1))
         if self.role != "table":
             diagonal = mean.diagonal().clone()
@@ -49,12 +49,12 @@ class Gram:
         return mean
 
 
-class Fit:
-    """Sums over the tasks of which one merged matrix follows, in float64.
+class MatrixFit:
+    """The sums over tasks that determine one merged matrix, in float64.
 
     Args:
-        role: What the matrix does with its inputs.
-        shape: Its shape.
+        role: How the matrix is used.
+        shape: Shape of the matrix.
     """
 
     def __init__(self, role: Role, shape: Sequence[int]) -> None:
@@ -65,7 +65,7 @@ class Fit:
         self._tasks = 0
 
     def add(self, vector: Tensor, gram: Tensor | None) -> None:
-        """Take in the matrix of a task's vector, and the mean that its Gram gives; None if its samples never reach the matrix."""
+        """Add the matrix of a task's vector and the mean of its Gram matrix, or None if its samples never reach the matrix."""
         self._tasks += 1
         matrix = vector.T if self._role == "columns" else vector
         self._vectors += matrix
@@ -79,67 +79,67 @@ class Fit:
             self._products.addmm_(matrix.double(), gram)
 
     def solve(self, settings: Settings) -> Tensor:
-        """The matrix W of least Σ_t tr((W − τ_t) C_t (W − τ_t)ᵀ) + λ ‖W − P‖², in float32, with C_t the means and P the prior; uses up the sums.
+        """Return the W that minimises Σ_t tr((W − τ_t) C_t (W − τ_t)ᵀ) + λ ‖W − P‖², in float32, with C_t the means and P the prior; overwrites the sums.
 
         Args:
-            settings: λ as a ridge in units of the mean of the diagonal of Σ C_t, and the prior, which directions get that no input has, and rows of a
-                table that no input uses. Rows that are used need no ridge.
+            settings: The ridge, λ in units of the mean of the diagonal of Σ C_t, and the prior. In directions without inputs, and in rows of a table
+                that are never used, W is the prior. Used rows of a table need no ridge.
 
         Raises:
-            LataError: The ridge is too small for some direction that no input has.
+            LataError: The ridge is too small for a direction without inputs.
         """
-        found = self._vectors.mul_(settings.share(self._tasks))
+        solution = self._vectors.mul_(settings.share(self._tasks))
         if self._role == "table":
             used = self._grams.nonzero().flatten()
-            found[used] = self._products[used] / self._grams[used, None]
+            solution[used] = self._products[used] / self._grams[used, None]
         elif (trace := self._grams.trace()) > 0:
-            # What the inputs add to the prior: of a single vector nothing, so it comes out as it is.
-            added = self._products.addmm_(found, self._grams, alpha=-1)
+            # The change relative to the prior: zero for a single vector, which therefore comes out exactly.
+            added = self._products.addmm_(solution, self._grams, alpha=-1)
             self._grams.diagonal().add_(settings.penalty(float(trace), len(self._grams)))
             factor, failed = torch.linalg.cholesky_ex(self._grams)
             if failed:
                 raise LataError(
-                    f"the ridge {settings.ridge:g} is lost in rounding beside the inputs, which do not go in all directions. Give a larger one."
+                    f"the ridge {settings.ridge:g} is lost in rounding beside the inputs, which do not span all directions. Give a larger one."
                 )
-            found += torch.cholesky_solve(added.T, factor).T
-        solved: Tensor = (found.T if self._role == "columns" else found).float().contiguous()
+            solution += torch.cholesky_solve(added.T, factor).T
+        solved: Tensor = (solution.T if self._role == "columns" else solution).float().contiguous()
         return solved
 
 
-class Seen(TorchFunctionMode):
-    """While it is entered, takes in the inputs of matrices where they are used.
+class GramRecorder(TorchFunctionMode):
+    """A context that records the Gram matrices of the inputs of some matrices wherever they are used.
 
-    It looks at the products themselves and not at types of modules, so that scaled embeddings, embeddings of positions and linear layers of any
-    library are what they are. A matrix that is used in two roles is taken in the one that comes first.
+    It intercepts the products themselves and does not depend on types of modules, so that scaled embeddings, position embeddings and linear layers of any
+    library are handled alike. A matrix that is used in two roles is recorded in the first.
 
     Args:
-        matrices: By name; known again by being the same tensors.
+        matrices: The matrices by name; they are recognised by identity.
 
     Attributes:
-        grams: By name, of those that were used.
-        positions: From the inputs of a use, and the role, to those that are taken in, one under the other.
+        grams: Gram matrices, by name, of the matrices that were used.
+        positions: From the inputs of a use, and the role, to the inputs to record, of shape (positions, width) or (positions,).
     """
 
     def __init__(self, matrices: Mapping[str, Tensor]) -> None:
         super().__init__()
         self._names = {id(matrix): name for name, matrix in matrices.items()}
-        self.grams: dict[str, Gram] = {}
+        self.grams: dict[str, GramMatrix] = {}
         self.positions: Callable[[Tensor, Role], Tensor] = flattened
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        found = _use(func, args, kwargs)
-        if found is not None and (name := self._names.get(id(found[1]))) is not None:
-            inputs, matrix, role = found
+        use = _use(func, args, kwargs)
+        if use is not None and (name := self._names.get(id(use[1]))) is not None:
+            inputs, matrix, role = use
             if name not in self.grams:
-                self.grams[name] = Gram(role, matrix.shape[1] if role == "rows" else matrix.shape[0])
+                self.grams[name] = GramMatrix(role, matrix.shape[1] if role == "rows" else matrix.shape[0])
             if self.grams[name].role == role:
                 self.grams[name].add(self.positions(inputs, role))
         return func(*args, **kwargs)
 
 
 def _use(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Role] | None:
-    """Inputs, matrix and its role, if a call is a use of a matrix."""
+    """Return the inputs, the matrix and its role where a call uses a matrix; None for any other call."""
     if func is functional.linear:
         inputs, matrix, role = _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "weight"), "rows"
     elif func is functional.embedding:
@@ -151,10 +151,10 @@ def _use(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Ten
     return inputs, matrix, role  # type: ignore[return-value]
 
 
-def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], place: int, name: str) -> Any:
-    return args[place] if len(args) > place else kwargs[name]
+def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], index: int, name: str) -> Any:
+    return args[index] if len(args) > index else kwargs[name]
 
 
 def flattened(inputs: Tensor, role: Role) -> Tensor:
-    """Inputs of a matrix one under the other: (positions, width), of a table (positions,)."""
+    """Return the inputs of a matrix as (positions, width), or the row numbers of a table as (positions,)."""
     return inputs.reshape(-1) if role == "table" else inputs.reshape(-1, inputs.shape[-1])

@@ -1,11 +1,10 @@
-"""The tensors of one vector that is made of several, each matrix from those of the vectors alone."""
+"""Merging several vectors into one, matrix by matrix and without samples."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import reduce
 from typing import Any, Literal, final, get_args
 
 import torch
@@ -14,8 +13,9 @@ from typing_extensions import override
 
 from lata_lightning.errors import CorruptFileError
 from lata_lightning.layers import LayerMap
-from lata_lightning.linearity.forms import Form, matrix_forms
+from lata_lightning.linearity.forms import MatrixForm, matrix_forms
 from lata_lightning.numerics.chunks import ChunkReader, MemoryLimit, streamed, tensor_chunks
+from lata_lightning.numerics.combine import mean
 from lata_lightning.numerics.low_rank import Factors, LowRank
 from lata_lightning.numerics.matrix_regression import Figures, Operand, Settings, regressed, regressed_factors, working_bytes
 from lata_lightning.numerics.measure import all_finite
@@ -27,30 +27,30 @@ from lata_lightning.vectors.provenance import OUTSIDE
 MatrixMethod = Literal["regression", "tsv", "iso"]
 MATRIX_METHODS: tuple[MatrixMethod, ...] = get_args(MatrixMethod)
 INTERFERENCE = "interference"
-"""‖(W − τ_t) τ_tᵀ‖ / ‖τ_t τ_tᵀ‖: the share of what a vector does on its own inputs that the merge changes."""
+"""‖(W − τ_t) τ_tᵀ‖ / ‖τ_t τ_tᵀ‖: how much the merge changes the effect of a vector on its own inputs, as a share of that effect."""
 CONDITION = "condition"
 NAMES: Mapping[MatrixMethod, str] = {"regression": "regression without samples", "tsv": "tsv", "iso": "iso"}
-"""What the methods are called in records."""
+"""Names of the methods in records."""
 _BY_SINGULAR_VECTORS: Mapping[str, Callable[[Sequence[Tensor]], Tensor]] = {"tsv": tsv_m, "iso": iso_c}
 _MEMORY = 4 << 30
 
 
 @final
 class MatrixMerge(Computed):
-    """The merge of some vectors, of which each tensor is computed when it is read.
+    """The merge of several vectors; each tensor is computed when it is read.
 
     Args:
-        vectors: Under one set of names (names that a later one lacks are left out).
-        labels: What the vectors are called, one for each.
+        vectors: The vectors, under one set of names.
+        labels: Names of the vectors.
         unchanged: For each vector the tensors that are known to be zero in it.
-        layers: Where the tensors belong.
-        method: ``regression``, ``tsv`` or ``iso``. The regression takes every matrix, the others those inside the blocks, as they were published; where
-            there are no blocks, all. Everything else is the mean of the vectors that change it.
-        settings: How matrices are solved, for the regression.
-        memory: Bytes that matrices which are solved at the same time may take; a larger one is solved alone.
+        layers: Layers of the tensors.
+        method: ``regression``, ``tsv`` or ``iso``. The regression merges every matrix; the others, as published, only those inside the blocks, or all
+            matrices where there are no blocks. Every other tensor is the mean of the vectors that change it.
+        settings: How the regression solves matrices.
+        memory: Largest number of bytes for matrices that are solved at the same time; a larger matrix is solved alone.
 
     Attributes:
-        forms: By name, the tensors that are merged as matrices.
+        forms: Forms of the tensors that are merged as matrices, by name.
     """
 
     def __init__(
@@ -100,34 +100,34 @@ class MatrixMerge(Computed):
         if not acting or self._method != "regression" or form is None or form.count > 1:
             return None
         if name not in self._low_rank:
-            held = [factors for number in acting if (factors := self._vectors[number].low_rank(name)) is not None]
-            if len(held) < len(acting):
+            matrices = [factors for number in acting if (factors := self._vectors[number].low_rank(name)) is not None]
+            if len(matrices) < len(acting):
                 return None
             figures = Figures.empty(len(acting))
             with self._checked(name, acting):
-                solved = regressed_factors([_as_matrix(factors, form) for factors in held], form.shape, self._settings, figures)
+                solved = regressed_factors([_as_matrix(factors, form) for factors in matrices], form.shape, self._settings, figures)
             self._low_rank[name] = _as_stored(solved, form, self.shape(name))
-            self._keep(name, acting, figures)
+            self._store_figures(name, acting, figures)
         return self._low_rank[name]
 
     @override
     def measured(self) -> Mapping[tuple[str, str | None], Mapping[str, float | None]]:
-        """Interference of each vector and condition, by block and outside; of the tensors that have been read and that several vectors change."""
+        """Return interference of each vector and condition, by block and outside, over the tensors that were read and that several vectors change."""
         layers: dict[str, list[str]] = {**self._layers.layers(), OUTSIDE: list(self._layers.outside())}
         known = {layer: [self._figures[name] for name in names if name in self._figures] for layer, names in layers.items()}
         known = {layer: figures for layer, figures in known.items() if figures}
         if not known:
             return {}
-        found: dict[tuple[str, str | None], Mapping[str, float | None]] = {
+        by_measure: dict[tuple[str, str | None], Mapping[str, float | None]] = {
             (INTERFERENCE, label): {layer: interference(figures)[number] for layer, figures in known.items()}
             for number, label in enumerate(self._labels)
         }
-        found[CONDITION, None] = {layer: max(figures.condition for figures in several) for layer, several in known.items()}
-        return found
+        by_measure[CONDITION, None] = {layer: max(figures.condition for figures in several) for layer, several in known.items()}
+        return by_measure
 
     @override
     def by_tensor(self) -> Mapping[str, Mapping[str, Any]]:
-        """Interference of each vector, in their order, and condition of the tensors that have been read and that several vectors change."""
+        """Return interference, in the order of the vectors, and condition of each tensor that was read and that several vectors change."""
         return {
             name: {INTERFERENCE: interference([self._figures[name]]), CONDITION: self._figures[name].condition}
             for name in self.names
@@ -137,8 +137,8 @@ class MatrixMerge(Computed):
     def _acting(self, name: str) -> list[int]:
         return [number for number, unchanged in enumerate(self._unchanged) if name not in unchanged]
 
-    def _keep(self, name: str, acting: Sequence[int], figures: Figures) -> None:
-        """Note the figures of some vectors as those of all; a matrix that fewer than two change has none."""
+    def _store_figures(self, name: str, acting: Sequence[int], figures: Figures) -> None:
+        """Store the figures of the acting vectors among those of all; a matrix that fewer than two vectors change has none."""
         if figures.condition == 0:
             return
         all_of_them = Figures.empty(len(self._vectors))
@@ -156,7 +156,7 @@ class MatrixMerge(Computed):
             raise CorruptFileError(f"{name}: {error} in one of {among}") from error
 
     def _blocks(self, name: str, acting: Sequence[int]) -> Iterator[Tensor]:
-        """The tensor in blocks, each matrix solved when its first one is asked for."""
+        """Yield the tensor in blocks; each matrix is solved when its first block is needed."""
         form = self.forms.get(name)
         if form is None:
             yield self._mean(name, acting)
@@ -168,30 +168,30 @@ class MatrixMerge(Computed):
                 yield from self._by_singular_vectors(name, acting, form)
 
     def _mean(self, name: str, acting: Sequence[int]) -> Tensor:
-        """The mean of the vectors that change a tensor."""
-        held = [tensor for number in acting if bool((tensor := self._vectors[number].read(name)).any())]
-        total = reduce(lambda one, other: one + other.double(), held, torch.zeros(self.shape(name), dtype=torch.float64))
-        return (total / max(1, len(held))).float()
+        """Return the mean of the vectors that change a tensor."""
+        return mean((tensor for number in acting if bool((tensor := self._vectors[number].read(name)).any())), self.shape(name))
 
-    def _regressed(self, name: str, acting: Sequence[int], form: Form) -> Iterator[Tensor]:
+    def _regressed(self, name: str, acting: Sequence[int], form: MatrixForm) -> Iterator[Tensor]:
         figures = Figures.empty(len(acting))
         loads = [(self._vectors[number].chunks(name), self._vectors[number].chunks(name)) for number in acting]
-        held = [self._vectors[number].low_rank(name) if form.count == 1 else None for number in acting]
+        low_rank = [self._vectors[number].low_rank(name) if form.count == 1 else None for number in acting]
         size = form.outputs * form.inputs
         for index in range(form.count):
-            operands = [_operand(first, again, index * size, form, factors) for (first, again), factors in zip(loads, held, strict=True)]
+            operands = [
+                _operand(first, again, index * size, form, factors) for (first, again), factors in zip(loads, low_rank, strict=True)
+            ]
             with self._memory.taken(working_bytes(operands, form.shape)):
                 blocks = regressed(operands, form.shape, self._settings, figures)
                 if form.turned:
                     yield torch.cat(list(blocks)).T.contiguous()
                 else:
                     yield from blocks
-        self._keep(name, acting, figures)
+        self._store_figures(name, acting, figures)
 
-    def _by_singular_vectors(self, name: str, acting: Sequence[int], form: Form) -> Iterator[Tensor]:
+    def _by_singular_vectors(self, name: str, acting: Sequence[int], form: MatrixForm) -> Iterator[Tensor]:
         size = form.outputs * form.inputs
         loads = [self._vectors[number].chunks(name) for number in acting]
-        # The stored order of axes serves as well: what comes out is transposed with what goes in.
+        # The stored order of axes will do: the result is transposed if the inputs are.
         rows, columns = reversed(form.shape) if form.turned else form.shape
         for index in range(form.count):
             with self._memory.taken(8 * size * (3 * len(acting) + 3)):
@@ -202,15 +202,15 @@ class MatrixMerge(Computed):
 
 
 def interference(figures: Sequence[Figures]) -> list[float | None]:
-    """For each vector the share of what it does on its own inputs that the merge changes, over some matrices together; None where it does nothing."""
+    """Return, for each vector, the change of its effect on its own inputs as a share of that effect, over several matrices; None for a zero vector."""
     vectors = range(len(figures[0].own))
-    sums = [(sum(found.lost[number] for found in figures), sum(found.own[number] for found in figures)) for number in vectors]
+    sums = [(sum(each.lost[number] for each in figures), sum(each.own[number] for each in figures)) for number in vectors]
     return [math.sqrt(lost / own) if own else None for lost, own in sums]
 
 
-def _operand(first: ChunkReader, again: ChunkReader, offset: int, form: Form, factors: LowRank | None) -> Operand:
+def _operand(first: ChunkReader, again: ChunkReader, offset: int, form: MatrixForm, factors: LowRank | None) -> Operand:
     if form.turned:
-        # Such models are small: a matrix is read whole and turned over.
+        # Models with such matrices are small, so a matrix is read whole and transposed.
         size = form.outputs * form.inputs
         matrix = first(offset, offset + size).reshape(form.inputs, form.outputs).T.contiguous()
         return Operand(tensor_chunks(matrix), tensor_chunks(matrix), None if factors is None else _as_matrix(factors, form))
@@ -221,15 +221,15 @@ def _operand(first: ChunkReader, again: ChunkReader, offset: int, form: Form, fa
     return Operand(moved(first), moved(again), None if factors is None else _as_matrix(factors, form))
 
 
-def _as_matrix(factors: LowRank, form: Form) -> LowRank:
-    """Factors of outputs × inputs."""
+def _as_matrix(factors: LowRank, form: MatrixForm) -> LowRank:
+    """Return factors of the matrix as outputs × inputs."""
     if form.turned:
         return LowRank(form.shape, tuple(Factors(part.right.T, part.left.T, part.scale) for part in factors.parts))
     return LowRank(form.shape, factors.parts)
 
 
-def _as_stored(factors: LowRank, form: Form, shape: tuple[int, ...]) -> LowRank:
-    """Factors of the tensor as it is stored, in float32."""
+def _as_stored(factors: LowRank, form: MatrixForm, shape: tuple[int, ...]) -> LowRank:
+    """Return factors of the tensor in its stored orientation, in float32."""
     parts = [Factors(part.left.float(), part.right.float(), part.scale) for part in factors.parts]
     if form.turned:
         parts = [Factors(part.right.T.contiguous(), part.left.T.contiguous(), part.scale) for part in parts]
@@ -237,5 +237,5 @@ def _as_stored(factors: LowRank, form: Form, shape: tuple[int, ...]) -> LowRank:
 
 
 def _distinct(labels: Sequence[str]) -> list[str]:
-    """The labels, numbered where one is there more than once."""
+    """Return the labels, with a number after those that occur more than once."""
     return [label if labels.count(label) == 1 else f"{label} ({number + 1})" for number, label in enumerate(labels)]

@@ -1,4 +1,4 @@
-"""Coefficients in closed form, as a value and as a JSON file."""
+"""Coefficients in closed form, in memory and as a JSON file."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class SolvedVector:
-    """What was found for one task vector.
+    """The coefficients of one task vector.
 
     Attributes:
-        label: Its path, or the two sides it lies between.
-        tuned: The tuned side.
-        samples: Rows of its task that were run.
-        coefficients: By layer, in the names of the first vector; the same layers for all vectors.
+        label: Path of the vector, or its two sides.
+        tuned: Identity of the tuned model.
+        samples: Number of rows of its task that were run.
+        coefficients: Coefficient of each layer, named as in the first vector; all vectors have the same layers.
     """
 
     label: str
@@ -40,12 +40,12 @@ class SolvedVector:
 
 
 @dataclass(frozen=True)
-class Fit:
-    """How well one layer was determined; both None where no vector moves its output.
+class LayerFit:
+    """Quality of the solution of one layer; both figures are None where no vector changes its output.
 
     Attributes:
-        condition: Condition number of the matrix that was solved, ridge included.
-        residual: What is left of Σ_t E‖Δ_t‖², in [0, 1]: 0 where every task's change is kept whole.
+        condition: Condition number of the solved matrix, including the ridge.
+        residual: Remaining share of Σ_t E‖Δ_t‖², in [0, 1]: 0 where the change of every task is reproduced exactly.
     """
 
     condition: float | None
@@ -54,15 +54,15 @@ class Fit:
 
 @dataclass(frozen=True)
 class Solution:
-    """Coefficients for several task vectors that are to be merged.
+    """Coefficients for merging several task vectors.
 
     Attributes:
-        level: Unit of the coefficients: ``block`` or ``submodule``.
-        outside: Coefficient of tensors that belong to no layer, and of layers that are not solved for (norms, at level ``submodule``).
-        ridge: As it was given, relative to the mean of the diagonal.
-        start: The model that was run.
-        vectors: In the order in which they were given.
-        fits: By solved layer.
+        level: Unit of weighting: ``block`` or ``submodule``.
+        outside: Coefficient of the tensors outside all layers, and of layers without a solution (norms, at level ``submodule``).
+        ridge: The ridge as given, relative to the mean of the diagonal.
+        start: Identity of the model that was run.
+        vectors: The vectors in the given order.
+        fits: Quality of each solved layer.
     """
 
     level: Level
@@ -70,18 +70,18 @@ class Solution:
     ridge: float
     start: Identity
     vectors: tuple[SolvedVector, ...]
-    fits: Mapping[str, Fit]
+    fits: Mapping[str, LayerFit]
 
     def apply(self, vectors: Sequence[TaskVector], *, check_base: bool = True) -> list[TaskVector]:
-        """The vectors with these coefficients, in the order in which they were solved for.
+        """Return vectors with these coefficients.
 
         Args:
-            vectors: As many as were solved for.
-            check_base: Refuse one that is known to be another vector than that in its place.
+            vectors: The vectors in the order in which they were solved for.
+            check_base: Refuse a vector that is known to differ from the one at its position.
 
         Raises:
-            LataError: There are more or fewer, or their layers are others.
-            BaseMismatchError: One is known to be another vector.
+            LataError: The number of vectors or their layers differ.
+            BaseMismatchError: A vector is known to differ from the one at its position.
         """
         if len(vectors) != len(self.vectors):
             raise LataError(
@@ -103,18 +103,18 @@ class Solution:
         """Coefficients under the names that a vector has for its layers, which may have a prefix that the first vector lacks, or the other way round."""
         own = vector.layers.layers(self.level)
         extra, missing = differing_prefixes(own, coefficients, vector.label)
-        found = {extra + layer.removeprefix(missing): number for layer, number in coefficients.items()}
+        renamed = {extra + layer.removeprefix(missing): number for layer, number in coefficients.items()}
         # What was left out of a vector may be a whole layer.
-        return {layer: number for layer, number in found.items() if layer in own} if vector.manifest.leave_out else found
+        return {layer: number for layer, number in renamed.items() if layer in own} if vector.manifest.leave_out else renamed
 
     def _known_to_differ(self, given: Identity, solved: Identity) -> bool:
         if given.content_hash and solved.content_hash:
             return given.content_hash != solved.content_hash
-        # Paths change and say little, but one that belongs in another place says that the order is wrong.
+        # Paths change, so a different path means little; but the path of another vector of this solution shows that the order is wrong.
         return given.location != solved.location and given.location in {other.tuned.location for other in self.vectors} - {None}
 
     def save(self, path: str | Path) -> None:
-        """Write the file that ``lata merge --coefficients`` takes.
+        """Write the file for ``lata merge --coefficients``.
 
         Raises:
             OutputError: The path exists, or cannot be written.
@@ -131,11 +131,11 @@ class Solution:
 
     @classmethod
     def open(cls, path: str | Path) -> Solution:
-        """The content of such a file.
+        """Read a file of coefficients.
 
         Raises:
-            SourceError: It does not exist, or is of a newer format.
-            CorruptFileError: It is no such file.
+            SourceError: The file does not exist, or has a newer format.
+            CorruptFileError: The file holds no coefficients.
         """
         try:
             data = json.loads(Path(path).read_text("utf-8"))
@@ -154,7 +154,7 @@ class Solution:
             raise CorruptFileError(f"{path} is no file of coefficients ({error!r})") from error
 
     def to_json(self) -> dict[str, Any]:
-        """Plain types for JSON."""
+        """Return plain types for JSON."""
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -170,7 +170,7 @@ class Solution:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Solution:
-        """The inverse of ``to_json``; library versions are informative only."""
+        """Invert ``to_json``; library versions are ignored."""
         if (data["format"], data["rule"]) != (FORMAT, CLOSED_FORM):
             raise ValueError(f"format {data['format']!r} with the rule {data['rule']!r}")
         vectors = tuple(
@@ -193,5 +193,5 @@ class Solution:
             ridge=float(data["ridge"]),
             start=Identity(**data["start"]),
             vectors=vectors,
-            fits={layer: Fit(fit["condition"], fit["residual"]) for layer, fit in data["layers"].items()},
+            fits={layer: LayerFit(fit["condition"], fit["residual"]) for layer, fit in data["layers"].items()},
         )

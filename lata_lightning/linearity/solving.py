@@ -1,4 +1,4 @@
-"""Merging coefficients in closed form: every module by itself, from a few samples of each task."""
+"""Merging coefficients in closed form, module by module, from a few samples of each task."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 
 from lata_lightning.errors import CorruptFileError, LataError
 from lata_lightning.layers import Level
-from lata_lightning.linearity.positions import few_positions
-from lata_lightning.linearity.solution import Fit, Solution, SolvedVector
+from lata_lightning.linearity.module_calls import ModuleCall, ModuleRuns
+from lata_lightning.linearity.samples import Batch, check_samples, few_positions, row_count
+from lata_lightning.linearity.solution import LayerFit, Solution, SolvedVector
 from lata_lightning.linearity.start import StartModel
-from lata_lightning.linearity.walk import Batch, Passage, Walker, check_samples, row_count
 from lata_lightning.store.writer import Progress
 from lata_lightning.vectors.provenance import Identity
 from lata_lightning.vectors.task_vector import TaskVector
 
 DEFAULT_RIDGE = 1e-6
-# Positions whose outputs are multiplied at once: their float64 copies stay small beside the hidden states.
+# Positions whose outputs are multiplied at once, so that their float64 copies are small compared with the hidden states.
 _CHUNK = 1024
 
 
@@ -35,22 +35,22 @@ class Products:
         self._positions = np.zeros(count)
 
     def add(self, task: int, changes: Tensor) -> None:
-        """Take in changes of shape (vectors, positions, width), measured on samples of a task."""
+        """Add changes of shape (vectors, positions, width), measured on samples of a task."""
         self._positions[task] += changes.shape[1]
-        for piece in torch.split(changes, _CHUNK, dim=1):
-            flat = piece.reshape(len(piece), -1).double()
+        for chunk in torch.split(changes, _CHUNK, dim=1):
+            flat = chunk.reshape(len(chunk), -1).double()
             self._sums[task] += (flat @ flat.T).numpy()
 
-    def solve(self, ridge: float) -> tuple[list[float], Fit]:
-        """Coefficients, one per vector, and how well they fit; all 1 where no vector changes the output.
+    def solve(self, ridge: float) -> tuple[list[float], LayerFit]:
+        """Return the coefficient of each vector, and the quality of the solution; all coefficients are 1 where no vector changes the output.
 
         Args:
-            ridge: Added to the diagonal, in units of its mean. With 0, of equally good solutions the smallest is taken.
+            ridge: Added to the diagonal, in units of its mean. With 0, the smallest of equally good solutions is taken.
 
         Raises:
             CorruptFileError: A sum is not finite.
         """
-        # A task without positions has no part in the mean.
+        # A task without positions does not count.
         means = self._sums / np.maximum(self._positions, 1)[:, None, None]
         if not np.isfinite(means).all():
             raise CorruptFileError("NaN or infinite hidden states")
@@ -59,12 +59,12 @@ class Products:
         aim = np.array([means[:, s, :].diagonal().sum() for s in range(count)])
         own = float(sum(means[task, task, task] for task in range(count)))
         if np.trace(matrix) == 0:
-            return [1.0] * count, Fit(None, None)
+            return [1.0] * count, LayerFit(None, None)
         solved = matrix + ridge * np.trace(matrix) / count * np.eye(count)
-        found, *_ = np.linalg.lstsq(solved, aim, rcond=None)
+        coefficients, *_ = np.linalg.lstsq(solved, aim, rcond=None)
         condition = float(np.linalg.cond(solved))
-        residual = None if own == 0 else max(0.0, float(found @ matrix @ found - 2 * found @ aim + own) / own)
-        return [float(number) for number in found], Fit(condition if np.isfinite(condition) else None, residual)
+        residual = None if own == 0 else max(0.0, float(coefficients @ matrix @ coefficients - 2 * coefficients @ aim + own) / own)
+        return [float(number) for number in coefficients], LayerFit(condition if np.isfinite(condition) else None, residual)
 
 
 def solve_coefficients(
@@ -79,34 +79,35 @@ def solve_coefficients(
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Solution:
-    """Coefficients under which each layer's merged output is closest to what every task's own vector makes of that task's samples.
+    """Solve for the coefficients with which the merged output of each layer is closest, on each task's samples, to the output with that task's vector.
 
-    Per layer, with Δ_s(x) = f(x; start + vector_s) − f(x; start) and x the hidden states of the start model, they minimise
-    Σ_t E_{x∼task t} ‖Σ_s coefficient_s Δ_s(x) − Δ_t(x)‖². Every task weighs the same, however many samples it has; padding does not count. The model is
-    run block by block: in memory are the hidden states of all samples, the tensors outside the blocks, and one block of the start and of each vector.
+    For each layer, with Δ_s(x) = f(x; start + vector_s) − f(x; start) and x the hidden states of the start model, they minimise
+    Σ_t E_{x∼task t} ‖Σ_s coefficient_s Δ_s(x) − Δ_t(x)‖². Every task has the same weight, however many samples it has; padding does not count. The model
+    runs block by block: the hidden states of all samples, the tensors outside the blocks, and one block of the start and of each vector are in memory.
 
     Args:
-        start: Directory or hub id of a transformers model, or a module. Dropout is off, and it does not change.
-        vectors: Task vectors from this start. Coefficients they may have do not count.
-        samples: For each vector batches of inputs of the model, by argument name: rows of its task, with an ``attention_mask`` where rows are padded;
-            in all about twice as many positions as the widest layer takes in numbers. How rows are split into batches makes no difference but memory.
+        start: Directory or hub id of a transformers model, or a module, which does not change. Dropout is off.
+        vectors: Task vectors from this start; their coefficients are ignored.
+        samples: For each vector, batches of inputs of the model by argument name: rows of its task, with an ``attention_mask`` if they are padded. They
+            should have about twice as many positions as the widest layer has inputs. The batch size only affects memory.
         level: ``block``, or ``submodule`` for attention, cross-attention and MLP of each block separately.
-        outside: Coefficient of everything else: tensors outside the blocks and, at level ``submodule``, norms and others inside them.
-        ridge: Added to the diagonal of the matrix that is solved, in units of its mean.
+        outside: Coefficient of everything else: tensors outside the blocks and, at level ``submodule``, norms and other parts inside them.
+        ridge: Added to the diagonal of the solved matrix, in units of its mean.
         check_base: Refuse vectors that are known to start from different weights.
         progress: Called after each block is read.
-        note: Called, before the model runs, with a sentence about every task whose samples have too few positions for the widest layer.
+        note: Called, before the model runs, with a sentence about each task whose samples have too few positions for the widest layer.
 
     Returns:
-        One coefficient per vector and layer, in [0, 1] where outputs are orthogonal, unbounded otherwise, and how well they fit. A layer whose output no
-        vector changes has coefficient 1.
+        One coefficient for each vector and layer, and the quality of each solution. Coefficients are in [0, 1] where outputs are orthogonal, and
+        unbounded otherwise; they are 1 for a layer whose output no vector changes.
 
     Raises:
-        LataError: Samples and vectors are not equally many, a task has no samples, the level is ``tensor``, or the ridge is negative.
-        SourceError, LayoutMismatchError, BaseMismatchError, WeightingError: See ``Walker``.
+        LataError: The numbers of samples and vectors differ, a task has no samples, the level is ``tensor``, or the ridge is negative.
+        SourceError, LayoutMismatchError, BaseMismatchError, WeightingError: As for ``ModuleRuns``.
         CorruptFileError: Hidden states are not finite.
 
-    Source: submodule linearity, arXiv:2504.10902, closed-form merging; ridge, equal task weight and what stays outside are this package's choices.
+    Source: submodule linearity, arXiv:2504.10902, closed-form merging. This package's choices: the ridge, equal weight of tasks, and the coefficient
+    outside.
     """
     if level not in ("block", "submodule"):
         raise LataError(f"coefficients in closed form are per block or per submodule, not per {level}")
@@ -114,19 +115,19 @@ def solve_coefficients(
     if ridge < 0:
         raise LataError(f"the ridge must not be negative, got {ridge}")
     task_of = [task for task, batches in enumerate(samples) for _ in batches]
-    walker = Walker(start, vectors, [batch for batches in samples for batch in batches], check_base=check_base)
+    runs = ModuleRuns(start, vectors, [batch for batches in samples for batch in batches], check_base=check_base)
     if note is not None:
-        for sentence in few_positions(walker.shell, walker.blocks, [vector.label for vector in vectors], samples):
+        for sentence in few_positions(runs.model, runs.blocks, [vector.label for vector in vectors], samples):
             note(sentence)
-    units = walker.units(level)
-    products = {unit.layer: Products(len(vectors)) for unit in units}
+    modules = runs.blocks.layer_modules(level)
+    products = {module.layer: Products(len(vectors)) for module in modules}
 
-    def visit(passage: Passage) -> None:
-        changes = [passage.with_weights(vector, 1.0) - passage.left for vector in range(len(vectors))]
-        products[passage.unit.layer].add(task_of[passage.batch], torch.stack(changes))
+    def visit(call: ModuleCall) -> None:
+        changes = [call.with_weights(vector, 1.0) - call.outputs for vector in range(len(vectors))]
+        products[call.layer.layer].add(task_of[call.batch], torch.stack(changes))
 
-    walker.walk(units, visit, progress=progress)
-    solved, layers = {}, walker.layers.layers(level)
+    runs.run(modules, visit, progress=progress)
+    solved, layers = {}, runs.layers.layers(level)
     for layer, sums in products.items():
         try:
             solved[layer] = sums.solve(ridge)
@@ -136,7 +137,7 @@ def solve_coefficients(
         level=level,
         outside=outside,
         ridge=ridge,
-        start=Identity(walker.source.location, walker.source.revision),
+        start=Identity(runs.source.location, runs.source.revision),
         vectors=tuple(
             SolvedVector(
                 vector.label,

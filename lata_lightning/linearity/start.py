@@ -11,7 +11,7 @@ from torch import nn
 
 from lata_lightning.errors import LataError, first_three
 from lata_lightning.layers import LayerMap
-from lata_lightning.linearity.shell import Shell
+from lata_lightning.linearity.model_weights import ModelWeights
 from lata_lightning.store.meta_model import copy_without_weights, model_without_weights
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.sources import TensorSource
@@ -24,19 +24,19 @@ StartModel = str | os.PathLike[str] | nn.Module
 
 
 @dataclass(frozen=True)
-class Start:
+class OpenedStart:
     """A start model without weights, its floating weights, and vectors.
 
     Attributes:
-        shell: The model.
+        model: The model.
         weights: Its weights, under the names under which transformers saves the model.
-        vectors: Under the same names, each with zeros where it holds nothing.
+        vectors: The vectors under the same names, each with zeros for tensors that it lacks.
         layers: Position of every tensor, under the same names.
         matched: Weights and vectors under the names that the start has on disk.
         stored: Name on disk by the name under which transformers saves the model.
     """
 
-    shell: Shell
+    model: ModelWeights
     weights: TensorSource
     vectors: Sequence[TensorSource]
     layers: LayerMap
@@ -44,8 +44,8 @@ class Start:
     stored: dict[str, str]
 
 
-def open_start(start: StartModel, vectors: Sequence[TaskVector], *, check_base: bool = True) -> Start:
-    """Return a start model and vectors under one set of names; nothing is read yet.
+def open_start(start: StartModel, vectors: Sequence[TaskVector], *, check_base: bool = True) -> OpenedStart:
+    """Open a start model and vectors under one set of names, without reading tensors.
 
     Args:
         start: Directory or hub id of a transformers model, or a module (which is not changed).
@@ -54,7 +54,7 @@ def open_start(start: StartModel, vectors: Sequence[TaskVector], *, check_base: 
 
     Raises:
         SourceError: The start cannot be read, or does not say which model it is.
-        LayoutMismatchError: A vector does not hold the tensors of the model, or belongs to one of other tokens or of another function.
+        LayoutMismatchError: The tensors of a vector are not those of the model, or its model has other tokens or computes another function.
         BaseMismatchError: Two vectors start from different weights.
         LataError: There is no vector, or one started from base.
     """
@@ -70,13 +70,15 @@ def open_start(start: StartModel, vectors: Sequence[TaskVector], *, check_base: 
     if check_base:
         check_same_start(vectors)
     source = open_source(Path(start) if isinstance(start, os.PathLike) else start)
-    shell = Shell(copy_without_weights(start) if isinstance(start, nn.Module) else model_without_weights(source.config, source.label))
+    model = ModelWeights(
+        copy_without_weights(start) if isinstance(start, nn.Module) else model_without_weights(source.config, source.label)
+    )
     matched = match_vectors(source, vectors)
     check_same_model(source, vectors)
-    stored = shell.names_of(matched.onto)
+    stored = model.names_of(matched.onto)
     layers = matched.layers
-    return Start(
-        shell,
+    return OpenedStart(
+        model,
         View(matched.onto, stored),
         [View(reader, stored) for reader in matched.readers],
         LayerMap({name: layers.positions[other] for name, other in stored.items()}, layers.blocks),

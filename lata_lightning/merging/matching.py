@@ -40,7 +40,7 @@ def match_terms(source: TensorSource, terms: Sequence[Term], leave_out: LeaveOut
     Args:
         source: The model.
         terms: The vectors. A vector may lack what was left out of it; then nothing is added there.
-        leave_out: What of the vectors is left out beside.
+        leave_out: What to leave out of the vectors, beside what they were made without.
         same_shapes: Whether to refuse tensors of two shapes.
 
     Raises:
@@ -55,7 +55,7 @@ def match_terms(source: TensorSource, terms: Sequence[Term], leave_out: LeaveOut
         for reader, term in zip(readers, terms, strict=True)
     ]
     for name in weights.names:
-        if any(name in held for held in buffers):
+        if any(name in own for own in buffers):
             shares[name] = _shares(name, weights, readers, terms, buffers)
     return Matched(weights, readers, matched.vectors, terms, shares)
 
@@ -65,8 +65,8 @@ def _shares(
 ) -> tuple[float, ...]:
     """With which factor each vector acts on a buffer: what changed it is taken over, of several the mean."""
     acting = [
-        name in held and term.factor(reader.origin_name(name)) > 0 and bool(reader.read(name).any())
-        for reader, term, held in zip(readers, terms, buffers, strict=True)
+        name in own and term.factor(reader.origin_name(name)) > 0 and bool(reader.read(name).any())
+        for reader, term, own in zip(readers, terms, buffers, strict=True)
     ]
     shares = tuple(float(acts) / max(sum(acting), 1) for acts in acting)
     if is_variance(name) and any(acting):
@@ -86,7 +86,7 @@ def summand(onto: TensorSource, reader: TensorSource, name: str, factor: float) 
     sides = reader.sides(name)
     if sides is None:
         return Summand(factor, reader.chunks(name))
-    tuned, start, held = sides
-    if start.byte_range(held) is not None and start.byte_range(held) == onto.byte_range(name):
-        return Summand(factor, tuned.chunks(held), from_onto=True)
-    return Summand(factor, tuned.chunks(held), start.chunks(held))
+    tuned, start, side_name = sides
+    if start.byte_range(side_name) is not None and start.byte_range(side_name) == onto.byte_range(name):
+        return Summand(factor, tuned.chunks(side_name), from_onto=True)
+    return Summand(factor, tuned.chunks(side_name), start.chunks(side_name))

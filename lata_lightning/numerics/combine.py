@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -62,6 +62,15 @@ def combine(onto: Tensor, summands: Sequence[tuple[Tensor | LowRank, float]], dt
         merged[begin : begin + chunk.numel()] = chunk
         begin += chunk.numel()
     return merged.reshape(onto.shape)
+
+
+def mean(tensors: Iterable[Tensor], shape: Sequence[int]) -> Tensor:
+    """Return the mean of tensors of one shape, summed in float64, as float32; zeros if there are none."""
+    total, count = torch.zeros(tuple(shape), dtype=torch.float64), 0
+    for tensor in tensors:
+        total += tensor
+        count += 1
+    return (total / max(count, 1)).float()
 
 
 def combined(count: int, onto: ChunkReader, summands: Sequence[Summand], dtype: torch.dtype) -> Iterator[Tensor]:

@@ -31,7 +31,7 @@ class Padded(Forwarding):
 
     def __init__(self, source: TensorSource, onto: TensorSource) -> None:
         super().__init__(source.origin, parallel=source.parallel)
-        self._source, self._zeros, self._held = source, Zeros(onto), frozenset(source.names)
+        self._source, self._zeros, self._own = source, Zeros(onto), frozenset(source.names)
 
     @property
     @override
@@ -40,11 +40,11 @@ class Padded(Forwarding):
 
     @override
     def target(self, name: str) -> tuple[TensorSource, str]:
-        return (self._source if name in self._held else self._zeros), name
+        return (self._source if name in self._own else self._zeros), name
 
     def holds(self, name: str) -> bool:
         """Return whether the vector itself has the tensor."""
-        return name in self._held
+        return name in self._own
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class MatchedVectors:
     vectors: Sequence[TaskVector]
 
     @property
-    def held(self) -> tuple[str, ...]:
+    def covered(self) -> tuple[str, ...]:
         """Names of the tensors of ``onto`` that at least one vector holds."""
         return tuple(name for name in self.onto.names if any(reader.holds(name) for reader in self.readers))
 
@@ -82,24 +82,26 @@ class MatchedVectors:
         for vector, reader in zip(self.vectors, self.readers, strict=True):
             own = {name: vector.layers.positions[reader.origin_name(name)] for name in reader.names if reader.holds(name)}
             names = {own[name].block: positions[name].block for name in own if name in positions}
-            positions = {name: LayerPosition(names.get(place.block, place.block), place.part) for name, place in own.items()} | positions
+            positions = {
+                name: LayerPosition(names.get(position.block, position.block), position.part) for name, position in own.items()
+            } | positions
         return LayerMap(
             {name: positions.get(name, LayerPosition(None, "other")) for name in self.onto.names}, self.vectors[0].layers.blocks
         )
 
     def leave_out(self) -> tuple[str, ...]:
         """Return patterns for what all vectors were made without, for the manifest of a vector made of them."""
-        held = self.held
-        beside = [name for name in self.onto.names if name not in set(held)]
-        found: dict[str, None] = {}
+        covered = self.covered
+        beside = [name for name in self.onto.names if name not in set(covered)]
+        patterns: dict[str, None] = {}
         for vector in self.vectors:
             for pattern in vector.manifest.leave_out:
-                if not any(re.search(pattern, name) for name in held):
-                    found[pattern] = None
+                if not any(re.search(pattern, name) for name in covered):
+                    patterns[pattern] = None
                     continue
                 # Another vector has some of what this one was made without.
-                found |= {f"^{re.escape(name)}$": None for name in beside if re.search(pattern, name)}
-        return tuple(found)
+                patterns |= {f"^{re.escape(name)}$": None for name in beside if re.search(pattern, name)}
+        return tuple(patterns)
 
     def check_start(self, hashes: Mapping[str, str], label: str) -> None:
         """Refuse vectors that record another start than this model.
@@ -113,14 +115,14 @@ class MatchedVectors:
         """
         for vector, reader in zip(self.vectors, self.readers, strict=True):
             origin = vector.manifest.start_identity
-            held = {reader.origin_name(name): hashes[name] for name in reader.names if reader.holds(name)}
+            own = {reader.origin_name(name): hashes[name] for name in reader.names if reader.holds(name)}
             # What was stored fused has no hash of its own.
-            if origin.content_hash is None or held.keys() != set(vector):
+            if origin.content_hash is None or own.keys() != set(vector):
                 continue
-            found = content_hash(held)
-            if origin.content_hash != found:
+            actual = content_hash(own)
+            if origin.content_hash != actual:
                 raise BaseMismatchError(
-                    f"{vector.label} started from {origin.location} with the content hash {origin.content_hash}, and {label} has {found}: these are "
+                    f"{vector.label} started from {origin.location} with the content hash {origin.content_hash}, and {label} has {actual}: these are "
                     "different weights. Name the start model (onto=…, --onto), or switch the check off (check_base=False, --check-base false)."
                 )
 
@@ -128,12 +130,14 @@ class MatchedVectors:
 def match_vectors(
     source: TensorSource, vectors: Sequence[TaskVector], leave_out: LeaveOut = NOTHING, *, same_shapes: bool = True
 ) -> MatchedVectors:
-    """Bring a model and vectors under one set of names: those of the model, or, where it stores fused what a vector has in pieces, the pieces.
+    """Bring a model and vectors under one set of names.
+
+    These are the names of the model. Where it stores fused what a vector has as several tensors, they are the names of those tensors.
 
     Args:
         source: The model.
         vectors: A vector may lack what was left out of it; it is zero there.
-        leave_out: What of the vectors is left out beside.
+        leave_out: What to leave out of the vectors, beside what they were made without.
         same_shapes: Whether to refuse tensors of two shapes.
 
     Raises:
@@ -142,23 +146,23 @@ def match_vectors(
     weights: TensorSource = View(source, {name: name for name in source.names if source.dtype(name).is_floating_point})
     for vector in vectors:
         weights = _completed(weights, _paired(weights, vector, leave_out, same_shapes))
-    # A later vector may have asked for other pieces of the model than those before it.
+    # A later vector may split fused tensors of the model that those before it did not.
     readers = [Padded(_paired(weights, vector, leave_out, same_shapes).tuned, weights) for vector in vectors]
     return MatchedVectors(weights, readers, vectors)
 
 
 def _paired(weights: TensorSource, vector: TaskVector, leave_out: LeaveOut, same_shapes: bool) -> Pairing:
     given = LeaveOut((*vector.manifest.leave_out, *leave_out.patterns), leave_out.names)
-    found = match(weights, vector.tensors, given)
+    pairing = match(weights, vector.tensors, given)
     if same_shapes:
-        check_same_shapes(found.start, found.tuned)
-    return found
+        check_same_shapes(pairing.start, pairing.tuned)
+    return pairing
 
 
-def _completed(weights: TensorSource, found: Pairing) -> TensorSource:
-    """What is paired of the weights, and the rest of them under their own names; without second copies of tied tensors."""
-    paired = {name: found.start.stored_name(name) for name in found.start.names}
-    if found.start.source is weights:
+def _completed(weights: TensorSource, pairing: Pairing) -> TensorSource:
+    """Return the weights: what is paired under its paired name, the rest under their own; without second copies of tied tensors."""
+    paired = {name: pairing.start.stored_name(name) for name in pairing.start.names}
+    if pairing.start.source is weights:
         shown = {stored: name for name, stored in paired.items()}
-        return View(weights, {shown.get(name, name): name for name in weights.names if name not in found.copies})
-    return View(found.start.source, {name: name for name in found.start.source.names if name not in found.copies})
+        return View(weights, {shown.get(name, name): name for name in weights.names if name not in pairing.copies})
+    return View(pairing.start.source, {name: name for name in pairing.start.source.names if name not in pairing.copies})

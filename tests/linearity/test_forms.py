@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lata_lightning.layers import layer_map
-from lata_lightning.linearity.forms import Form, matrix_forms
+from lata_lightning.linearity.forms import MatrixForm, matrix_forms
 
 
 def forms_of(shapes):
@@ -28,10 +28,10 @@ def test_linear_layers_of_every_architecture_have_the_sizes_that_their_modules_s
         form = found.get(f"{path}.weight")
         if isinstance(module, Conv1D):
             seen += 1
-            assert form == Form(1, module.nf, module.nx, True), path
+            assert form == MatrixForm(1, module.nf, module.nx, True), path
         elif isinstance(module, nn.Linear) and form is not None:
             seen += 1
-            assert form == Form(1, module.out_features, module.in_features), path
+            assert form == MatrixForm(1, module.out_features, module.in_features), path
         elif isinstance(module, nn.Embedding) and form is not None:
             assert form.shape == (module.num_embeddings, module.embedding_dim), path
         elif isinstance(module, nn.LayerNorm):
@@ -42,8 +42,8 @@ def test_linear_layers_of_every_architecture_have_the_sizes_that_their_modules_s
 def test_the_square_conv1d_of_gpt2_is_known_by_the_others_of_its_blocks():
     config = transformers.GPT2Config(vocab_size=8, n_embd=6, n_layer=1, n_head=2, n_positions=8)
     found = forms_of(shapes_of(transformers.GPT2LMHeadModel(config)))
-    assert found["transformer.h.0.attn.c_proj.weight"] == Form(1, 6, 6, True)
-    assert found["transformer.wte.weight"] == Form(1, 8, 6)
+    assert found["transformer.h.0.attn.c_proj.weight"] == MatrixForm(1, 6, 6, True)
+    assert found["transformer.wte.weight"] == MatrixForm(1, 8, 6)
     # Without any that is not square, square ones are as everywhere else.
     square = {"layers.0.attn.q.weight": (4, 4), "layers.0.attn.q.bias": (4,), "layers.1.attn.q.weight": (4, 4)}
     assert not any(form.turned for form in forms_of(square).values())
@@ -55,8 +55,8 @@ def test_fused_experts_are_one_matrix_each_by_the_pair_they_come_in(gate_up, dow
     shapes = {f"{prefix}gate_up_proj": gate_up, f"{prefix}down_proj": down, f"{prefix}gate_up_proj_bias": (3, 8)}
     shapes |= {"model.layers.0.self_attn.q_proj.weight": (5, 5)}
     found = forms_of(shapes)
-    assert found[f"{prefix}gate_up_proj"] == Form(3, 8, 5, turned)
-    assert found[f"{prefix}down_proj"] == Form(3, 5, 4, turned)
+    assert found[f"{prefix}gate_up_proj"] == MatrixForm(3, 8, 5, turned)
+    assert found[f"{prefix}down_proj"] == MatrixForm(3, 5, 4, turned)
     assert f"{prefix}gate_up_proj_bias" not in found
 
 
@@ -73,14 +73,14 @@ def test_the_experts_of_transformers_are_outputs_by_inputs():
 @pytest.mark.parametrize(
     ("name", "shape", "form"),
     [
-        ("conv.weight", (8, 3, 4, 4), Form(1, 8, 48)),
-        ("conv.weight", (8, 3, 4), Form(1, 8, 12)),
+        ("conv.weight", (8, 3, 4, 4), MatrixForm(1, 8, 48)),
+        ("conv.weight", (8, 3, 4), MatrixForm(1, 8, 12)),
         ("conv.weight", (8, 1, 4), None),
         ("embeddings.position_embeddings", (1, 17, 8), None),
         ("embeddings.cls_token", (1, 1, 8), None),
         ("norm.weight", (8,), None),
         ("scale", (), None),
-        ("score.weight", (1, 8), Form(1, 1, 8)),
+        ("score.weight", (1, 8), MatrixForm(1, 1, 8)),
         ("empty.weight", (0, 8), None),
     ],
 )
@@ -89,5 +89,5 @@ def test_other_tensors_are_matrices_where_their_outputs_have_inputs_in_common(na
 
 
 def test_a_form_says_its_sizes():
-    assert Form(1, 3, 4).shape == (3, 4)
-    assert torch.empty(Form(2, 3, 4).shape).shape == (3, 4)
+    assert MatrixForm(1, 3, 4).shape == (3, 4)
+    assert torch.empty(MatrixForm(2, 3, 4).shape).shape == (3, 4)

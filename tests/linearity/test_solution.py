@@ -7,7 +7,7 @@ from tiny_models import leftovers
 
 from lata_lightning import TaskVector, align
 from lata_lightning.errors import BaseMismatchError, CorruptFileError, LataError, OutputError, SourceError
-from lata_lightning.linearity.solution import Fit, Solution, SolvedVector
+from lata_lightning.linearity.solution import LayerFit, Solution, SolvedVector
 from lata_lightning.vectors.provenance import Identity
 
 LAYERS = ("blocks.0", "blocks.1")
@@ -19,7 +19,7 @@ def solution(count=2, numbers=(0.25, 0.75), **changes):
         for number in range(count)
     )
     settings = {"level": "block", "outside": 0.5, "ridge": 1e-6, "start": Identity("start"), "vectors": vectors}
-    return Solution(**(settings | {"fits": {"blocks.0": Fit(2.0, 0.125), "blocks.1": Fit(None, None)}} | changes))
+    return Solution(**(settings | {"fits": {"blocks.0": LayerFit(2.0, 0.125), "blocks.1": LayerFit(None, None)}} | changes))
 
 
 @pytest.fixture

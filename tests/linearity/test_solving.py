@@ -11,7 +11,7 @@ from torch import nn
 
 from lata_lightning import TaskVector, solve_coefficients
 from lata_lightning.errors import BaseMismatchError, CorruptFileError, LataError, LayoutMismatchError, SourceError, WeightingError
-from lata_lightning.linearity.shell import Shell
+from lata_lightning.linearity.model_weights import ModelWeights
 from lata_lightning.linearity.solving import Products
 from lata_lightning.store.file_source import FileSource
 
@@ -189,7 +189,7 @@ def test_every_block_is_read_once_and_after_the_one_before(llamas, monkeypatch):
 def test_one_block_of_the_start_and_of_each_vector_is_in_memory(llamas, monkeypatch):
     _, _, directory = llamas
     held = []
-    fill = Shell.fill
+    fill = ModelWeights.fill
 
     def watched(self, names, *rest):
         block = next((name.split(".")[2] for name in names if ".layers." in name), None)
@@ -199,7 +199,7 @@ def test_one_block_of_the_start_and_of_each_vector_is_in_memory(llamas, monkeypa
         held.extend((block, weakref.ref(tensor)) for tensor in values.values())
         return values
 
-    monkeypatch.setattr(Shell, "fill", watched)
+    monkeypatch.setattr(ModelWeights, "fill", watched)
     vectors = [TaskVector.open(directory / f"vector-{number}") for number in (0, 1)]
     solve_coefficients(directory / "start", vectors, samples_of(1), level="submodule")
     # Two blocks of nine tensors and the embedding and last norm, of the start; two blocks of each vector.

@@ -19,7 +19,7 @@ def test_a_vector_is_zero_where_something_was_left_out_of_it():
     vectors = [TaskVector.between(START, TUNED), TaskVector.between(START, TUNED, leave_out=["^lm_head"])]
     matched = match_vectors(StateDictSource(START), vectors)
     whole, headless = matched.readers
-    assert set(whole.names) == set(headless.names) == set(START) == set(matched.held)
+    assert set(whole.names) == set(headless.names) == set(START) == set(matched.covered)
     assert torch.equal(whole.read("lm_head.weight"), TUNED["lm_head.weight"] - START["lm_head.weight"])
     assert torch.equal(headless.read("lm_head.weight"), torch.zeros(6, 4))
     assert torch.equal(headless.read_slice("lm_head.weight", (slice(1, 3),)), torch.zeros(2, 4))
@@ -45,7 +45,7 @@ def test_patterns_of_what_all_vectors_lack_are_kept_and_others_name_what_remains
     one = TaskVector.between(START, TUNED, leave_out=["head", "embed|norm"])
     other = TaskVector.between(START, TUNED, leave_out=["head"])
     matched = match_vectors(StateDictSource(START), [one, other])
-    assert matched.held == tuple(name for name in START if "head" not in name)
+    assert matched.covered == tuple(name for name in START if "head" not in name)
     # Of what the second pattern matches, the other vector holds everything.
     assert matched.leave_out() == ("head",)
     both = [TaskVector.between(START, TUNED, leave_out=["head", "embed"]), TaskVector.between(START, TUNED, leave_out=["embed|head|mlp"])]

@@ -1,4 +1,4 @@
-"""A model without weights, and which stored tensors each of its parts is filled with."""
+"""The weights of a model: the stored tensors they are read from, and putting them into the model."""
 
 from __future__ import annotations
 
@@ -13,64 +13,64 @@ from lata_lightning.store.names import differing_prefixes, keyed
 from lata_lightning.store.sources import TensorSource
 
 
-class Shell:
-    """A model whose tensors are filled in from stored ones, part by part.
+class ModelWeights:
+    """The floating parameters and saved buffers of a model, which are read from stored tensors, some of them at a time.
 
     Args:
-        model: Without weights; belongs to the shell from now on.
+        module: A model, with or without weights; ``put`` changes it.
 
     Attributes:
-        model: The model.
-        names: Names of its parameters and saved buffers that are floating; those of one tied group all stand here.
+        module: The model.
+        names: Names of its floating parameters and saved buffers, with all names of tied tensors.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        state = model.state_dict(keep_vars=True)
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        state = module.state_dict(keep_vars=True)
         self._state = {name: entry for name, entry in state.items() if isinstance(entry, Tensor) and entry.is_floating_point()}
         self.names = tuple(self._state)
         self._groups: dict[int, list[str]] = {}
         for name, tensor in self._state.items():
             self._groups.setdefault(id(tensor), []).append(name)
         empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in self._state.items()}
-        self._saved = set(under_checkpoint_names(model, empty))
+        self._saved = set(under_checkpoint_names(module, empty))
 
     def names_of(self, source: TensorSource) -> dict[str, str]:
-        """Return the names that stored tensors have in a source, by those under which transformers saves this model.
+        """Return the names of stored tensors in a source, by the names under which transformers saves this model.
 
-        They differ where one side has a prefix that the other lacks, as GPT-2 on the hub, and in the spelling of older releases.
+        They differ where one side has a prefix that the other lacks, as for GPT-2 on the hub, and in the spelling of older releases.
         """
         known = keyed(source.names, source.label)
         extra, missing = differing_prefixes(known, self._saved, source.label)
         return {name if name in self._saved else missing + name.removeprefix(extra): stored for name, stored in known.items()}
 
     def stored_names(self, names: Iterable[str]) -> dict[str, set[str]]:
-        """For tensors of the model, the names under which they, or pieces of them, may be stored."""
-        found = {name: {other for other in self._groups[id(self._state[name])] if other in self._saved} for name in names}
-        renamed = [name for name, stored in found.items() if not stored]
+        """Return, for tensors of the model, the names under which they, or parts of them, may be stored."""
+        by_name = {name: {other for other in self._groups[id(self._state[name])] if other in self._saved} for name in names}
+        renamed = [name for name, stored in by_name.items() if not stored]
         ends = torch.tensor([self._state[name].numel() for name in renamed]).cumsum(0)
         for stored, indices in self._conversion(renamed).items():
             owners = torch.bincount(torch.bucketize(indices.reshape(-1), ends, right=True))
             for position in owners.nonzero().flatten().tolist():
-                found[renamed[position]].add(stored)
-        return found
+                by_name[renamed[position]].add(stored)
+        return by_name
 
     def fill(
         self, names: Iterable[str], stored: Callable[[str], Tensor | None], label: str, dtype: torch.dtype = torch.float32
     ) -> dict[str, Tensor]:
-        """Values for tensors of the model.
+        """Return the values of tensors of the model, from stored tensors.
 
         Args:
-            names: The tensors.
-            stored: The stored tensor of a name; None if there is none.
-            label: Where they are stored, for messages.
-            dtype: Of the values.
+            names: Names of the tensors.
+            stored: Returns the stored tensor of a name; None if there is none.
+            label: Name of the stored tensors, for messages.
+            dtype: Dtype of the values.
 
         Returns:
-            By name, without saved buffers that are not stored: those keep the values they have. Tied tensors are one tensor.
+            Values by name, without saved buffers that are not stored, which keep their values. Tied tensors are one tensor.
 
         Raises:
-            LayoutMismatchError: A parameter is not stored, or not in its shape.
+            LayoutMismatchError: A parameter is not stored, or has another shape.
         """
         values: dict[int, Tensor] = {}
         missing: list[str] = []
@@ -103,38 +103,43 @@ class Shell:
                 flat[indices.reshape(-1)] = value.to(dtype).reshape(-1)
         if missing:
             raise LayoutMismatchError(f"{label} must hold all tensors that the model needs; missing are {first_three(missing)}")
-        pieces = zip(converted, torch.split(flat, sizes), strict=True)
-        values |= {id(self._state[name]): piece.view(self._state[name].shape) for name, piece in pieces}
+        parts = zip(converted, torch.split(flat, sizes), strict=True)
+        values |= {id(self._state[name]): part.view(self._state[name].shape) for name, part in parts}
         return {name: values[id(self._state[name])] for name in names if id(self._state[name]) in values}
 
+    def read(self, names: Iterable[str], source: TensorSource) -> dict[str, Tensor]:
+        """Read the values of tensors of the model from a source, in float32; results and errors as for ``fill``."""
+        known = set(source.names)
+        return self.fill(names, lambda name: source.read(name) if name in known else None, source.label)
+
     def stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Values of tensors of the model under the names by which they are stored, tied ones under all of theirs: the inverse of ``fill``."""
-        found: dict[str, Tensor] = {}
+        """Return values of tensors of the model by their stored names, tied ones by all of them: the inverse of ``fill``."""
+        stored: dict[str, Tensor] = {}
         converted: dict[str, Tensor] = {}
         for name, value in tensors.items():
             saved = [other for other in self.tied(name) if other in self._saved]
-            found |= dict.fromkeys(saved, value)
+            stored |= dict.fromkeys(saved, value)
             if not saved:
                 converted[name] = value
-        return found | under_checkpoint_names(self.model, converted) if converted else found
+        return stored | under_checkpoint_names(self.module, converted) if converted else stored
 
     def tied(self, name: str) -> tuple[str, ...]:
-        """All names in the model of the tensor of this name, in one order whichever of them is given."""
+        """Return all names in the model of a tensor, in the same order whichever name is given."""
         return tuple(self._groups[id(self._state[name])])
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor of the model."""
+        """Return the shape of a tensor of the model."""
         return tuple(self._state[name].shape)
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
-        """Give tensors of the model values, tied ones one value."""
-        self.model.load_state_dict(tensors, strict=False, assign=True)
+        """Set tensors of the model, tied ones to one value."""
+        self.module.load_state_dict(tensors, strict=False, assign=True)
 
     def _conversion(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """How tensors of the model are stored that are not stored as they are.
+        """Return how tensors of the model are converted when they are stored.
 
         Returns:
-            By stored name, in the stored shape: where each entry belongs when the tensors of the model are laid end to end.
+            For each stored name, in the stored shape, the index of each entry in the concatenation of the flattened tensors of the model.
         """
         if not names:
             return {}
@@ -143,5 +148,5 @@ class Shell:
             shape = self._state[name].shape
             indices[name] = torch.arange(begin, begin + shape.numel()).view(shape)
             begin += shape.numel()
-        # How to save is known. Done to indices, it tells where every entry goes, and so how to undo it.
-        return under_checkpoint_names(self.model, indices)
+        # The conversion for saving, applied to indices, says where each entry goes, and so how to invert it.
+        return under_checkpoint_names(self.module, indices)

@@ -2,8 +2,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lata_lightning.linearity.positions import positions_of
 from lata_lightning.linearity.regression import regress
+from lata_lightning.linearity.samples import positions_of
 from lata_lightning.linearity.scores import measure_linearity
 from lata_lightning.linearity.solving import solve_coefficients
 from lata_lightning.vectors.task_vector import TaskVector

@@ -7,7 +7,7 @@ from tiny_models import llama
 from torch import nn
 
 from lata_lightning.errors import LayoutMismatchError
-from lata_lightning.linearity.shell import Shell
+from lata_lightning.linearity.model_weights import ModelWeights
 from lata_lightning.store.meta_model import copy_without_weights
 
 SMALL = {
@@ -17,14 +17,14 @@ SMALL = {
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_shell_that_is_filled_computes_what_the_model_computes(tied):
+def test_a_model_filled_with_stored_weights_computes_what_the_original_computes(tied):
     model = llama(tied=tied).eval()
     stored = {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
-    shell = Shell(copy_without_weights(model))
-    shell.put(shell.fill(shell.names, stored.get, "start"))
+    weights = ModelWeights(copy_without_weights(model))
+    weights.put(weights.fill(weights.names, stored.get, "start"))
     ids = torch.arange(6)[None]
     with torch.no_grad():
-        assert torch.equal(shell.model(input_ids=ids).logits, model(input_ids=ids).logits)
+        assert torch.equal(weights.module(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize(
@@ -39,39 +39,39 @@ def test_a_shell_that_is_filled_computes_what_the_model_computes(tied):
         ("GPTNeoXForCausalLM", "GPTNeoXConfig", {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}),
     ],
 )
-def test_what_is_saved_under_other_names_or_in_other_pieces_finds_its_place(model, config, settings, tmp_path):
+def test_tensors_saved_under_other_names_or_in_parts_are_converted_back(model, config, settings, tmp_path):
     original = getattr(transformers, model)(getattr(transformers, config)(**settings))
     original.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
-    shell = Shell(copy_without_weights(original))
-    filled = shell.fill(shell.names, stored.get, "start")
+    weights = ModelWeights(copy_without_weights(original))
+    filled = weights.fill(weights.names, stored.get, "start")
     assert set(filled) == set(dict(original.named_parameters()))
     assert all(torch.equal(filled[name], parameter) for name, parameter in original.named_parameters())
-    names = shell.stored_names(shell.names)
+    names = weights.stored_names(weights.names)
     assert set().union(*names.values()) == set(stored)
     assert all(names.values())
 
 
 def test_experts_are_stored_as_several_tensors():
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**SMALL, num_local_experts=2))
-    names = Shell(copy_without_weights(model)).stored_names(["model.layers.1.mlp.experts.gate_up_proj"])
+    names = ModelWeights(copy_without_weights(model)).stored_names(["model.layers.1.mlp.experts.gate_up_proj"])
     assert names["model.layers.1.mlp.experts.gate_up_proj"] == {
         f"model.layers.1.block_sparse_moe.experts.{expert}.{piece}.weight" for expert in (0, 1) for piece in ("w1", "w3")
     }
 
 
 def test_a_buffer_that_is_not_stored_keeps_its_value():
-    shell = Shell(copy_without_weights(nn.BatchNorm1d(3)))
-    assert set(shell.fill(shell.names, {"weight": torch.ones(3), "bias": torch.ones(3)}.get, "start")) == {"weight", "bias"}
+    weights = ModelWeights(copy_without_weights(nn.BatchNorm1d(3)))
+    assert set(weights.fill(weights.names, {"weight": torch.ones(3), "bias": torch.ones(3)}.get, "start")) == {"weight", "bias"}
 
 
 def test_what_cannot_be_filled_is_named():
-    shell = Shell(copy_without_weights(Chain()))
+    weights = ModelWeights(copy_without_weights(Chain()))
     with pytest.raises(LayoutMismatchError, match=r"start must hold all tensors that the model needs; missing are 4: \['blocks.0.bias'"):
-        shell.fill(shell.names, lambda name: None, "start")
+        weights.fill(weights.names, lambda name: None, "start")
     with pytest.raises(LayoutMismatchError, match=r"blocks.0.weight of start has the shape \(2,\), and the model needs \(4, 4\)"):
-        shell.fill(shell.names, lambda name: torch.ones(2), "start")
+        weights.fill(weights.names, lambda name: torch.ones(2), "start")
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**SMALL, num_local_experts=2))
-    shell = Shell(copy_without_weights(model))
+    weights = ModelWeights(copy_without_weights(model))
     with pytest.raises(LayoutMismatchError, match=r"missing are 2: \['model.layers.0.block_sparse_moe.experts.0.w2.weight'"):
-        shell.fill(["model.layers.0.mlp.experts.down_proj"], lambda name: None, "start")
+        weights.fill(["model.layers.0.mlp.experts.down_proj"], lambda name: None, "start")
