@@ -27,8 +27,8 @@ STATE_VERSION = 1
 class AttentionOnlyFinetuning(pl.Callback):
     """Train the weight matrices of the attention projections, Wq Wk Wv Wo, and nothing else.
 
-    Everything else in the LightningModule is frozen: MLPs, norms with their running statistics, embeddings, biases, heads. What counts as a
-    projection says ``attention_projections``. The model is frozen as soon as it is there (in ``setup``, and after the module's own ``setup``
+    Everything else in the LightningModule is frozen: MLPs, norms with their running statistics, embeddings, biases, heads. For what counts as a
+    projection see ``attention_projections``. The model is frozen as soon as it is there (in ``setup``, and after the module's own ``setup``
     and ``configure_model``), so before a strategy wraps it and before ``configure_optimizers``. An optimizer over all parameters works as well: what is
     frozen has no gradient, and without one no optimizer of torch moves a parameter, by weight decay or otherwise. DDP needs no ``find_unused_parameters``.
 

@@ -74,7 +74,7 @@ def mean(tensors: Iterable[Tensor], shape: Sequence[int]) -> Tensor:
 
 
 def combined(count: int, onto: ChunkReader, summands: Sequence[Summand], dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield the chunks of a sum, each valid until the next is asked for; as ``combine``.
+    """Yield what ``combine`` returns chunk by chunk; each chunk is valid until the next is asked for.
 
     Args:
         count: Number of entries.

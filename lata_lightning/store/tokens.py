@@ -210,7 +210,7 @@ def _plain_tokens(directory: Path) -> dict[int, str] | None:
 
 
 def _added_later(directory: Path) -> dict[int, str]:
-    """Return the token by row of tokens that were added to the tokenizer."""
+    """Return the tokens that were added to the tokenizer, by row."""
     try:
         settings = read_object(directory / _SETTINGS) if (directory / _SETTINGS).is_file() else {}
         listed = [(int(row), token["content"]) for row, token in (settings.get(_ADDED) or {}).items()]
