@@ -90,7 +90,7 @@ class Reweighting:
                 tensor.copy_(value)
 
     def _fixed(self, term: Term) -> Term:
-        """Return the term with a vector that does not change with the model, of which a difference in memory may be a view."""
+        """Return the term with a copy of its vector, unless that lies in files: in memory it may be computed from the weights that change here."""
         source = term.vector.tensors
         if all(_in_files(source, name) for name in source.names):
             return term

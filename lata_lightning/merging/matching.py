@@ -35,7 +35,7 @@ class Matched(MatchedVectors):
 
 
 def match_terms(source: TensorSource, terms: Sequence[Term], leave_out: LeaveOut = NOTHING, *, same_shapes: bool = True) -> Matched:
-    """Bring a model and vectors under one set of names: those of the model, or, where it stores fused what a vector has in pieces, the pieces.
+    """Bring a model and the vectors to add to it under one set of names, as ``match_vectors``, and share out the buffers that they change.
 
     Args:
         source: The model.
