@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from lata_lightning.errors import LataError, first_three
 from lata_lightning.exports.mergekit import start_for_mergekit
 from lata_lightning.exports.plan import plan_of
 from lata_lightning.exports.structure import Structure
 from lata_lightning.live.measuring import Measurement
 from lata_lightning.live.tracker import Tracker
+from lata_lightning.numerics.measure import same_values
 from lata_lightning.store.mismatches import check_same_shapes
 from lata_lightning.store.opening import open_source
 from lata_lightning.store.pairing import match
+from lata_lightning.store.sources import TensorSource
 from lata_lightning.store.views import View
 from lata_lightning.vectors.provenance import Identity
 
@@ -60,7 +64,7 @@ def _try_onto_start(kinds: Sequence[str], tracker: Tracker, measurement: Measure
     check_same_shapes(paired.start, paired.tuned)
     stored = {paired.tuned.origin_name(name): name for name in paired.start.names}
     if not from_base and not tracker.unhashable:
-        wrong = tracker.other_values(View(paired.start, stored))
+        wrong = _other_values(tracker, View(paired.start, stored))
         if wrong:
             raise LataError(
                 f"training does not start from the values in {onto.location}; other ones, or rounded ones, are in {first_three(wrong)}. Was the model "
@@ -73,3 +77,23 @@ def _try_onto_start(kinds: Sequence[str], tracker: Tracker, measurement: Measure
             [paired.start.origin_name(stored[name]) for name in live.names if name in tracker.changing and name in stored],
             Structure(source),
         )
+
+
+def _other_values(tracker: Tracker, source: TensorSource) -> list[str]:
+    """The tensors of which this process counts a start value that is not exactly that of another source.
+
+    Args:
+        tracker: Its start weights are settled.
+        source: Under the names of the live model; names that it lacks are passed over. It is read once.
+    """
+    live, start_weights, wrong = tracker.live, tracker.start_weights, []
+    for name in set(live.names) & set(source.names):
+        part = live.placement(name)
+        if (start_weights.sourced(name) and part.keeps(source.dtype(name))) or not tracker.counts(name):
+            continue
+        start = start_weights.read(name, part) if start_weights.has(name) else part.values()
+        # Not rounded to the precision of the live tensor: what is written later is added to the values of the source.
+        wide = torch.promote_types(start.dtype, source.dtype(name))
+        if not same_values(start.to(wide), part.region.read(source, name).to(wide)):
+            wrong.append(name)
+    return wrong

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from lata_lightning.alignment import Alignment
@@ -111,12 +110,12 @@ class LATACallback(RunArguments, pl.Callback):
     ``fingerprint`` two sums over the bits of each start tensor, by which a resumed run knows its start again
     =============== =====================================================================================================
 
-    Works on one device, under DDP (and DeepSpeed ZeRO-1 and 2, which keep parameters as DDP does) and under FSDP2
-    (``ModelParallelStrategy``). Only sums cross between processes, in one reduction per measurement;
-    the export gathers one tensor at a time.
+    Works on one device, under DDP, under FSDP2 and tensor parallelism (``ModelParallelStrategy``), under FSDP1 (``FSDPStrategy``), and under DeepSpeed
+    ZeRO-1 to 3, whose float32 masters are measured. Only sums cross between processes, in one reduction per measurement, and
+    factors of sharded adapters; FSDP1 gathers the model once, unit by unit. The export gathers one tensor at a time.
 
     Raises:
-        LataError: An argument has no meaning; the start weights of a resumed run cannot be known; the strategy flattens the weights.
+        LataError: An argument has no meaning; the start weights of a resumed run cannot be known; the strategy does not show the weights.
 
     Source: LATA, arXiv:2502.20186.
     """
@@ -160,7 +159,6 @@ class LATACallback(RunArguments, pl.Callback):
         self._stage = stage
         if stage != "fit":
             return
-        _refuse_flattened(trainer.strategy)
         run = self.run
         if run is not None and run.phase >= Phase.SETTLED and trainer.global_step > 0 and run.tracker.root is pl_module:
             run.go_on()
@@ -175,6 +173,7 @@ class LATACallback(RunArguments, pl.Callback):
         log_dir = trainer.log_dir  # Every rank has to ask for it, or those that do wait for the others.
         if not getattr(trainer, "fast_dev_run", False):
             run.directory = Path(self.output_dir or Path(log_dir or trainer.default_root_dir) / self.name)
+        run.tracker.wrapped_in(trainer.strategy.model)
         if run.phase < Phase.SETTLED:
             run.settle(lambda: self._check_companions(trainer))
             if self.log_artifact:
@@ -302,14 +301,3 @@ def _epoch_was_passed_over(trainer: pl.Trainer) -> bool:
     """Whether an exception ended the run that is resumed after the last batch of an epoch: Lightning takes the epoch for done, without its end."""
     epochs = trainer.fit_loop.epoch_progress.current
     return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and epochs.ready == epochs.completed
-
-
-def _refuse_flattened(strategy: Strategy) -> None:
-    """Refuse strategies under which parameters are not there whole, nor as shards that can be placed."""
-    if isinstance(strategy, FSDPStrategy):
-        what = "FSDPStrategy packs parameters into flat pieces"
-    elif isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
-        what = "DeepSpeed ZeRO-3 empties parameters between uses"
-    else:
-        return
-    raise LataError(f"{what}, which LATACallback cannot read; use ModelParallelStrategy (FSDP2), DDP, DeepSpeed ZeRO-1 or 2, or one device")

@@ -14,7 +14,7 @@ from torch import Tensor
 from lata_lightning.errors import LataError, first_three
 from lata_lightning.layers import LayerMap, Level
 from lata_lightning.live.matching import matched_to, stored_part
-from lata_lightning.live.placements import Shard
+from lata_lightning.live.placements.region import Region
 from lata_lightning.live.tracker import Tracker
 from lata_lightning.moments import Moments, Start
 from lata_lightning.numerics.inner_products import inner_products
@@ -90,19 +90,19 @@ class Comparison:
                     f"{what} is zero in every tensor, or not finite, so it has no direction to compare with. Leave it out of compare_with."
                 )
 
-    def inner(self, tensor: str, vector: Tensor | LowRank, *, subtract: Tensor | None = None, shard: Shard | None = None) -> Tensor:
+    def inner(self, tensor: str, vector: Tensor | LowRank, *, subtract: Tensor | None = None, region: Region | None = None) -> Tensor:
         """Return the inner products of a part of the vector in training with that of each stored one, float64 of shape (vectors,).
 
         Args:
             tensor: Name of the tensor.
             vector: Tuned minus start, or its factors; or the tuned weights, where ``subtract`` is given.
             subtract: The start weights.
-            shard: The part of the tensor that ``vector`` is.
+            region: The part of the tensor that ``vector`` is.
         """
         row = torch.zeros(len(self._vectors), dtype=torch.float64)
         numbers = [number for number, name in enumerate(self.names) if self._squares[name].get(tensor)]
         if numbers:
-            others = [stored_part(self._sources[self.names[number]], tensor, shard) for number in numbers]
+            others = [stored_part(self._sources[self.names[number]], tensor, region) for number in numbers]
             row[numbers] = inner_products(vector, others, subtract=subtract)
         return row
 

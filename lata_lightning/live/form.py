@@ -8,16 +8,19 @@ import torch
 
 from lata_lightning.errors import LataError, first_three
 from lata_lightning.live.live_model import LiveModel
+from lata_lightning.live.placements.region import Region
 from lata_lightning.live.ranks import Ranks
 
-Form = Mapping[str, tuple[torch.dtype, tuple[slice, ...] | None]]
+Form = Mapping[str, tuple[torch.dtype, Region]]
 """Precision of each parameter, and the range of it that this process has."""
 
 
 def form_of(live: LiveModel) -> Form:
     """Return the form of a model; of buffers and of packed weights there is none."""
     return {
-        name: (live.dtype(name), live.shard(name).slices) for name in live.names if name not in live.buffers and name not in live.quantised
+        name: (live.dtype(name), live.placement(name).region)
+        for name in live.names
+        if name not in live.buffers and name not in live.quantised
     }
 
 
@@ -42,6 +45,6 @@ def check_form(before: Form, live: LiveModel, ranks: Ranks) -> None:
     cast = [name for name, (dtype, _) in now.items() if dtype != before[name][0]]
     if cast:
         raise LataError(f"the model was cast to another precision after its start weights were captured: {first_three(cast)}. {advice}")
-    moved = [name for name, (_, slices) in now.items() if slices != before[name][1]]
+    moved = [name for name, (_, region) in now.items() if region != before[name][1]]
     if moved:
         raise LataError(f"the model was sharded in another way after its start weights were captured: {first_three(moved)}. {advice}")

@@ -10,7 +10,6 @@ from typing import Literal, TypeVar, final
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from lata_lightning.alignment import Alignment
@@ -24,7 +23,6 @@ from lata_lightning.numerics.measure import same_values
 from lata_lightning.store.hashing import hash_values
 from lata_lightning.store.meaning import meaning_in_memory
 from lata_lightning.store.sources import Origin, TensorSource
-from lata_lightning.store.tied_names import ties_of
 from lata_lightning.store.views import Wrapping
 from lata_lightning.vectors.differences import Difference
 from lata_lightning.vectors.entries import TensorEntry
@@ -79,15 +77,16 @@ def _states(tracker: Tracker) -> tuple[frozenset[str], frozenset[str]]:
     for index, name in enumerate(names):
         if not tracker.counts(name):
             continue
-        shard = live.shard(name)
-        finite = bool(torch.isfinite(shard.local).all())
+        part = live.placement(name)
+        values = part.values()
+        finite = bool(torch.isfinite(values).all())
         if finite and name not in live.buffers:
             # Whether it moved shows in the difference, which is written anyway.
             flags[index, 0] = 1
             continue
-        origin = tracker.start_weights.read(name, shard)
-        moved = not same_values(shard.local, origin)
-        exact = finite and origin.shape == shard.local.shape and bool(torch.isfinite(origin).all())
+        origin = tracker.start_weights.read(name, part)
+        moved = not same_values(values, origin)
+        exact = finite and origin.shape == values.shape and bool(torch.isfinite(origin).all())
         flags[index] = torch.tensor([moved, moved and not exact and name in live.buffers])
     columns = tracker.ranks.total(flags).T.tolist()
     moved_names, lost = ({name for name, flag in zip(names, column, strict=True) if flag} for column in columns)
@@ -121,7 +120,7 @@ def _task_vector(tracker: Tracker, manifest: Manifest, still: Set[str], lost: Se
         layers=layers,
         start_identity=Identity(tracker.location),
         meaning=meaning_in_memory(live.config, tracker.location or live.location),
-        tied=ties_of(live.module, names),
+        tied=live.ties(names),
         tensors=entries,
         leave_out=(*manifest.leave_out, *(f"^{re.escape(name)}$" for name in sorted(lost))),
     )
@@ -201,20 +200,13 @@ def _deliver(tracker: Tracker) -> None:
 
 
 def _gather(tracker: Tracker, name: str, side: Side) -> Tensor:
-    """A whole tensor on the CPU of rank zero (other ranks get what falls to them). Every process has to call this."""
-    live, start_weights = tracker.live, tracker.start_weights
-    tensor, shard = live.read(name), live.shard(name)
-    still = side == "live" or name not in tracker.changing or name in live.adapted
-    if not isinstance(tensor, DTensor):
-        if still:
-            return tensor.cpu()
-        owner = tracker.owner(name)
-        held = start_weights.read(name, shard) if tracker.ranks.rank == owner else torch.empty(tensor.shape, dtype=tensor.dtype)
-        return tracker.ranks.from_rank(held, owner)
-    if not still:
-        # Replicas that keep no copy fill in zeros: they gather among themselves, and rank zero is not among them.
-        local = start_weights.read(name, shard).to(tensor.device) if shard.counted else torch.zeros_like(shard.local)
-        tensor = DTensor.from_local(
-            local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-        )
-    return tensor.full_tensor().cpu()
+    """A whole tensor on the CPU of rank zero; its values are undefined on other ranks. Every process has to call this."""
+    live = tracker.live
+    part = live.placement(name)
+    unchanged = side == "live" or name not in tracker.changing or name in live.adapted
+    if unchanged and part.replicated:
+        return part.values().cpu()
+    values = None
+    if tracker.counts(name):
+        values = part.values() if unchanged else tracker.start_weights.read(name, part)
+    return tracker.ownership.gather(name, values, part.shape, part.dtype)

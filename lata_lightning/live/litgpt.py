@@ -12,6 +12,8 @@ from torch import nn
 from lata_lightning.errors import LataError, first_three
 from lata_lightning.layers import unwrapped
 from lata_lightning.live.live_model import LiveModel
+from lata_lightning.live.placements.mesh import MeshStrategy
+from lata_lightning.live.placements.placement import Strategy
 from lata_lightning.numerics.low_rank import Factors, LowRank
 from lata_lightning.store.names import NOTHING, LeaveOut
 
@@ -24,12 +26,14 @@ class LitgptLoraModel(LiveModel):
     Args:
         module: A ``litgpt.lora.GPT``.
         leave_out: Tells of a name whether its tensor is left out.
+        strategy: How the parameters are spread over the processes. Every process has to make one at the same time.
 
     Raises:
         LataError: Adapters are merged into their weights.
     """
 
-    def __init__(self, module: nn.Module, leave_out: LeaveOut = NOTHING) -> None:
+    def __init__(self, module: nn.Module, leave_out: LeaveOut = NOTHING, strategy: Strategy | None = None) -> None:
+        self._spread = strategy or MeshStrategy()
         self._layers = {f"{path}.weight": layer for path, layer in lora_layers(module).items()}
         merged = [name for name, layer in self._layers.items() if layer.merged]
         if merged:
@@ -37,27 +41,33 @@ class LitgptLoraModel(LiveModel):
                 f"LATACallback measures LoRA in its factors, and LitGPT has merged them into {first_three(merged)}. Train before merge_lora_weights is "
                 "called."
             )
-        super().__init__(module, leave_out, _plain_names(module))
+        super().__init__(module, leave_out, self._spread, _plain_names(module))
+        spread = any(not self._spread.of(parameter).replicated for parameter in module.parameters())
+        self._gathered = {name: self._factors(name) for name in sorted(self._layers)} if spread else {}
 
     @property
     def adapted(self) -> frozenset[str]:
         """Names of the tensors that an adapter adds to."""
-        return frozenset(self._layers.keys() & self._tensors.keys())
+        return frozenset(self._layers.keys() & self._placements.keys())
 
     def added(self, name: str) -> LowRank:
         """Return what an adapter adds to a tensor, as its factors."""
+        return self._gathered.get(name) or self._factors(name)
+
+    def _factors(self, name: str) -> LowRank:
         layer = self._layers[name]
-        shape = tuple(layer.linear.weight.shape)
+        shape = self._spread.of(layer.linear.weight).shape
+        second, first_factor = self._spread.whole(layer.lora_B), self._spread.whole(layer.lora_A)
         if not isinstance(layer, _fused_kinds()):
-            return LowRank(shape, (Factors(layer.lora_B, layer.lora_A, layer.scaling),))
+            return LowRank(shape, (Factors(second, first_factor, layer.scaling),))
         lengths = layer.qkv_shapes
         # LitGPT says where a row of the factors goes by padding: here it pads the numbers of the rows, from 1.
-        numbers = layer.zero_pad(torch.arange(1, sum(lengths) + 1, dtype=torch.float64, device=layer.lora_B.device)).long()
+        numbers = layer.zero_pad(torch.arange(1, sum(lengths) + 1, dtype=torch.float64, device=second.device)).long()
         parts, first = [], 0
-        for length, right in zip(lengths, layer.lora_A.chunk(len(lengths)), strict=True):
+        for length, right in zip(lengths, first_factor.chunk(len(lengths)), strict=True):
             rows = (numbers > first) & (numbers <= first + length)
-            left = layer.lora_B.new_zeros(shape[0], layer.lora_B.shape[1])
-            left[rows] = layer.lora_B.detach()[numbers[rows] - 1]
+            left = second.new_zeros(shape[0], second.shape[1])
+            left[rows] = second[numbers[rows] - 1]
             parts.append(Factors(left, right, layer.scaling))
             first += length
         return LowRank(shape, tuple(parts))

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Container, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lata_lightning.errors import LataError, first_three
 from lata_lightning.layers import unwrapped
-from lata_lightning.live.placements import Shard, shard_of
+from lata_lightning.live.placements.mesh import MeshStrategy
+from lata_lightning.live.placements.placement import Placement, Strategy, by_template
+from lata_lightning.live.placements.replicated import Replicated
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
 from lata_lightning.store.lora import peft_kinds
 from lata_lightning.store.names import NOTHING, LeaveOut
 from lata_lightning.store.roles import named_role
 from lata_lightning.store.sources import Origin, TensorSource
+from lata_lightning.store.tied_names import TiedNames, ties_of
+
+_Named = TypeVar("_Named")
 
 
 class LiveModel(TensorSource):
@@ -33,48 +37,58 @@ class LiveModel(TensorSource):
     Args:
         module: The model.
         leave_out: Tells of a name whether its tensor is left out.
+        strategy: How its parameters are spread over the processes.
         plain_name: Gives the name that a checkpoint has for one in the module; None for what is no tensor of the model, such as a factor of an adapter.
     """
 
     def __init__(
-        self, module: nn.Module, leave_out: LeaveOut = NOTHING, plain_name: Callable[[str], str | None] = lambda name: name
+        self,
+        module: nn.Module,
+        leave_out: LeaveOut = NOTHING,
+        strategy: Strategy | None = None,
+        plain_name: Callable[[str], str | None] = lambda name: name,
     ) -> None:
-        found = {
-            plain_name(unwrapped(name)): tensor for name, tensor in [*nn.Module.named_parameters(module), *_persistent_buffers(module)]
-        }
-        held = {name: tensor for name, tensor in found.items() if name is not None}
-        parameters = {name: tensor for name, tensor in held.items() if isinstance(tensor, nn.Parameter) and not leave_out(name)}
-        _check_measurable(parameters)
-        if any(is_lazy(parameter) for parameter in parameters.values()):
-            # They get a shape in the first forward pass, which may be run in a hook of the module.
-            held = {}
-        self._take(module, {name: tensor for name, tensor in held.items() if tensor.is_floating_point()}, leave_out)
+        strategy = strategy or MeshStrategy()
+        parameters = _renamed({unwrapped(name): parameter for name, parameter in nn.Module.named_parameters(module)}, plain_name)
+        _check_measurable({name: parameter for name, parameter in parameters.items() if not leave_out(name)})
+        # Lazy parameters get a shape in the first forward pass, which may be run in a hook of the module.
+        lazy = any(is_lazy(parameter) for name, parameter in parameters.items() if not leave_out(name))
+        placements: dict[str, Placement] = {}
+        if not lazy:
+            buffers = {unwrapped(name): Replicated(buffer) for name, buffer in _persistent_buffers(module) if buffer.is_floating_point()}
+            placements = _renamed({**strategy.parameters(module), **buffers}, plain_name)
+        self._take(module, placements, leave_out, strategy)
 
-    def _take(self, module: nn.Module, held: dict[str, Tensor], leave_out: LeaveOut) -> None:
+    def _take(self, module: nn.Module, placements: Mapping[str, Placement], leave_out: LeaveOut, strategy: Strategy) -> None:
         """Hold these tensors of a module, named as the module names them."""
-        self.module = module
+        self.module, self._strategy = module, strategy
         config = getattr(module, "config", None)
         settings = config.to_dict() if config is not None and hasattr(config, "to_dict") else None
         # Transformers notes here what the weights were loaded from.
         super().__init__(Origin(getattr(config, "_name_or_path", None) or None, config=settings))
-        self._held = held
-        named = under_checkpoint_names(module, held)
-        whole = {id(tensor) for tensor in held.values()}
-        cut = [name for name, tensor in named.items() if isinstance(tensor, DTensor) and id(tensor) not in whole]
+        self._by_module_name = dict(placements)
+        named = under_checkpoint_names(module, {name: placement.template for name, placement in placements.items()})
+        whole = by_template(placements)
+        # Templates of placements that are not replicated have no values to be split.
+        divided = {name: placement.template for name, placement in placements.items() if not placement.replicated}
+        cut = [name for name, tensor in under_checkpoint_names(module, divided).items() if id(tensor) not in whole] if divided else []
         if cut:
             raise LataError(
-                f"LATACallback cannot measure {first_three(cut)} while sharded: a checkpoint stores them in other pieces than the module"
+                f"LATACallback cannot measure {first_three(cut)} while sharded: a checkpoint stores them in other pieces than the module. Leave them out "
+                "(leave_out=[…]), or train without the callback, save the model, and take the vector from that: lata extract START MODEL --output VECTOR"
             )
-        buffers = {name: tensor for name, tensor in held.items() if not isinstance(tensor, nn.Parameter)}
+        buffers = {name: placement.template for name, placement in placements.items() if placement.is_buffer}
         buffer_names = frozenset(under_checkpoint_names(module, buffers))
         # Tables that the model computes by itself, as older releases save them.
         tables = {name for name in buffer_names if named_role(name, tuple(named[name].shape), named[name].dtype) == "table"}
-        self._tensors = {name: tensor.detach() for name, tensor in named.items() if name not in tables and not leave_out(name)}
-        self._left_out = {name: tensor.detach() for name, tensor in named.items() if leave_out(name)}
-        self.buffers = buffer_names & self._tensors.keys()
+        every = {name: whole.get(id(tensor)) or Replicated(tensor) for name, tensor in named.items()}
+        self._placements = {name: placement for name, placement in every.items() if name not in tables and not leave_out(name)}
+        self.left_out: Mapping[str, Placement] = {name: placement for name, placement in every.items() if leave_out(name)}
+        """The tensors that are neither followed nor measured, by name."""
+        self.buffers = buffer_names & self._placements.keys()
         """Names of the tensors that are no parameters: they are followed, and not measured."""
-        self._names = tuple(self._tensors)
-        self.index = {name: number for number, name in enumerate(self._tensors)}
+        self._names = tuple(self._placements)
+        self.index = {name: number for number, name in enumerate(self._names)}
         self._changing: tuple[tuple[bool, ...], tuple[str, ...]] | None = None
 
     @property
@@ -88,45 +102,48 @@ class LiveModel(TensorSource):
         """Not where it was loaded from: a message may tell the model from what lies there."""
         return "the model in training"
 
-    @property
-    def left_out(self) -> frozenset[str]:
-        """Names of the tensors that are neither followed nor measured."""
-        return frozenset(self._left_out)
-
-    def read_left_out(self, name: str) -> Tensor:
-        """A tensor that is left out, as it stands."""
-        return self._left_out[name]
-
     @override
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
+        return self._placements[name].shape
 
     @override
     def dtype(self, name: str) -> torch.dtype:
-        return self._tensors[name].dtype
+        return self._placements[name].dtype
 
     @override
     def read(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def shard(self, name: str) -> Shard:
-        """What this process holds of a tensor.
+        """Return a tensor that lies whole on this process, on its device and without a copy.
 
         Raises:
-            LataError: The tensor is spread over devices in a way that has no contiguous parts.
+            LataError: Other processes have parts of it.
         """
-        tensor = self._tensors[name]
-        return shard_of(name, tensor) if isinstance(tensor, DTensor) else Shard(tensor)
+        placement = self._placements[name]
+        if not placement.region.is_whole:
+            raise LataError(f"{name} is spread over the processes, and cannot be read on one of them")
+        return placement.values().reshape(placement.shape)
+
+    def placement(self, name: str) -> Placement:
+        """Return what this process has of a tensor."""
+        return self._placements[name]
+
+    @property
+    def placements(self) -> Mapping[str, Placement]:
+        """What this process has of each tensor."""
+        return self._placements
+
+    def ties(self, names: Container[str]) -> TiedNames:
+        """Return the groups of names that are one tensor, as a checkpoint has them, each with at least one of the given names."""
+        return ties_of(self.module, names, self._strategy.ties(self.module))
 
     @property
     def changing(self) -> tuple[str, ...]:
         """Names of the tensors that training can change now: parameters that ask for gradients, and buffers."""
-        flags = tuple(tensor.requires_grad or not isinstance(tensor, nn.Parameter) for tensor in self._held.values())
+        flags = tuple(placement.changes for placement in self._by_module_name.values())
         # Asked for before every batch, and nearly always the same as before the last one.
         if self._changing is None or self._changing[0] != flags:
-            asking = {name: tensor for (name, tensor), flag in zip(self._held.items(), flags, strict=True) if flag}
-            named = under_checkpoint_names(self.module, asking)
-            self._changing = (flags, tuple(name for name in self._tensors if name in named))
+            pairs = zip(self._by_module_name.items(), flags, strict=True)
+            named = under_checkpoint_names(self.module, {name: placement.template for (name, placement), flag in pairs if flag})
+            self._changing = (flags, tuple(name for name in self._names if name in named))
         return self._changing[1]
 
     @property
@@ -145,12 +162,20 @@ class LiveModel(TensorSource):
 
     def bits(self, name: str) -> Tensor:
         """The local values of a tensor as they are held."""
-        return self.shard(name).local
+        return self._placements[name].values()
 
     @property
     def materialized(self) -> bool:
         """Whether there are weights at all: not before ``configure_model`` has built them, not on the meta device."""
-        return bool(self._tensors) and not any(tensor.is_meta for name, tensor in self._tensors.items() if name not in self.quantised)
+        return bool(self._placements) and all(
+            placement.materialized for name, placement in self._placements.items() if name not in self.quantised
+        )
+
+
+def _renamed(tensors: Mapping[str, _Named], plain_name: Callable[[str], str | None]) -> dict[str, _Named]:
+    """Tensors by the name that a function gives for theirs, without those for which it gives none."""
+    named = ((plain_name(name), tensor) for name, tensor in tensors.items())
+    return {name: tensor for name, tensor in named if name is not None}
 
 
 def _check_measurable(parameters: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lata_lightning.errors import LayoutMismatchError, first_three
 from lata_lightning.layers import unwrapped
 from lata_lightning.live.live_model import LiveModel
-from lata_lightning.live.placements import Shard
+from lata_lightning.live.placements.region import Region
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.store.names import NOTHING, LeaveOut
 from lata_lightning.store.pairing import pair
@@ -49,16 +49,16 @@ def matched_to(live: LiveModel, source: TensorSource, what: str, root: nn.Module
     return View(other, names)
 
 
-def stored_part(source: TensorSource, name: str, shard: Shard | None = None) -> Tensor | LowRank:
+def stored_part(source: TensorSource, name: str, region: Region | None = None) -> Tensor | LowRank:
     """Return a tensor as a source stores it, or the part of it that a process has.
 
     Args:
         source: Under the names of the live model.
         name: The tensor.
-        shard: The part; by default all of the tensor, which then may come as factors.
+        region: The part; by default all of the tensor, which then may come as factors.
     """
-    if shard is not None and shard.slices is not None:
-        return source.read_slice(name, shard.slices)
+    if region is not None and not (region.is_whole and region.shape == source.shape(name)):
+        return region.read(source, name)
     return source.low_rank(name) or source.read(name)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from lata_lightning.layers import Level
 from lata_lightning.live.comparing import Comparison
 from lata_lightning.live.live_model import LiveModel
 from lata_lightning.live.matching import matched_to, stored_part
+from lata_lightning.live.replicas import differing, sampled_prints
 from lata_lightning.live.tracker import Tracker
 from lata_lightning.moments import Moments, Start
 from lata_lightning.numerics.low_rank import LowRank
@@ -54,6 +56,7 @@ class Measurement:
         self._direction: TensorSource | None = None
         self._squares: dict[str, float] = {}
         self._local_squares: dict[str, float] = {}
+        self._drifted = False
 
     def check(self, level: Level, *, weighted: bool) -> None:
         """Bring the instruction vector, and the vectors to compare with, under the names of the model. Every process has to call this.
@@ -101,9 +104,23 @@ class Measurement:
             LataError: The start weights cannot be read any more.
         """
         live = self.tracker.look()
-        rows = self.tracker.ranks.total(self.tracker.ranks.agree(lambda: self._own_sums(live)))
-        moments = moments_table(dict(zip(live.names, rows[:, :3], strict=True)))
-        return Sums(moments, dict(zip(live.names, rows[:, 3:].tolist(), strict=True)))
+        ranks, ownership = self.tracker.ranks, self.tracker.ownership
+        followed = [name for name in live.names if name in self.tracker.changing and name not in live.buffers and name not in live.adapted]
+        copies = {name: ownership.copies(name) for name in followed if ownership.copies(name) > 1}
+        rows = ranks.agree(lambda: self._own_sums(live))
+        totals = ranks.total(torch.cat([sampled_prints(live, copies), rows], dim=1))
+        self._warn_of_drift(differing(live.names, totals[:, :2], copies))
+        moments = moments_table(dict(zip(live.names, totals[:, 2:5], strict=True)))
+        return Sums(moments, dict(zip(live.names, totals[:, 5:].tolist(), strict=True)))
+
+    def _warn_of_drift(self, names: Sequence[str]) -> None:
+        if names and not self._drifted and self.tracker.ranks.rank == 0:
+            warnings.warn(
+                f"{len(names)} parameters of which every process has a copy have come to differ between processes ({first_three(names)}), so the "
+                "figures are of one process's values of each. Does the strategy average their gradients?",
+                stacklevel=2,
+            )
+        self._drifted = self._drifted or bool(names)
 
     def _own_sums(self, live: LiveModel) -> Tensor:
         """Return what this process adds to the sums, of shape (tensors, 3 + vectors to compare with)."""
@@ -115,7 +132,7 @@ class Measurement:
                 continue
             if name not in tracker.changing:
                 rows[index, :3] = self._frozen_sums(name) if tracker.ranks.rank == 0 else 0.0
-            elif tracker.counts(name):
+            elif tracker.ownership.leads(name) if name in live.adapted else tracker.counts(name):
                 rows[index] = self._sums_of(name)
         return rows
 
@@ -124,21 +141,21 @@ class Measurement:
         # Without an instruction vector there is nothing to take off, whatever the start was.
         start: Start = self.start if self._direction is not None else "instruct"
         tracker, known = self.tracker, self._local_squares.get(name)
-        shard = tracker.live.shard(name)
         direction: Tensor | LowRank | None = None
-        if self._direction is not None:
-            direction = stored_part(self._direction, name, shard)
         if name in tracker.live.adapted:
             added = tracker.added(name)
+            direction = None if self._direction is None else stored_part(self._direction, name)
             sums = tensor_sums(added, direction, start=start, instruction_squared=known)
             inner = self.comparison.inner(name, added)
         else:
-            origin = tracker.start_weights.read(name, shard)
-            sums = tensor_sums(shard.local, direction, subtract=origin, start=start, instruction_squared=known)
-            inner = self.comparison.inner(name, shard.local, subtract=origin, shard=shard)
-            if not torch.isfinite(sums).all() and same_values(shard.local, origin):
+            part = tracker.live.placement(name)
+            values, origin = part.values(), tracker.start_weights.read(name, part)
+            direction = None if self._direction is None else stored_part(self._direction, name, part.region)
+            sums = tensor_sums(values, direction, subtract=origin, start=start, instruction_squared=known)
+            inner = self.comparison.inner(name, values, subtract=origin, region=part.region)
+            if not torch.isfinite(sums).all() and same_values(values, origin):
                 # Equal to the start means unchanged, though infinite entries have no difference.
-                sums = tensor_sums(torch.zeros_like(shard.local), direction, start=start, instruction_squared=known)
+                sums = tensor_sums(torch.zeros_like(values), direction, start=start, instruction_squared=known)
                 inner = torch.zeros_like(inner)
         if direction is not None:
             # Of the part that this process has, which stays the same while it trains.

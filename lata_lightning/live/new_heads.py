@@ -7,12 +7,12 @@ import sys
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from lata_lightning.errors import LataError
 from lata_lightning.live.live_model import LiveModel
+from lata_lightning.live.placements.ownership import Ownership
+from lata_lightning.live.ranks import Ranks
 from lata_lightning.store.head_files import HEAD_TENSORS, Head
 from lata_lightning.store.names import LeaveOut, leave_out_pattern
 from lata_lightning.store.opening import open_source
@@ -103,7 +103,7 @@ def is_classifier(module: nn.Module) -> bool:
 
 
 def head_of(live: LiveModel, new: Collection[str], start: str | None) -> Head | None:
-    """Return the head of a classifier as it is now, whole and on the CPU. Every process has to call this.
+    """Return the head of a classifier as it is now, whole and on the CPU of rank zero. Every process has to call this.
 
     Args:
         live: The model in training, in which the head is left out.
@@ -116,9 +116,11 @@ def head_of(live: LiveModel, new: Collection[str], start: str | None) -> Head | 
     names = (
         [name for name in sorted(live.left_out) if name in new or not name.startswith(_encoder(live))] if is_classifier(live.module) else []
     )
-    tensors = {name: _whole(live.read_left_out(name)) for name in names}
-    if not tensors:
+    if not names:
         return None
+    placements = {name: live.left_out[name] for name in names}
+    ownership = Ownership(placements, Ranks())
+    tensors = {name: ownership.gather(name, part.values(), part.shape, part.dtype) for name, part in placements.items()}
     config: Mapping[str, Any] = live.config or {}
     count = int(getattr(getattr(live.module, "config", None), "num_labels", 0))
     numbered = {int(number): str(label) for number, label in (config.get("id2label") or {}).items()}
@@ -136,11 +138,6 @@ def _pattern(short: str, name: str, others: Collection[str]) -> str:
     """Return a pattern for a tensor that also matches under another prefix, unless that would match a tensor to keep."""
     pattern = rf"(^|\.){re.escape(short)}$"
     return rf"^{re.escape(name)}$" if any(re.search(pattern, other) for other in others) else pattern
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _prefixes(name: str) -> list[str]:

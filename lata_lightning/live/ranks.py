@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,14 @@ class Ranks:
         dist.broadcast(sent, source)
         return sent.cpu()
 
+    def gathered(self, value: _Result) -> list[_Result]:
+        """Return the values that all processes give, by rank, on every one of them; small ones, as they are pickled."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
     def agree(self, work: Callable[[], _Result]) -> _Result:
         """Do something on every process, and raise on all of them what failed on any: one that stops alone leaves the others waiting.
 
@@ -75,8 +83,4 @@ class Ranks:
 
     def _first_report(self, report: LataError | None) -> LataError | None:
         """Exchange the reports of all processes; the one of the lowest rank, or None."""
-        reports: list[LataError | None] = [report]
-        if self.world > 1:
-            reports *= self.world
-            dist.all_gather_object(reports, report)
-        return next((one for one in reports if one is not None), None)
+        return next((one for one in self.gathered(report) if one is not None), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lata_lightning.errors import CorruptFileError, LataError
 from lata_lightning.live.live_model import LiveModel
 from lata_lightning.live.matching import matched_to
-from lata_lightning.live.placements import Shard
+from lata_lightning.live.placements.placement import Placement
+from lata_lightning.live.placements.region import Region
 from lata_lightning.numerics.measure import same_values
 from lata_lightning.store.names import LeaveOut
 from lata_lightning.store.opening import open_source
@@ -25,7 +26,7 @@ PROVIDERS = ("auto", "lora", "source", "spill", "memory")
 
 
 class StartWeights:
-    """Start values of the tensors that training can change, of the shards this process counts.
+    """Start values of the tensors that training can change, of the parts this process owns.
 
     Of a tensor under an adapter, and of a frozen one, the live tensor is the start value, and nothing is kept. Others are read again from
     ``origin`` if they are equal to what lies there, copied to CPU memory otherwise, and moved on to files by ``spill``.
@@ -86,21 +87,22 @@ class StartWeights:
         """Whether the start value of a tensor is read again from the origin, where it was equal to the live one."""
         return name in self._sourced
 
-    def find(self, name: str, shard: Shard) -> bool:
+    def find(self, name: str, part: Placement) -> bool:
         """Whether the present value of a tensor lies in the origin, so that it costs nothing to keep."""
-        if name in self._available and (self._trusted or same_values(self._from_origin(name, shard), shard.local)):
+        if name in self._available and (self._trusted or same_values(self._from_origin(name, part), part.values())):
             self._sourced.add(name)
             return True
         return False
 
-    def capture(self, name: str, shard: Shard) -> None:
+    def capture(self, name: str, part: Placement) -> None:
         """Keep the present value of a tensor, in place of what was kept of it before."""
         self.release(name)
-        if self.find(name, shard):
+        if self.find(name, part):
             return
-        copy = shard.local.detach().to("cpu", copy=True)
+        values = part.values()
+        copy = values.to("cpu", copy=True)
         # From pinned memory a GPU fetches without stopping for it.
-        self._copies[name] = copy.pin_memory() if shard.local.is_cuda else copy
+        self._copies[name] = copy.pin_memory() if values.is_cuda else copy
 
     def release(self, name: str) -> None:
         """Keep a tensor no longer."""
@@ -112,8 +114,8 @@ class StartWeights:
         if name in self._copies:
             self._copies[name] = self._copies[name].to(dtype)
 
-    def read(self, name: str, shard: Shard) -> Tensor:
-        """Start value of the part of a tensor that this process holds, at the precision of the live one; on the CPU.
+    def read(self, name: str, part: Placement) -> Tensor:
+        """Return the start values of the part of a tensor that lies on this process, at the precision of the live one; on the CPU.
 
         Raises:
             LataError: It is not kept, or the files it was to be read from have changed.
@@ -121,17 +123,17 @@ class StartWeights:
         if name in self._copies:
             return self._copies[name]
         if name in self._sourced:
-            return self._from_origin(name, shard)
+            return self._from_origin(name, part)
         if self._spill is not None and name in self._spill:
-            return self._spill.read(name, shard)
+            return self._spill.read(name, part)
         raise LataError(f"the start value of {name} was not kept")
 
-    def spill(self, directory: Path, rank: int, shards: dict[str, Shard]) -> None:
+    def spill(self, directory: Path, rank: int, regions: Mapping[str, Region]) -> None:
         """Move the copies to files of this process."""
         if self._spill is None:
             self._spill = Spill(directory)
         if self._copies:
-            self._spill.write(rank, self._copies, shards)
+            self._spill.write(rank, self._copies, regions)
             self._copies = {}
 
     def adopt(self, directory: Path) -> None:
@@ -153,22 +155,22 @@ class StartWeights:
         if self._spill is not None:
             shutil.rmtree(self._spill.directory, ignore_errors=True)
 
-    def _from_origin(self, name: str, shard: Shard) -> Tensor:
+    def _from_origin(self, name: str, part: Placement) -> Tensor:
         if self._origin is None:
             raise LataError(f"there are no files to read the start value of {name} from")
-        # At the precision the trainer holds: a finer start would show as a difference that training never made.
-        return self._origin.read_slice(name, shard.slices).to(shard.local.dtype)
+        # At the precision the trainer keeps: a finer start would show as a difference that training never made.
+        return part.rounded(part.region.read(self._origin, name))
 
 
 class Spill:
-    """Files of start values, one or more per process, each with the places of its parts in the whole tensors.
+    """Files of start values, one or more per process, each with the regions of its parts.
 
     A run that is resumed with another number of processes puts the parts together anew.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._parts: dict[str, list[tuple[Path, tuple[slice, ...]]]] = {}
+        self._parts: dict[str, list[tuple[Path, Region]]] = {}
         for file in sorted(directory.glob("*.safetensors")) if directory.is_dir() else []:
             self._index(file)
 
@@ -183,32 +185,39 @@ class Spill:
         """Names of the tensors that lie here."""
         return self._parts.keys()
 
-    def write(self, rank: int, tensors: dict[str, Tensor], shards: dict[str, Shard]) -> None:
+    def write(self, rank: int, tensors: Mapping[str, Tensor], regions: Mapping[str, Region]) -> None:
         """Add a file with parts of tensors; it appears whole or not at all."""
         self.directory.mkdir(parents=True, exist_ok=True)
         number = len(list(self.directory.glob(f"rank-{rank:05d}-*.safetensors")))
         file = self.directory / f"rank-{rank:05d}-{number:03d}.safetensors"
-        bounds = {name: [[part.start, part.stop] for part in _slices(shards[name])] for name in tensors}
+        places = {name: [regions[name].shape, regions[name].bounds] for name in tensors}
         partial = file.with_suffix(".partial")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"bounds": json.dumps(bounds)})
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"regions": json.dumps(places)})
         partial.replace(file)
         self._index(file)
 
-    def read(self, name: str, shard: Shard) -> Tensor:
-        """The part of a tensor that a shard covers, put together from all files that hold some of it."""
-        wanted = _slices(shard)
-        found = torch.empty(shard.local.shape, dtype=shard.local.dtype)
+    def read(self, name: str, part: Placement) -> Tensor:
+        """Return the values in the region of a placement, put together from all files that hold some of them.
+
+        Raises:
+            CorruptFileError: The files do not hold all of them.
+        """
+        wanted = part.region
+        if any(region.shape != wanted.shape for _, region in self._parts[name]):
+            # Written under a strategy that cuts tensors in another way.
+            return wanted.of(self._assembled(name, Region.whole(self._parts[name][0][1].shape), part.dtype))
+        return self._assembled(name, wanted, part.dtype)
+
+    def _assembled(self, name: str, wanted: Region, dtype: torch.dtype) -> Tensor:
+        found = torch.empty(wanted.size, dtype=dtype)
         filled = 0
-        for file, held in self._parts[name]:
-            begins = [max(one.start, other.start) for one, other in zip(wanted, held, strict=True)]
-            ends = [min(one.stop, other.stop) for one, other in zip(wanted, held, strict=True)]
-            if any(begin >= end for begin, end in zip(begins, ends, strict=True)):
+        for file, stored in self._parts[name]:
+            common = stored.overlap(wanted)
+            if common is None:
                 continue
-            source = tuple(slice(begin - part.start, end - part.start) for begin, end, part in zip(begins, ends, held, strict=True))
-            target = tuple(slice(begin - part.start, end - part.start) for begin, end, part in zip(begins, ends, wanted, strict=True))
             with safe_open(file, framework="pt") as handle:
-                piece = handle.get_tensor(name)[source]
-            found[target] = piece.to(found.dtype)
+                piece = handle.get_tensor(name)[common.inside(stored)]
+            found[common.inside(wanted)] = piece.to(dtype)
             filled += piece.numel()
         if filled != found.numel():
             raise CorruptFileError(f"the spilled start weights in {self.directory} hold {filled} of {found.numel()} entries of {name}")
@@ -216,9 +225,9 @@ class Spill:
 
     def _index(self, file: Path) -> None:
         with safe_open(file, framework="pt") as handle:
-            bounds = json.loads(handle.metadata()["bounds"])
-        for name, places in bounds.items():
-            self._parts.setdefault(name, []).append((file, tuple(slice(*place) for place in places)))
+            places = json.loads((handle.metadata() or {}).get("regions", "{}"))
+        for name, (shape, bounds) in places.items():
+            self._parts.setdefault(name, []).append((file, Region(tuple(shape), tuple((begin, end) for begin, end in bounds))))
 
 
 def origin_of(live: LiveModel, base_weights: str, root: nn.Module, leave_out: LeaveOut) -> tuple[TensorSource | None, bool]:
@@ -259,10 +268,6 @@ def check_provider(base_weights: str, live: LiveModel, start_weights: StartWeigh
         raise LataError(
             f"base_weights='source' needs a model whose weights are those of the local directory it was loaded from ({live.location}); use 'auto'"
         )
-
-
-def _slices(shard: Shard) -> tuple[slice, ...]:
-    return shard.slices if shard.slices is not None else tuple(slice(0, length) for length in shard.local.shape)
 
 
 def _stamps(origin: TensorSource | None) -> list[tuple[str, int, int]]:

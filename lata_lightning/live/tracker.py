@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Set
-from math import prod
 from pathlib import Path
 
 import torch
@@ -16,8 +15,10 @@ from lata_lightning.live.adapters import LoraModel, look_at
 from lata_lightning.live.fingerprints import Fingerprint, Fingerprints
 from lata_lightning.live.live_model import LiveModel
 from lata_lightning.live.new_heads import NO_HEAD, new_head
-from lata_lightning.live.placements import check_counted_once
+from lata_lightning.live.placements.ownership import Ownership
+from lata_lightning.live.placements.strategies import strategy_of
 from lata_lightning.live.ranks import Ranks
+from lata_lightning.live.replicas import check_replicas
 from lata_lightning.live.start_factors import StartFactors
 from lata_lightning.live.start_weights import PROVIDERS, StartWeights, check_provider, origin_of
 from lata_lightning.numerics.low_rank import LowRank
@@ -25,7 +26,6 @@ from lata_lightning.numerics.measure import same_values
 from lata_lightning.store.hashing import value_sums
 from lata_lightning.store.names import NOTHING, LeaveOut
 from lata_lightning.store.run_directory import SPILL_NAME
-from lata_lightning.store.sources import TensorSource
 
 _BUFFER = LayerPosition(None, STATISTICS)
 _NO_WEIGHTS = (
@@ -62,7 +62,9 @@ class Tracker:
         """Head of a classifier that its start does not have; it is left out, too."""
         self._base_weights, self._rule = base_weights, layers
         self.ranks = Ranks()
+        self._strategy = strategy_of(root)
         self._live: LiveModel | None = None
+        self._ownership: Ownership | None = None
         self._start_weights: StartWeights | None = None
         self._changing: set[str] = set()
         self._start_factors = StartFactors()
@@ -99,17 +101,17 @@ class Tracker:
     def capture_early(self) -> None:
         """Store the weights as they are before a resumed run restores trained ones; nothing if the model has none yet."""
         self._find_head()
-        live = look_at(self.root, self._model, self.leave_out)
+        live = self._present()
         if not live.materialized:
             return
-        self._live = live
+        self._live, self._ownership = live, Ownership(live.placements, self.ranks)
         self._start_weights = self._new_start_weights()
         self._capture(live.changing)
         if not live.adapted:
             # What is frozen now may have been trained before the checkpoint that is resumed.
             for name in live.names:
                 if name not in self._changing and self.counts(name):
-                    self._start_weights.find(name, live.shard(name))
+                    self._start_weights.find(name, live.placement(name))
 
     def settle(self, spill_to: Path | None) -> None:
         """Go through the start weights once more, now that the model has its final precision.
@@ -122,6 +124,7 @@ class Tracker:
         if not live.materialized:
             raise LataError(_NO_WEIGHTS)
         self.leave_out.check_used([*live.names, *live.left_out], "the model in training")
+        self._ownership = Ownership(live.placements, self.ranks)
         if self._start_weights is None:
             self._start_weights = self._new_start_weights()
         for name in self._changing:
@@ -130,8 +133,6 @@ class Tracker:
                 self._start_factors.cast(name, live.added(name).parts[0].left.dtype)
         self._capture(name for name in live.changing if name not in self._changing)
         check_provider(self._base_weights, live, self._start_weights)
-        shards = {name: live.shard(name) for name in live.names if name not in live.quantised}
-        check_counted_once(shards, self.counts, {name: prod(live.shape(name)) for name in shards}, self.ranks)
         layers = layer_map([name for name in live.names if name not in live.buffers], structure=live.module, rule=self._rule)
         self.positions = LayerMap({name: layers.positions.get(name, _BUFFER) for name in live.names}, layers.blocks)
 
@@ -164,7 +165,7 @@ class Tracker:
                 self._start_factors.discard(name)
         for name in set(self.live.names) & set(recorded):
             if name not in self._changing and self._base_weights not in PROVIDERS and self.counts(name):
-                self.start_weights.capture(name, self.live.shard(name))
+                self.start_weights.capture(name, self.live.placement(name))
             self._changing.add(name)
 
     def _take_up_untrained(self, recorded: Fingerprint) -> None:
@@ -177,7 +178,7 @@ class Tracker:
                 self._changing.discard(name)
             elif self.counts(name) and name not in self.live.adapted and self._base_weights in PROVIDERS:
                 # Frozen until the checkpoint: what it restores is the start value.
-                self.start_weights.capture(name, self.live.shard(name))
+                self.start_weights.capture(name, self.live.placement(name))
 
     def _check_complete(self) -> None:
         copied = [name for name in self._changing if self.counts(name) and name not in self.live.adapted]
@@ -240,7 +241,11 @@ class Tracker:
         """Note fingerprints now that the start is certain, and spill the start weights if that is wanted.
 
         Frozen weights are noted, too, to see later whether they stayed as they are; not under adapters, whose base may be huge.
+
+        Raises:
+            LataError: Processes have other values of a parameter that they should have copies of.
         """
+        check_replicas(self.live, self.ranks)
         self.note_fingerprint()
         self._spill()
         self._fingerprints.note_frozen(() if self.live.adapted else [name for name in self.live.names if name not in self._changing])
@@ -250,6 +255,7 @@ class Tracker:
         """Capture tensors that can change from now on: as they could not before, they have their start values, unless they were set by hand."""
         new = [name for name in self.live.changing if name not in self._changing]
         if new:
+            self.look()
             self._fingerprints.note_unfrozen(new)
             self._capture(new)
             self._fingerprints.note_start(new)
@@ -263,37 +269,25 @@ class Tracker:
         """Return the tensors that were changed while they asked for no gradient, as a teacher that follows its student; their start is not known."""
         return self._fingerprints.moved_frozen(self._changing)
 
-    def other_values(self, source: TensorSource) -> list[str]:
-        """Return the tensors of which this process counts a start value that is not exactly that of another source.
-
-        Args:
-            source: Under the names of the live model; names that it lacks are passed over. It is read once.
-        """
-        live, wrong = self.live, []
-        for name in set(live.names) & set(source.names):
-            if (self.start_weights.sourced(name) and source.dtype(name) == live.dtype(name)) or not self.counts(name):
-                continue
-            shard = live.shard(name)
-            start = self.start_weights.read(name, shard) if self.start_weights.has(name) else shard.local
-            # Not rounded to the precision of the live tensor: what is written later is added to the values of the source.
-            wide = torch.promote_types(start.dtype, source.dtype(name))
-            if not same_values(start.to(wide), source.read_slice(name, shard.slices).to(wide)):
-                wrong.append(name)
-        return wrong
+    def wrapped_in(self, trained: nn.Module | None) -> None:
+        """Find out how the parameters are spread over the processes, from what the strategy has wrapped around the root; None if nothing."""
+        self._strategy = strategy_of(trained or self.root)
 
     def look(self) -> LiveModel:
-        """Return the model as it is now."""
-        self._live = look_at(self.root, self._model, self.leave_out)
+        """Return the model as it is now. Every process has to call this."""
+        self._live = self._present()
         return self._live
 
-    def owner(self, name: str) -> int:
-        """Return the process that stores the start value of a tensor that all processes have alike."""
-        return self.live.index[name] % self.ranks.world
+    @property
+    def ownership(self) -> Ownership:
+        """Which process owns which part of each tensor."""
+        if self._ownership is None:
+            raise LataError(_NO_WEIGHTS)
+        return self._ownership
 
     def counts(self, name: str) -> bool:
         """Whether this process counts its part of a tensor, and stores the start value of that part."""
-        counted = self.live.shard(name).counted
-        return self.owner(name) == self.ranks.rank if counted is None else counted
+        return self.ownership.counts(name)
 
     def added(self, name: str) -> LowRank:
         """Return what adapters have added to a tensor since training started."""
@@ -311,11 +305,14 @@ class Tracker:
         """Tensors whose start value no single tensor in memory has: quantised ones, and those whose adapters did not start at zero."""
         return self.live.quantised | self._start_factors.names
 
+    def _present(self) -> LiveModel:
+        return look_at(self.root, self._model, self.leave_out, self._strategy)
+
     def _find_head(self) -> None:
         """Leave out a new head, as soon as the model is there."""
         if not self.head.names:
             given = None if self._base_weights in PROVIDERS else self._base_weights
-            self.head = new_head(look_at(self.root, self._model, self.leave_out), given)
+            self.head = new_head(self._present(), given)
             self.leave_out = LeaveOut(self.leave_out.patterns, {*self.head.names, *self.head.beside})
 
     def _capture(self, names: Iterable[str]) -> None:
@@ -324,26 +321,27 @@ class Tracker:
             if name in self.live.adapted:
                 self._start_factors.capture(name, self.live.added(name))
             elif self.counts(name):
-                self.start_weights.capture(name, self.live.shard(name))
+                self.start_weights.capture(name, self.live.placement(name))
 
     def _spill(self) -> None:
         if self._base_weights == "spill" and self._spill_to is not None:
-            shards = {name: self.live.shard(name) for name in self._changing}
-            self.start_weights.spill(self._spill_to / SPILL_NAME, self.ranks.rank, shards)
+            regions = {name: self.live.placement(name).region for name in self._changing}
+            self.start_weights.spill(self._spill_to / SPILL_NAME, self.ranks.rank, regions)
 
     def _differs(self, name: str) -> bool:
         if name in self.live.adapted:
             return self._start_factors.differ(name, self.live.added(name))
-        shard = self.live.shard(name)
-        return not same_values(shard.local, self.start_weights.read(name, shard))
+        part = self.live.placement(name)
+        return not same_values(part.values(), self.start_weights.read(name, part))
 
-    def _local_sums(self, name: str) -> Tensor | None:
+    def _local_sums(self, name: str) -> Tensor:
         """Sums over the bits of the part of a tensor that this process counts: of its start value, or of the live one where nothing is stored."""
-        if not self.counts(name):
-            return None
-        if name in self.live.adapted or name not in self._changing:
-            return value_sums(self.live.bits(name).cpu()) + self._start_factors.value_sums(name)
-        return value_sums(self.start_weights.read(name, self.live.shard(name)))
+        sums = torch.zeros(2, dtype=torch.int64)
+        if self.counts(name):
+            is_live = name in self.live.adapted or name not in self._changing
+            values = self.live.bits(name) if is_live else self.start_weights.read(name, self.live.placement(name))
+            sums += value_sums(values.cpu())
+        return sums + self._start_factors.value_sums(name) if self.ownership.leads(name) else sums
 
     def _new_start_weights(self) -> StartWeights:
         origin, trusted = origin_of(self.live, self._base_weights, self.root, self.leave_out)

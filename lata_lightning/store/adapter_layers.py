@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -105,19 +106,35 @@ def refusal(what: str) -> str:
     )
 
 
-def weight_shape(layer: Any) -> tuple[int, ...]:
-    """Return the shape of the base weight of a layer, which may be quantised."""
+def shape_of(parameter: Tensor) -> tuple[int, ...]:
+    """Return the shape of a parameter that is in memory whole."""
+    return tuple(parameter.shape)
+
+
+def weight_shape(layer: Any, shape: Callable[[Tensor], tuple[int, ...]] = shape_of) -> tuple[int, ...]:
+    """Return the shape of the base weight of a layer, which may be quantised.
+
+    Args:
+        layer: An adapted layer.
+        shape: Gives the whole shape of a parameter, which a strategy may have spread over processes.
+    """
     weight = layer.get_base_layer().weight
-    return tuple(weight.shape) if weight.is_floating_point() else (layer.out_features, layer.in_features)
+    return shape(weight) if weight.is_floating_point() else (layer.out_features, layer.in_features)
 
 
-def factors_of(layer: Any, adapter: str) -> Factors:
-    """Return what an adapter of plain LoRA adds to the weight of a layer; the factors are those in training, not copies."""
+def factors_of(layer: Any, adapter: str, whole: Callable[[Tensor], Tensor] = Tensor.detach) -> Factors:
+    """Return what an adapter of plain LoRA adds to the weight of a layer; the factors are those in training, not copies.
+
+    Args:
+        layer: An adapted layer.
+        adapter: Name of the adapter.
+        whole: Gives all values of a factor, which a strategy may have spread over processes.
+    """
     scale = float(layer.scaling[adapter])
     if adapter in layer.lora_embedding_A:
         # peft multiplies B @ A and transposes the product.
-        return Factors(layer.lora_embedding_A[adapter].detach().T, layer.lora_embedding_B[adapter].detach().T, scale)
-    first, second = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
+        return Factors(whole(layer.lora_embedding_A[adapter]).T, whole(layer.lora_embedding_B[adapter]).T, scale)
+    first, second = whole(layer.lora_A[adapter].weight), whole(layer.lora_B[adapter].weight)
     # The second factor of a convolution has a kernel of one entry.
     first, second = first.reshape(first.shape[0], -1), second.reshape(second.shape[0], -1)
     return Factors(first.T, second.T, scale) if getattr(layer, "fan_in_fan_out", False) else Factors(second, first, scale)

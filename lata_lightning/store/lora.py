@@ -21,6 +21,7 @@ from lata_lightning.store.adapter_layers import (
     is_tuner,
     kind_of,
     refusal,
+    shape_of,
     weight_shape,
 )
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
@@ -39,6 +40,8 @@ class AdaptedModel:
 
     Args:
         model: A ``peft.PeftModel``.
+        whole: Gives all values of a factor, where a strategy has spread them over processes. It is called for every factor in one order.
+        shape: Gives the whole shape of a parameter, likewise.
 
     Attributes:
         module: The model inside, whose layers peft has replaced.
@@ -53,7 +56,10 @@ class AdaptedModel:
         LataError: An adapter changes no weight, cannot be merged, or is merged already.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(
+        self, model: Any, whole: Callable[[Tensor], Tensor] = Tensor.detach, shape: Callable[[Tensor], tuple[int, ...]] = shape_of
+    ) -> None:
+        self._whole, self._shape = whole, shape
         configs = {adapter: model.peft_config[adapter].to_dict() for adapter in model.active_adapters}
         for adapter in configs:
             check_kind(adapter, model.peft_config[adapter])
@@ -110,8 +116,10 @@ class AdaptedModel:
     def added(self, name: str) -> LowRank:
         """Return what the active adapters add to a tensor, in its shape; the factors are those in training, not copies."""
         layers = self._layers[name]
-        parts = [factors_of(layer, adapter) for layer in layers for adapter in layer.active_adapters if adapter in layer.scaling]
-        return LowRank(weight_shape(layers[0]), tuple(parts))
+        parts = [
+            factors_of(layer, adapter, self._whole) for layer in layers for adapter in layer.active_adapters if adapter in layer.scaling
+        ]
+        return LowRank(weight_shape(layers[0], self._shape), tuple(parts))
 
     def values(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
         """Compute a tensor that an adapter changes in another way than by adding factors, in float64.
@@ -148,7 +156,7 @@ class AdaptedModel:
         return any(parameter.requires_grad for layer in self._layers[name] for parameter in layer.parameters())
 
     def _saved_name(self, name: str) -> str:
-        saved = list(under_checkpoint_names(self.module, {name: self.plain[name]}))
+        saved = list(under_checkpoint_names(self.module, {name: torch.empty(self._shape(self.plain[name]), device="meta")}))
         if len(saved) != 1:
             raise LataError(refusal(f"a checkpoint stores the adapted weight {name} in {len(saved)} pieces"))
         return saved[0]

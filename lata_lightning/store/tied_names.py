@@ -11,15 +11,16 @@ from lata_lightning.store.checkpoint_names import checkpoint_name_of, tied_group
 TiedNames = tuple[tuple[str, ...], ...]
 
 
-def ties_of(module: nn.Module, names: Container[str]) -> TiedNames:
+def ties_of(module: nn.Module, names: Container[str], groups: Iterable[Iterable[str]] | None = None) -> TiedNames:
     """Return the groups of names that are one tensor of a module, each group with at least one of the given names.
 
     Args:
         module: The model; meta tensors suffice.
         names: Names of tensors as a checkpoint of the model has them.
+        groups: Names in the module that are one tensor, where it does not show in the module.
     """
     saved = checkpoint_name_of(module)
-    return _with_names(([saved.get(name, name) for name in group] for group in tied_groups(module)), names)
+    return _with_names(([saved.get(name, name) for name in group] for group in (tied_groups(module) if groups is None else groups)), names)
 
 
 def ties_by_alias(aliases: Mapping[str, str], names: Container[str]) -> TiedNames:

@@ -531,19 +531,6 @@ def test_two_models_side_by_side_have_to_be_told_apart(tmp_path, instruct):
     assert "model.embed_tokens.weight" in TaskVector.open(tmp_path / "lata/task_vector")
 
 
-@pytest.mark.parametrize(
-    ("name", "stage_3", "message"),
-    [("FSDPStrategy", False, "packs parameters into flat pieces"), ("DeepSpeedStrategy", True, "ZeRO-3 empties parameters")],
-)
-def test_strategies_that_do_not_hold_parameters_are_refused(tmp_path, instruct, name, stage_3, message):
-    from lightning.pytorch import strategies
-
-    run = trainer(tmp_path, LATACallback(output_dir=tmp_path / "lata"))
-    run.strategy.__class__ = type("Flattening", (getattr(strategies, name),), {"zero_stage_3": stage_3})
-    with pytest.raises(LataError, match=message):
-        run.callbacks[0].setup(run, Module(instruct), "fit")
-
-
 def test_quantised_weights_are_refused(tmp_path, instruct):
     packed = torch.nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
     instruct.model.layers[0].mlp.up_proj.weight = packed

@@ -672,12 +672,6 @@ def test_a_start_that_is_not_where_the_model_comes_from_is_refused(tmp_path, mod
         run(tmp_path, model, lata={"base_weights": str(models / "base")})
 
 
-def test_a_sharded_model_under_adapters_is_refused(tmp_path, monkeypatch):
-    model = wrapped(tiny_llama(), target_modules=["q_proj"])
-    monkeypatch.setattr("lata_lightning.live.adapters.DTensor", nn.Parameter)
-    refused(tmp_path, model, "cannot measure adapters of a sharded model")
-
-
 def test_adapters_that_are_loaded_after_the_fit_has_started_are_the_start(tmp_path, models):
     source = wrapped(instruct(models), target_modules=["q_proj"], init_lora_weights=False)
     state = {name: tensor.clone() for name, tensor in source.state_dict().items()}

@@ -14,9 +14,6 @@ from lightning_models import EXPECTED_WARNINGS, Module, batches, shifted, tiny_l
 from transformers import LlamaForCausalLM
 
 from lata_lightning import LATACallback, LataError, TaskVector
-from lata_lightning.errors import CorruptFileError
-from lata_lightning.live.live_model import Shard
-from lata_lightning.live.start_weights import Spill, StartWeights
 from lata_lightning.store.hashing import value_sums
 
 pytestmark = EXPECTED_WARNINGS
@@ -123,25 +120,6 @@ def test_a_run_spilled_by_two_processes_goes_on_in_one(tmp_path, models):
     module.model.save_pretrained(tmp_path / "tuned")
     exported, expected = TaskVector.open(tmp_path / "lata/task_vector"), TaskVector.between(models / "instruct", tmp_path / "tuned")
     assert all(torch.equal(exported[name], expected[name]) for name in expected)
-
-
-def test_parts_of_a_tensor_are_put_together_for_any_other_cut(tmp_path):
-    whole = torch.arange(35.0).reshape(7, 5)
-    spill = Spill(tmp_path)
-    for rank, rows in enumerate([slice(0, 3), slice(3, 3), slice(3, 7)]):
-        shard = Shard(whole[rows], (rows, slice(0, 5)), True)
-        spill.write(rank, {"w": whole[rows]}, {"w": shard})
-    for rows, columns in [(slice(0, 7), slice(0, 5)), (slice(2, 5), slice(0, 5)), (slice(1, 6), slice(2, 4)), (slice(4, 4), slice(0, 5))]:
-        shard = Shard(torch.empty(whole[rows, columns].shape), (rows, columns), True)
-        assert torch.equal(Spill(tmp_path).read("w", shard), whole[rows, columns])
-    (tmp_path / "rank-00002-000.safetensors").unlink()
-    with pytest.raises(CorruptFileError, match="hold 15 of 35 entries of w"):
-        Spill(tmp_path).read("w", Shard(torch.empty(7, 5)))
-
-
-def test_what_was_not_kept_cannot_be_read():
-    with pytest.raises(LataError, match="start value of w was not kept"):
-        StartWeights().read("w", Shard(torch.ones(2)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -5,6 +5,7 @@ from torch import nn
 
 from lata_lightning.live.gathering import export, manifest_of
 from lata_lightning.live.measuring import Measurement
+from lata_lightning.live.placements.replicated import Replicated
 from lata_lightning.live.tracker import Tracker
 
 
@@ -58,3 +59,22 @@ def exported(tracker):
         lambda vector: ({name: vector[name].clone() for name in vector}, vector.unchanged),
         manifest_of(tracker, "instruct", None, 1, 1),
     )
+
+
+class Part(Replicated):
+    """A part of a whole tensor that lies on this process alone."""
+
+    def __init__(self, tensor, region):
+        super().__init__(tensor)
+        self.part = region
+
+    @property
+    def region(self):
+        return self.part
+
+    @property
+    def replicated(self):
+        return False
+
+    def values(self):
+        return self.part.of(super().values())

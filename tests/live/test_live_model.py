@@ -2,14 +2,17 @@ from copy import deepcopy
 
 import peft
 import pytest
+import small_modules
 import torch
 from small_modules import Stack, exported, follow, train
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lata_lightning import LataError, TaskVector
-from lata_lightning.live.adapters import look_at
+from lata_lightning.live.adapters import LoraModel, look_at
 from lata_lightning.live.live_model import LiveModel, find_model
+from lata_lightning.live.placements.mesh import MeshStrategy
+from lata_lightning.live.placements.region import Region
 from lata_lightning.store.names import LeaveOut
 from lata_lightning.store.tied_names import ties_of
 
@@ -190,3 +193,22 @@ def test_two_models_are_refused_with_the_argument_that_names_one():
     root = torch.nn.ModuleDict({"actor": tiny_llama(), "reference": torch.compile(tiny_llama())})
     with pytest.raises(LataError, match=r"2: \['actor', 'reference'\]; say which one is meant, such as model='actor'"):
         find_model(root)
+
+
+class Spread(MeshStrategy):
+    """Says of every parameter that other processes may have other parts of it."""
+
+    def of(self, parameter):
+        return small_modules.Part(parameter, Region.whole(tuple(parameter.shape)))
+
+
+def test_quantised_weights_under_adapters_are_refused_where_they_are_sharded():
+    model = peft.get_peft_model(
+        LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2, vocab_size=16)),
+        peft.LoraConfig(target_modules=["q_proj"]),
+    )
+    assert LoraModel(model, strategy=Spread()).adapted
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    layer.base_layer.weight = torch.nn.Parameter(layer.base_layer.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(LataError, match=r"quantised ones are under the adapters of 1: \['model.layers.0.self_attn.q_proj.weight'\]"):
+        LoraModel(model, strategy=Spread())
