@@ -21,6 +21,7 @@ from lata_lightning.callbacks.attention_only import AttentionOnlyFinetuning
 from lata_lightning.errors import LataError
 from lata_lightning.evaluation.classification import Accuracy
 from lata_lightning.evaluation.disentanglement import disentanglement_error
+from lata_lightning.evaluation.heads import scored_with
 from lata_lightning.evaluation.protocols import addition, negation, normalised_accuracy
 from lata_lightning.evaluation.scales import Reweighting
 from lata_lightning.linearity.from_vectors import merge_matrices
@@ -207,11 +208,12 @@ class _Pair:
             given = [vectors()] if callable(vectors) else list(vectors)
             each = [scales] * len(given) if isinstance(scales, float) else scales
             terms = [Term(vector, scale) for vector, scale in zip(given, each, strict=True) if scale]
+            model, weights = self._loaded
+            weights.apply(terms)
             found = {}
             for number in tasks:
-                model, weights = self._loaded[number]
-                weights.apply(terms)
-                found[self._tasks[number].name] = self._accuracy[self._tasks[number].name, split](model)
+                name = self._tasks[number].name
+                found[name] = scored_with(self._heads[number], self._accuracy[name, split], name)(model)
             return found
 
         found: dict[str, float] = self._record(f"{self._digest} {key} {scales} {split} {tasks}", scores)
@@ -225,20 +227,20 @@ class _Pair:
             for task in self._tasks
         ]
         # The vectors have the names of the classifier, whose head they lack and the regression leaves alone.
-        model, weights = self._loaded[0]
+        model, weights = self._loaded
         weights.restore()
         return regress(self._vectors, model, samples, check_base=False)
 
     @cached_property
-    def _loaded(self) -> list[tuple[Any, Reweighting]]:
-        """The encoder with each head."""
-        models = [load_classifier(str(self._tasks[0].encoder), head=head).eval() for head in self._heads]
-        return [(model, Reweighting(model)) for model in models]
+    def _loaded(self) -> tuple[Any, Reweighting]:
+        """The encoder as a classifier, which is scored with one head at a time."""
+        model = load_classifier(str(self._tasks[0].encoder), heads=self._heads).eval()
+        return model, Reweighting(model)
 
     def _disentanglement(self) -> dict[str, Any]:
         """Return ξ on the grid, of the predictions with each task's own head and of the features."""
         grid = self._models.configuration.encoders.grid
-        model, weights = self._loaded[0]
+        model, weights = self._loaded
         weights.restore()
         heads = [_linear(head) for head in self._heads]
         batches = [[(number, task.inputs(task.scored["test"][:DISENTANGLED_TEXTS]))] for number, task in enumerate(self._tasks)]
