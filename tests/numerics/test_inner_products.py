@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from lata_lightning.errors import LayoutMismatchError
+from lata_lightning.numerics import inner_products as inner_products_module
 from lata_lightning.numerics.inner_products import inner_products
 from lata_lightning.numerics.low_rank import Factors, LowRank
 
@@ -27,6 +28,14 @@ def test_each_product_is_the_sum_over_all_entries_in_float64(shape, dtype):
     expected = torch.stack([(gained * other.double()).sum() for other in others])
     torch.testing.assert_close(inner_products(tuned, others, subtract=start), expected, rtol=1e-12, atol=1e-9)
     torch.testing.assert_close(inner_products(gained, others), expected, rtol=1e-12, atol=1e-9)
+
+
+def test_chunks_on_an_accelerator_add_up_to_the_same_products(monkeypatch):
+    monkeypatch.setattr(inner_products_module, "_CHUNK", 7)
+    tuned, start, *others = tensors((5, 9), 4)
+    expected = torch.stack([((tuned - start).double() * other.double()).sum() for other in others])
+    found = torch.stack(inner_products_module._on_device(tuned, others, start))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-9)
 
 
 def test_factors_on_either_side_give_the_products_of_their_dense_matrices():
