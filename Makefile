@@ -43,6 +43,7 @@ benchmark: $(READY) ## speed and memory beside plain passes over the same bytes;
 	$(BIN)/python -m benchmarks.merging
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.callback
+	$(BIN)/python -m benchmarks.memory
 
 $(READY): constraints.txt pyproject.toml
 	rm -rf $(VENV)
