@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class LataError(Exception):
@@ -36,8 +36,24 @@ class WeightingError(LataError):
 def first_three(names: Iterable[str]) -> str:
     """Return how many names there are and the first three of them, for an error message."""
     listed = sorted(names)
-    shown = ", ".join(repr(name) for name in listed[:3])
-    return f"{len(listed)}: [{shown}{', …' if len(listed) > 3 else ''}]"
+    return f"{len(listed)}: {_beginning(listed)}"
+
+
+def differing(names: Iterable[str], total: int | None = None, what: str = "tensors") -> str:
+    """Return how many of several things differ, and the first three of them, for an error message: ``2 of 57 tensors differ: ['a', 'b']``.
+
+    Args:
+        names: Names of those that differ.
+        total: How many there are in all; None leaves this out.
+        what: What they are, in the plural.
+    """
+    listed = sorted(names)
+    among = "" if total is None else f" of {total} {what}"
+    return f"{len(listed)}{among} {'differs' if len(listed) == 1 else 'differ'}{', first' if len(listed) > 3 else ''}: {_beginning(listed)}"
+
+
+def _beginning(listed: Sequence[str]) -> str:
+    return f"[{', '.join(map(repr, listed[:3]))}{', …' if len(listed) > 3 else ''}]"
 
 
 def first_line(error: BaseException) -> str:

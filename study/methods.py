@@ -18,7 +18,7 @@ from lata_lightning.alignment import Alignment
 from lata_lightning.evaluation.tuning import under_rules
 from lata_lightning.layers import Level
 from lata_lightning.linearity.from_vectors import merge_matrices
-from lata_lightning.linearity.matrix_merges import MatrixMethod
+from lata_lightning.linearity.methods import MatrixMethod
 from lata_lightning.linearity.regression import regress
 from lata_lightning.linearity.solving import DEFAULT_RIDGE, Products, solve_coefficients
 from lata_lightning.vectors.task_vector import TaskVector

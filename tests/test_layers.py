@@ -5,7 +5,7 @@ import torch
 import transformers
 from torch import nn
 
-from lata_lightning.errors import LataError, first_three
+from lata_lightning.errors import LataError, differing, first_three
 from lata_lightning.layers import LayerPosition, check_level, layer_map
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -472,6 +472,12 @@ def test_an_unknown_level_is_refused_with_the_choices():
 def test_first_three_counts_sorts_and_shortens():
     assert first_three(["b", "a"]) == "2: ['a', 'b']"
     assert first_three("dbca") == "4: ['a', 'b', 'c', …]"
+
+
+def test_differing_says_how_many_of_how_many_differ():
+    assert differing(["b"], 57) == "1 of 57 tensors differs: ['b']"
+    assert differing(["b", "a"], 9, "settings") == "2 of 9 settings differ: ['a', 'b']"
+    assert differing("dbca") == "4 differ, first: ['a', 'b', 'c', …]"
 
 
 def test_the_many_heads_of_attention_are_no_output_head():

@@ -24,6 +24,13 @@ def imports(file):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
+            yield from filter(is_module, (f"{node.module}.{alias.name}" for alias in node.names))
+
+
+def is_module(name):
+    """Whether a dotted name is a module of the package, or a package in it."""
+    path = PACKAGE.parent.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
 
 def part_of(file):
@@ -34,12 +41,28 @@ def files():
     return [file for file in PACKAGE.rglob("*.py") if file.parent != PACKAGE or file.name not in ("__init__.py", "__main__.py")]
 
 
+def module_name(file):
+    parts = ("lata_lightning", *file.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
 def own_imports(file):
     return {module for module in imports(file) if module.startswith("lata_lightning.")}
 
 
 def test_every_part_is_listed():
     assert {part_of(file) for file in files()} == set(PARTS)
+
+
+def test_imports_of_a_module_from_its_package_are_seen(tmp_path):
+    file = tmp_path / "importing.py"
+    file.write_text("from lata_lightning import layers, merge\nfrom lata_lightning.store import hashing, formats\n")
+    assert own_imports(file) == {
+        "lata_lightning.layers",
+        "lata_lightning.store",
+        "lata_lightning.store.hashing",
+        "lata_lightning.store.formats",
+    }
 
 
 def test_few_modules_are_beside_the_packages():
@@ -57,7 +80,7 @@ def test_imports_point_down_only():
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    graph = {".".join(("lata_lightning", *file.relative_to(PACKAGE).with_suffix("").parts)): own_imports(file) for file in files()}
+    graph = {module_name(file): own_imports(file) for file in files()}
     while True:
         leaves = {module for module, needed in graph.items() if not needed & graph.keys()}
         if not leaves:

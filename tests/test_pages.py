@@ -126,14 +126,14 @@ def test_the_first_python_block_prints_an_alignment_table(ran):
 
 def test_the_commands_of_the_first_page_leave_models(ran):
     folder, printed = ran("README.md")
-    assert "tensors are what was written" in printed[-1]
+    assert "tensors match their recorded hashes" in printed[-1]
     for name in ("merged-in-python", "merged", "forgotten"):
         AutoModelForCausalLM.from_pretrained(folder / name)
 
 
 def test_the_commands_of_the_tour_leave_models(ran):
     folder, printed = ran("docs/index.md")
-    assert "tensors are what was written" in printed[-1]
+    assert "tensors match their recorded hashes" in printed[-1]
     for name in ("sums-and-string", "sums-forgotten", "sums-as-a-model"):
         AutoModelForCausalLM.from_pretrained(folder / name)
 

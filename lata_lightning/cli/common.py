@@ -13,7 +13,8 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
 from lata_lightning.errors import LataError
-from lata_lightning.weighting import Weighting
+from lata_lightning.layers import Level
+from lata_lightning.weighting import DEFAULT_THRESHOLD, Weighting
 
 if TYPE_CHECKING:
     from lata_lightning.vectors.task_vector import TaskVector
@@ -68,13 +69,11 @@ def add_weighting(parser: ArgumentParser, default: str) -> None:
         help="Rule for the coefficients; 'none' for plain task arithmetic, 'stored' for those that the vector stores. If no rule is asked for, "
         f"'{default}' with --instruction; without, what the vector stores, which is refused where its alignments are too flat to rank by.",
     )
-    parser.add_argument(
-        "--level", type=Literal["block", "submodule", "tensor"] | None, help="Unit of the coefficients; 'block' if not given."
-    )
+    parser.add_argument("--level", type=Level | None, help="Unit of the coefficients; 'block' if not given.")
     parser.add_argument(
         "--threshold",
         type=float | None,
-        help="For the rule 'threshold': layers aligned this far get coefficient 0; 0.95 if not given.",
+        help=f"For the rule 'threshold': layers aligned this far get coefficient 0; {DEFAULT_THRESHOLD} if not given.",
     )
     parser.add_argument(
         "--outside",

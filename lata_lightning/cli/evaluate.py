@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -15,6 +14,7 @@ from lata_lightning.cli.scores import Row, by_metric, counts_and_intervals, fini
 from lata_lightning.cli.shipped import as_typed
 from lata_lightning.cli.writing import add_writing
 from lata_lightning.errors import LataError
+from lata_lightning.evaluation.metric_names import MetricName
 from lata_lightning.store.directories import SCORES_NAME
 from lata_lightning.store.output_policy import end_dry_run
 
@@ -32,7 +32,7 @@ def _arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--metric",
-        type=Literal["exact_match", "perplexity", "accuracy"],
+        type=MetricName,
         nargs="+",
         default=[],
         help="One metric or several. exact_match: share of answers that are right; perplexity: of the text, or of the answers; accuracy: share of "
@@ -112,7 +112,7 @@ def _run_tasks(options: Namespace) -> None:
     for label in options.models:
         model, tokenizer = load(options, label)
         with running(options, model):
-            found = evaluate_tasks(
+            results = evaluate_tasks(
                 model,
                 tokenizer,
                 options.tasks,
@@ -121,7 +121,7 @@ def _run_tasks(options: Namespace) -> None:
                 chat=options.chat,
                 batch_size=options.batch_size,
             )
-        rows += of_tasks(as_typed(label), found)
+        rows += of_tasks(as_typed(label), results)
     _deliver(options, rows, _TASKS)
 
 
@@ -151,12 +151,12 @@ def _measure_unlearning(options: Namespace) -> None:
             with running(options, other):
                 reference = measure.truth_ratios(other)
     with running(options, model):
-        found = measure(model, reference)
-    for target, data in zip(targets, (found.evaluation, found.summary), strict=True):
+        measures = measure(model, reference)
+    for target, data in zip(targets, (measures.evaluation, measures.summary), strict=True):
         replace_json(target, data)
-    for sentence in found.notes:
+    for sentence in measures.notes:
         note(sentence)
-    summary = [Row(options.models[0], options.name, name, finite(value)) for name, value in found.summary.items()]
+    summary = [Row(options.models[0], options.name, name, finite(value)) for name, value in measures.summary.items()]
     show_scores(summary, options.format)
     note(f"written to {targets[0]} and {targets[1]}")
 

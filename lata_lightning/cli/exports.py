@@ -6,13 +6,15 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
 from lata_lightning.cli.common import Command, add_leave_out, add_weighting, note, progress_bar, weighed
 from lata_lightning.cli.writing import add_writing, applying
 from lata_lightning.errors import LataError
+from lata_lightning.exports import Export
+from lata_lightning.store.dtypes import FloatName
 
 if TYPE_CHECKING:
     from lata_lightning.vectors.task_vector import TaskVector
@@ -22,7 +24,7 @@ def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("vectors", metavar="VECTOR", nargs="+", help="Saved vectors.")
     parser.add_argument(
         "--to",
-        type=Literal["pure", "hf", "peft", "mergekit", "coefficients"],
+        type=Export,
         required=True,
         help="pure: the vector times its coefficients; hf: a model directory; peft: a LoRA adapter; mergekit: its configuration and models; "
         "coefficients: a table as JSON and CSV.",
@@ -32,7 +34,7 @@ def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--onto", type=str | None, help="Start model; by default where the first vector records it.")
     parser.add_argument(
         "--dtype",
-        type=Literal["float32", "bfloat16", "float16"] | None,
+        type=FloatName | None,
         help="Precision of the output; by default float32 for differences and factors, that of the start model for whole weights.",
     )
     parser.add_argument("--rank", type=int | None, help="For peft: rank that dense differences are cut down to; 16 without --energy.")

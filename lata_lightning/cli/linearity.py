@@ -187,7 +187,7 @@ def samples_of(options: Namespace, data: Sequence[str]) -> list[list[dict[str, T
         )
     tokenizer = load_tokenizer(options.start_model)
     longest = min(options.max_tokens, tokenizer.model_max_length)
-    found: dict[str, list[dict[str, Tensor]]] = {}
+    batches: dict[str, list[dict[str, Tensor]]] = {}
     for path in dict.fromkeys(data):
         samples = read_samples(read_rows(path, options.samples), path)
         rows, cut = tokenised(samples, tokenizer, max_tokens=longest, name=path, template=options.template)
@@ -195,8 +195,8 @@ def samples_of(options: Namespace, data: Sequence[str]) -> list[list[dict[str, T
             note(f"{path}: {cut} of {len(rows)} rows were cut to {longest} tokens")
         if len(rows) < options.samples:
             note(f"{path} holds {len(rows)} rows, fewer than the {options.samples} asked for")
-        found[path] = model_inputs(rows, options.batch_size)
-    return [found[path] for path in data]
+        batches[path] = model_inputs(rows, options.batch_size)
+    return [batches[path] for path in data]
 
 
 def _scores_table(measured: Sequence[Linearity], options: Namespace) -> Table:

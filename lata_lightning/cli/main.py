@@ -45,7 +45,7 @@ COMMANDS = {
     **evaluate.COMMANDS,
     **report.COMMANDS,
     **recipes.COMMANDS,
-    **completion.COMMANDS,
+    **completion.commands(lambda: build_parser()),
 }
 _DESCRIPTION = "Layer-Aware Task Arithmetic: extract task vectors, measure their alignment, merge and forget them."
 

@@ -20,10 +20,11 @@ from lata_lightning.cli.common import (
 )
 from lata_lightning.cli.writing import add_writing, applying
 from lata_lightning.errors import LataError
+from lata_lightning.linearity.methods import Method
+from lata_lightning.store.dtypes import FloatName
 
 if TYPE_CHECKING:
     from lata_lightning.merging.merge import Term
-    from lata_lightning.merging.methods import Method
     from lata_lightning.store.opening import Weights
     from lata_lightning.vectors.task_vector import TaskVector
     from lata_lightning.weighting import Weighting
@@ -36,7 +37,7 @@ def _merge_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--scale", type=float, nargs="+", default=[1.0], help="One scale for all vectors, or one for each.")
     parser.add_argument(
         "--method",
-        type=Literal["sum", "regression", "tsv", "iso"] | None,
+        type=Method | None,
         help="How several vectors become one: 'sum' adds them, which is task arithmetic and the default; 'regression' solves every matrix from the "
         "vectors alone, at scale 1; 'tsv' and 'iso' go by singular vectors (TSV-M, Iso-C).",
     )
@@ -60,9 +61,7 @@ def _common_arguments(parser: ArgumentParser, rule: str) -> None:
         help="File of lata solve with the coefficients of these vectors, in this order; it brings level and outside.",
     )
     parser.add_argument("--output", required=True, help="Directory to write the model to.")
-    parser.add_argument(
-        "--dtype", type=Literal["float32", "bfloat16", "float16"] | None, help="Precision of the output; by default that of the model."
-    )
+    parser.add_argument("--dtype", type=FloatName | None, help="Precision of the output; by default that of the model.")
     parser.add_argument(
         "--vocabulary",
         type=Literal["union", "onto"] | None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from lata_lightning.errors import LataError, SourceError
+from lata_lightning.store.dtypes import FloatName
 
 if TYPE_CHECKING:
     from lata_lightning.store.head_files import Head
@@ -18,7 +19,7 @@ def add_loading(parser: ArgumentParser) -> None:
     """Add ``--dtype``, ``--autocast`` and ``--device``."""
     parser.add_argument(
         "--dtype",
-        type=Literal["float32", "bfloat16", "float16"],
+        type=FloatName,
         default="float32",
         help="Precision to hold and run the model in. Scores are computed in float32 in any case.",
     )

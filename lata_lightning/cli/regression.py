@@ -13,6 +13,7 @@ from lata_lightning.cli.common import ALL_LAYERS, Command, add_all, add_format, 
 from lata_lightning.cli.linearity import EACH, add_samples, check_data, samples_of, vectors_of
 from lata_lightning.cli.writing import add_writing
 from lata_lightning.errors import LataError, first_three
+from lata_lightning.store.dtypes import FloatName
 from lata_lightning.store.output_policy import end_dry_run
 
 if TYPE_CHECKING:
@@ -49,9 +50,7 @@ def _arguments(parser: ArgumentParser) -> None:
         help="With --data: factor, from 0 to 1, of the entries off the diagonal of the matrices of inputs; 0.9 by default.",
     )
     parser.add_argument("--device", default="cpu", help="Without --data: where matrices are solved, such as cuda.")
-    parser.add_argument(
-        "--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="Precision to store the vector in."
-    )
+    parser.add_argument("--dtype", type=FloatName, default="float32", help="Precision to store the vector in.")
     parser.add_argument(
         "--vocabulary",
         type=Literal["onto"] | None,
@@ -69,9 +68,9 @@ def _regress(options: Namespace, command: str) -> None:
     from lata_lightning.store.writer import check_free_directory
 
     check_free_directory(Path(options.output))
-    found = _from_vectors(options) if options.data is None else _from_samples(options)
+    vector = _from_vectors(options) if options.data is None else _from_samples(options)
     with progress_bar("write") as progress:
-        saved = found.save(options.output, dtype=options.dtype, workers=options.workers, progress=progress)
+        saved = vector.save(options.output, dtype=options.dtype, workers=options.workers, progress=progress)
     derivation = saved.manifest.derivation
     if derivation is None:
         raise LataError(f"{options.output} does not say how it was made")
@@ -82,7 +81,7 @@ def _regress(options: Namespace, command: str) -> None:
         note(f"{why}, and so plain means, are {first_three(averaged)}")
     note(f"merge with: lata merge {options.start_model} {options.output} --output MERGED")
     if options.format == "json":
-        print_json({"output": options.output, "fitted": fitted, "derivation": asdict(derivation), "matrices": found.tensors.by_tensor()})
+        print_json({"output": options.output, "fitted": fitted, "derivation": asdict(derivation), "matrices": vector.tensors.by_tensor()})
         return
     sys.stdout.write(f"{options.output}: one vector of {len(options.vectors)}, {len(saved)} tensors, {fitted} of them fitted\n")
     if derivation.measured:

@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -14,12 +14,13 @@ from lata_lightning.cli.common import Command, add_format, add_model, add_start,
 from lata_lightning.cli.models import add_head, add_loading, add_rows, heads_of, load, running
 from lata_lightning.cli.writing import add_writing
 from lata_lightning.errors import LataError
-from lata_lightning.weighting import Weighting
+from lata_lightning.evaluation.metric_names import MetricName
+from lata_lightning.layers import Level
+from lata_lightning.linearity.methods import MatrixMethod, Method
+from lata_lightning.weighting import DEFAULT_THRESHOLD, Weighting
 
 if TYPE_CHECKING:
     from lata_lightning.evaluation.curves import Tuning
-    from lata_lightning.evaluation.questions import MetricName
-    from lata_lightning.linearity.matrix_merges import MatrixMethod
     from lata_lightning.rows.schema import Sample
     from lata_lightning.vectors.task_vector import TaskVector
 
@@ -54,7 +55,7 @@ def _arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--metric",
-        type=Literal["exact_match", "perplexity", "accuracy"] | None,
+        type=MetricName | None,
         help="What to choose by. By default what suits the rows: exact_match, for text perplexity, for text and label accuracy.",
     )
     add_head(parser)
@@ -69,15 +70,15 @@ def _arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--method",
-        type=Literal["sum", "regression", "tsv", "iso"],
+        type=Method,
         nargs="+",
         default=["sum"],
         help="Ways to combine several vectors, all of which are tried, as in lata merge: 'sum' under each rule of --weighting, the others without a "
         "rule and, unless there is a --grid, beginning at scale 1.",
     )
-    parser.add_argument("--level", type=Literal["block", "submodule", "tensor"], default="block", help="Unit of the coefficients.")
+    parser.add_argument("--level", type=Level, default="block", help="Unit of the coefficients.")
     parser.add_argument(
-        "--threshold", type=float, default=0.95, help="For the rule 'threshold': layers aligned this far get coefficient 0."
+        "--threshold", type=float, default=DEFAULT_THRESHOLD, help="For the rule 'threshold': layers aligned this far get coefficient 0."
     )
     parser.add_argument("--outside", type=float, default=0.0, help="Coefficient of whatever is in no layer, under a rule.")
     add_start(parser)
@@ -147,7 +148,7 @@ def _run(options: Namespace, command: str) -> None:
     dtypes = {name: stored.dtype(name) for name in stored.names}
     with atomic_directory(Path(options.output)) as directory:
         with point_progress("tune") as progress, running(options, model):
-            found = tune(
+            tuning = tune(
                 model,
                 weighted,
                 scorers,
@@ -159,12 +160,12 @@ def _run(options: Namespace, command: str) -> None:
                 dtypes=dtypes,
                 progress=progress,
             )
-        write_json(directory / "tune.json", {**found.to_json(), "command": command})
+        write_json(directory / "tune.json", {**tuning.to_json(), "command": command})
         if options.figure:
             from lata_lightning.display.pictures import save
 
-            save(found.chart(), directory)
-    _show(options, found)
+            save(tuning.chart(), directory)
+    _show(options, tuning)
 
 
 def _sides(options: Namespace) -> tuple[dict[str, str], dict[str, str]]:
@@ -230,29 +231,29 @@ def _rules(options: Namespace, vectors: list[TaskVector]) -> list[Weighting]:
     return ["none", "threshold" if options.forget else "linear"]
 
 
-def _show(options: Namespace, found: Tuning) -> None:
+def _show(options: Namespace, tuning: Tuning) -> None:
     from lata_lightning.display.tables import plain_table, show
     from lata_lightning.evaluation.curves import mean_score
 
-    best = found.best
-    command = None if found.undecided or best.scale == 0 else _next_command(options, best.weighting, best.scale)
+    best = tuning.best
+    command = None if tuning.undecided or best.scale == 0 else _next_command(options, best.weighting, best.scale)
     if options.format == "json":
-        print_json({**found.to_json(), "undecided": found.undecided, "next": command})
+        print_json({**tuning.to_json(), "undecided": tuning.undecided, "next": command})
         return
-    sides = ["score"] if found.control_share is None else ["to forget", "to keep"]
+    sides = ["score"] if tuning.control_share is None else ["to forget", "to keep"]
     rows = [
         (
             f"{point.weighting} ← chosen" if (point.weighting, point.scale) == (best.weighting, best.scale) else point.weighting,
             f"{point.scale:g}",
             *(
-                "–" if (value := mean_score(found.metric, side)) is None else f"{value:.4g}"
+                "–" if (value := mean_score(tuning.metric, side)) is None else f"{value:.4g}"
                 for side in (point.scores, point.control)[: len(sides)]
             ),
         )
-        for point in found.points
+        for point in tuning.points
     ]
-    show(plain_table(["weighting", "scale", *sides], rows, f"{found.metric}, mean over files"))
-    if found.undecided:
+    show(plain_table(["weighting", "scale", *sides], rows, f"{tuning.metric}, mean over files"))
+    if tuning.undecided:
         sys.stdout.write(f"{_UNDECIDED}\n")
     else:
         sys.stdout.write(f"{command or 'No scale above 0 is better than the model as it is.'}\n")
@@ -268,7 +269,7 @@ def _next_command(options: Namespace, weighting: str, scale: float) -> str:
         words += ["--instruction", options.instruction]
     checks = {"start": None, "check_base": True, "check_config": True}
     # Nothing but a rule has a level, and the command refuses what has no effect.
-    settings = {} if weighting == "none" or chosen == "--method" else {"level": "block", "threshold": 0.95, "outside": 0.0}
+    settings = {} if weighting == "none" or chosen == "--method" else {"level": "block", "threshold": DEFAULT_THRESHOLD, "outside": 0.0}
     for name, default in (settings | checks).items():
         if options[name] != default:
             words += [f"--{name.replace('_', '-')}", str(options[name]).lower()]

@@ -25,7 +25,9 @@ from lata_lightning.cli.common import (
 )
 from lata_lightning.cli.writing import add_writing
 from lata_lightning.errors import WeightingError
-from lata_lightning.weighting import Weighting
+from lata_lightning.layers import Level
+from lata_lightning.store.dtypes import FloatName
+from lata_lightning.weighting import DEFAULT_THRESHOLD, Weighting
 
 
 def _extract_arguments(parser: ArgumentParser) -> None:
@@ -34,9 +36,7 @@ def _extract_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="Directory to write the vector to.")
     parser.add_argument("--kind", type=Literal["task", "instruction"], default="task", help="'instruction' for instruct − base.")
     parser.add_argument("--start", type=Literal["instruct", "base"], default="instruct", help="Which model START is.")
-    parser.add_argument(
-        "--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="Precision to store the vector in."
-    )
+    parser.add_argument("--dtype", type=FloatName, default="float32", help="Precision to store the vector in.")
     parser.add_argument(
         "--vocabulary",
         type=Literal["start", "tuned"] | None,
@@ -95,9 +95,9 @@ def _align_arguments(parser: ArgumentParser) -> None:
         default="linear",
         help="Rule for the coefficients that are shown.",
     )
-    parser.add_argument("--level", type=Literal["block", "submodule", "tensor"], default="block", help="Unit of the coefficients.")
+    parser.add_argument("--level", type=Level, default="block", help="Unit of the coefficients.")
     parser.add_argument(
-        "--threshold", type=float, default=0.95, help="For the rule 'threshold': layers aligned this far get coefficient 0."
+        "--threshold", type=float, default=DEFAULT_THRESHOLD, help="For the rule 'threshold': layers aligned this far get coefficient 0."
     )
     parser.add_argument("--outside", type=float, default=0.0, help="Coefficient of whatever is in no layer, under a rule.")
     add_start(parser)
@@ -109,9 +109,9 @@ def _align(options: Namespace, command: str) -> None:
     from lata_lightning.display.layer_tables import alignment_table
     from lata_lightning.display.tables import show
     from lata_lightning.errors import LataError
+    from lata_lightning.merging.weigh import weigh
     from lata_lightning.vectors.aligning import align
     from lata_lightning.vectors.task_vector import TaskVector
-    from lata_lightning.weighting import coefficients
 
     if options.instruction is None:
         raise LataError(
@@ -120,8 +120,9 @@ def _align(options: Namespace, command: str) -> None:
     vector, instruction = (TaskVector.open(path, check_config=options.check_config) for path in (options.vector, options.instruction))
     alignment = align(vector, instruction, options.level, options.start, check_base=options.check_base)
     try:
-        outside = 1.0 if options.weighting == "none" else options.outside
-        alignment = alignment.with_coefficients(coefficients(alignment, options.weighting, options.threshold), outside)
+        settings = {"threshold": options.threshold, "outside": options.outside}
+        weighted = weigh(vector, options.weighting, instruction, alignment=alignment, **settings)
+        alignment = weighted.manifest.alignment or alignment
     except WeightingError as error:
         note(f"no coefficients: {error}")
     if options.format == "json":
@@ -135,12 +136,10 @@ def _align(options: Namespace, command: str) -> None:
 
 def _project_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("vector", metavar="VECTOR", help="Task vector to project.")
-    parser.add_argument("--instruction", required=True, help="Instruction vector (instruct − base) that it is to lie across.")
+    parser.add_argument("--instruction", required=True, help="Instruction vector (instruct − base) whose component is removed.")
     parser.add_argument("--output", required=True, help="Directory to write the projected vector to.")
-    parser.add_argument("--level", type=Literal["block", "submodule", "tensor"], default="tensor", help="Unit that is projected.")
-    parser.add_argument(
-        "--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="Precision to store the vector in."
-    )
+    parser.add_argument("--level", type=Level, default="tensor", help="Unit that is projected.")
+    parser.add_argument("--dtype", type=FloatName, default="float32", help="Precision to store the vector in.")
     add_checks(parser)
     add_workers(parser)
     add_writing(parser, hub=True)
@@ -200,7 +199,7 @@ def _verify(options: Namespace, command: str) -> None:
 
     path, _ = find_weights(options.path)
     count = verify(path) if holds_vector(path) else find_format(path).verify(path)
-    sys.stdout.write(f"{options.path}: all {count} tensors are what was written\n")
+    sys.stdout.write(f"{options.path}: all {count} tensors match their recorded hashes\n")
 
 
 COMMANDS = {
@@ -211,7 +210,7 @@ COMMANDS = {
     ),
     "align": Command("Show how far each layer of a task vector is aligned with the instruction vector.", _align_arguments, _align),
     "project": Command(
-        "Write what of a task vector lies across the instruction vector, layer by layer, as a vector of its own.",
+        "Remove the instruction-vector component from a task vector, layer by layer.",
         _project_arguments,
         _project,
     ),

@@ -130,8 +130,8 @@ def _read(options: Namespace) -> dict[str, str]:
 def _described(paths: Iterable[str]) -> dict[str, str]:
     from lata_lightning.store.directories import holds_adapter, holds_vector
 
-    found: dict[str, str] = {}
+    kinds: dict[str, str] = {}
     for path in paths:
         kind = "vector" if holds_vector(path) else "adapter" if holds_adapter(path) else "directory" if Path(path).is_dir() else "file"
-        found[path] = kind if Path(path).exists() else "from the hub"
-    return found
+        kinds[path] = kind if Path(path).exists() else "from the hub"
+    return kinds

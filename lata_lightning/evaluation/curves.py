@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from lata_lightning.display.charts import Lines, Series
 from lata_lightning.errors import LataError
-from lata_lightning.evaluation.questions import MetricName
+from lata_lightning.evaluation.metric_names import MetricName
 from lata_lightning.evaluation.scales import best_scale
 
 Search = Literal["grid", "coarse-to-fine"]

@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from lata_lightning.errors import LataError, first_three
 from lata_lightning.evaluation.accuracy import ExactMatch
 from lata_lightning.evaluation.answers import AnswerPerplexity
 from lata_lightning.evaluation.classification import Accuracy
 from lata_lightning.evaluation.intervals import Measure
+from lata_lightning.evaluation.metric_names import METRICS, MetricName
 from lata_lightning.evaluation.perplexity import Perplexity
 from lata_lightning.rows.reading import read_rows
 from lata_lightning.rows.schema import Sample, read_samples
 from lata_lightning.rows.tokens import Template
-
-MetricName = Literal["exact_match", "perplexity", "accuracy"]
-METRICS: tuple[MetricName, ...] = get_args(MetricName)
 
 
 class Question(NamedTuple):

@@ -11,8 +11,8 @@ import torch
 
 from lata_lightning.errors import LataError, first_three
 from lata_lightning.evaluation.curves import Point, Tuning, choose, height
+from lata_lightning.evaluation.metric_names import MetricName
 from lata_lightning.evaluation.protocols import CONTROL_SHARE
-from lata_lightning.evaluation.questions import MetricName
 from lata_lightning.evaluation.scales import Reweighting
 from lata_lightning.evaluation.search import COARSE, MOST_POINTS, coarse_to_fine
 from lata_lightning.layers import Level

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lata_lightning.errors import LataError, LayoutMismatchError, first_three
+from lata_lightning.errors import LataError, LayoutMismatchError, differing, first_three
 from lata_lightning.evaluation.modes import evaluating
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
 
@@ -76,7 +76,7 @@ class WeightFunction:
         }
         odd = [own for own, tensor in tensors.items() if tensor.shape != self.start[own].shape]
         if odd:
-            raise LayoutMismatchError(f"{what} must have the shapes of the model; different are {first_three(odd)}")
+            raise LayoutMismatchError(f"{what} must have the shapes of the model; {differing(odd, len(tensors))}")
         return tensors
 
     def at(self, vectors: Sequence[Mapping[str, Tensor]], scales: Sequence[float]) -> dict[str, Tensor]:

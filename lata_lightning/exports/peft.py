@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lata_lightning.errors import CorruptFileError, LataError, first_three
+from lata_lightning.errors import CorruptFileError, LataError, differing, first_three
 from lata_lightning.exports.cards import RECONSTRUCTION, adapter_card, reconstruction
 from lata_lightning.exports.factors import Factored, Truncation, common_scale, factored, rows_between, squares
 from lata_lightning.exports.plan import Plan, plan_adapter
@@ -125,7 +125,9 @@ class _Adapter:
         whole = {key: self._model_tensor(key) for key in set(self._keys) - set(self._tensors)}
         odd |= {key for key, tensor in whole.items() if tensor is None}
         if odd:
-            raise LataError(f"peft takes the adapter for other modules than it is made for; different are {first_three(odd)}")
+            raise LataError(
+                f"peft takes the adapter for other modules than it is made for; {differing(odd, len({*self._keys, *self._tensors}))}"
+            )
         missing = {name for tensor in whole.values() if tensor is not None for name in structure.missing(tensor)}
         if missing:
             raise LataError(f"an adapter holds modules whole, and the start model lacks parts of those that change: {first_three(missing)}")

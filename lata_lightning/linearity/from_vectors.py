@@ -9,7 +9,8 @@ import torch
 
 from lata_lightning.errors import LataError
 from lata_lightning.layers import LayerMap
-from lata_lightning.linearity.matrix_merges import MATRIX_METHODS, NAMES, MatrixMerge, MatrixMethod
+from lata_lightning.linearity.matrix_merges import NAMES, MatrixMerge
+from lata_lightning.linearity.methods import MATRIX_METHODS, MatrixMethod
 from lata_lightning.numerics.matrix_regression import Settings
 from lata_lightning.store.meaning import check_all_mean_the_same
 from lata_lightning.store.sources import TensorSource

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, final, get_args
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from typing_extensions import override
 from lata_lightning.errors import CorruptFileError
 from lata_lightning.layers import LayerMap
 from lata_lightning.linearity.forms import MatrixForm, matrix_forms
+from lata_lightning.linearity.methods import MatrixMethod
 from lata_lightning.numerics.chunks import ChunkReader, MemoryLimit, streamed, tensor_chunks
 from lata_lightning.numerics.combine import mean
 from lata_lightning.numerics.low_rank import Factors, LowRank
@@ -24,8 +25,6 @@ from lata_lightning.store.sources import Origin, TensorSource
 from lata_lightning.store.views import Computed
 from lata_lightning.vectors.provenance import OUTSIDE
 
-MatrixMethod = Literal["regression", "tsv", "iso"]
-MATRIX_METHODS: tuple[MatrixMethod, ...] = get_args(MatrixMethod)
 INTERFERENCE = "interference"
 """‖(W − τ_t) τ_tᵀ‖ / ‖τ_t τ_tᵀ‖: how much the merge changes the effect of a vector on its own inputs, as a share of that effect."""
 CONDITION = "condition"

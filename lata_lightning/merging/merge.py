@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lata_lightning.errors import CorruptFileError, LataError
+from lata_lightning.linearity.methods import Method
 from lata_lightning.merging.matching import Matched, match_terms, summand
-from lata_lightning.merging.methods import Method, OneVector, check_method
+from lata_lightning.merging.methods import OneVector, check_method
 from lata_lightning.merging.term import Term as Term
 from lata_lightning.merging.vocabularies import Fitted, Vocabulary, check_vocabulary, fit_vocabularies
 from lata_lightning.numerics.chunks import in_parallel, worker_count

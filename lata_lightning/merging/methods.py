@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 from lata_lightning.errors import LataError
 from lata_lightning.linearity.from_vectors import check_mergeable, derivation_of, solving_device
-from lata_lightning.linearity.matrix_merges import MatrixMerge, MatrixMethod
+from lata_lightning.linearity.matrix_merges import MatrixMerge
+from lata_lightning.linearity.methods import METHODS, MatrixMethod, Method
 from lata_lightning.merging.matching import Matched
 from lata_lightning.numerics.matrix_regression import Settings
 from lata_lightning.store.sources import TensorSource
 from lata_lightning.vectors.provenance import Derivation, LayerValues
-
-Method = Literal["sum", "regression", "tsv", "iso"]
-METHODS: tuple[Method, ...] = get_args(Method)
 
 
 class OneVector:

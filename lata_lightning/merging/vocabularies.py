@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lata_lightning.errors import LataError, LayoutMismatchError, first_three
+from lata_lightning.errors import LataError, LayoutMismatchError, differing, first_three
 from lata_lightning.layers import LayerRule
 from lata_lightning.merging.rows import AssembledRows
 from lata_lightning.moments import Start
@@ -207,10 +207,10 @@ def fit_vocabularies(
         if not added_rows <= set(spoken):
             notes = (*notes, f"the tokenizer of {tokenizer.label} is kept, which has no token for every new row")
         config = _with_size(onto.config, comparisons, models, after)
-    wrong = [name for name in weights.names for reader in readers if reader.shape(name) != weights.shape(name)]
+    wrong = {name for name in weights.names for reader in readers if reader.shape(name) != weights.shape(name)}
     if wrong:
         raise LayoutMismatchError(
-            f"{onto.label} and the vectors must have the same shapes but for the vocabulary; different are {first_three(wrong)}"
+            f"{onto.label} and the vectors must have the same shapes but for the vocabulary; {differing(wrong, len(weights.names))}"
         )
     return Fitted(weights, list(readers), (before, after), tokenizer, config, notes)
 

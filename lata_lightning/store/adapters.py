@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lata_lightning.errors import BaseMismatchError, LataError, LayoutMismatchError, SourceError, first_three
+from lata_lightning.errors import BaseMismatchError, LataError, LayoutMismatchError, SourceError, differing, first_three
 from lata_lightning.numerics.chunks import ChunkReader, zeros
 from lata_lightning.numerics.combine import combine
 from lata_lightning.numerics.low_rank import LowRank
@@ -71,7 +71,9 @@ class AdapterDifference(TensorSource):
         odd = [name for name in self._adapted.adapted if self._adapted.added(name).shape != start.shape(name)]
         odd += [name for name, tensor in self._whole.items() if tuple(tensor.shape) != start.shape(name)]
         if odd:
-            raise LayoutMismatchError(f"{self.label} and {start.label} must have the same shapes; different are {first_three(odd)}")
+            raise LayoutMismatchError(
+                f"{self.label} and {start.label} must have the same shapes; {differing(odd, len(self._adapted.adapted) + len(self._whole))}"
+            )
         # A model in memory has the weights under its adapters, and peft saves the embeddings it adapts: both must equal those of the start.
         copied = changed & set(self._whole)
         equal = {name for name in self._whole if self._is_start(name)}

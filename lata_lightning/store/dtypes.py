@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from lata_lightning.errors import LataError
 
@@ -45,7 +45,8 @@ _BY_CODE = {
     "F8_E8M0": _Stored("float8_e8m0fnu", 1, readable=False),
 }
 _BY_NAME = {stored.name: code for code, stored in _BY_CODE.items()}
-FLOAT_NAMES = ("float32", "bfloat16", "float16")
+FloatName = Literal["float32", "bfloat16", "float16"]
+FLOAT_NAMES: tuple[FloatName, ...] = get_args(FloatName)
 """Names of the dtypes that weights are written in."""
 
 

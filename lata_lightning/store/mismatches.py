@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Iterable, Sequence
 
-from lata_lightning.errors import LayoutMismatchError, SourceError, first_three
+from lata_lightning.errors import LayoutMismatchError, SourceError, differing, first_three
 from lata_lightning.store.dtypes import readable_code
 from lata_lightning.store.names import leave_out_pattern
 from lata_lightning.store.sources import TensorSource
@@ -34,7 +34,7 @@ def check_same_shapes(start: TensorSource, tuned: TensorSource) -> None:
     pattern = leave_out_pattern(odd, [entry for entry in start.names if entry not in odd])
     advice = "" if pattern is None else f". {_leave_out(pattern)}"
     raise LayoutMismatchError(
-        f"{start.label} and {tuned.label} must have the same shapes; different are {first_three(odd)}, {name} with {one} and {other}{advice}"
+        f"{start.label} and {tuned.label} must have the same shapes; {differing(odd, len(start.names))}; shapes of {name}: {one} and {other}{advice}"
     )
 
 
@@ -53,7 +53,7 @@ def check_same_tensors(one: TensorSource, other: TensorSource) -> None:
     if odd:
         name = min(odd)
         raise LayoutMismatchError(
-            f"{one.label} and {other.label} must have the same shapes; different are {first_three(odd)}, {name} with {one.shape(name)} and "
+            f"{one.label} and {other.label} must have the same shapes; {differing(odd, len(one.names))}; shapes of {name}: {one.shape(name)} and "
             f"{other.shape(name)}. Do both have the same vocabulary and sizes?"
         )
 

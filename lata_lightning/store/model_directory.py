@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lata_lightning.errors import CorruptFileError, SourceError, first_three
+from lata_lightning.errors import CorruptFileError, SourceError, differing
 from lata_lightning.store.directories import MANIFEST_NAME, MERGE_RECORD, read_object
 from lata_lightning.store.file_source import open_safetensors
 from lata_lightning.store.seal import check_seal
@@ -53,6 +53,6 @@ def verify_merged(path: Path) -> int:
     wrong |= {name for name, digest in hashes.items() if digest != expected[name]}
     if wrong:
         raise CorruptFileError(
-            f"{path} is not what was written: different are {first_three(wrong)}. Copy it again from where it was whole."
+            f"{path} does not match its record: {differing(wrong, len({*stored.names, *expected}))}. Copy it again from where it was whole."
         )
     return len(expected)

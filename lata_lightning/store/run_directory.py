@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from lata_lightning.errors import OutputError, first_three
+from lata_lightning.errors import OutputError, differing
 from lata_lightning.store.writer import PARTIAL_MARK
 
 HISTORY_NAME = "history.jsonl"
@@ -43,10 +43,11 @@ def check_output(directory: Path, start: Mapping[str, list[int]], results: Itera
         recorded = _recorded_start(directory)
         if recorded is None:
             raise OutputError(f"{directory} holds the {left[0]} of another run. {advice}")
-        other = {name for name in {*recorded, *start} if recorded.get(name) != start.get(name)}
+        names = {*recorded, *start}
+        other = {name for name in names if recorded.get(name) != start.get(name)}
         if other:
             raise OutputError(
-                f"{directory} holds the {left[0]} of an unfinished run that started from other weights; different are {first_three(other)}. {advice} "
+                f"{directory} holds the {left[0]} of an unfinished run that started from other weights; {differing(other, len(names))}. {advice} "
                 "Are new layers drawn with another seed each time? Call seed_everything before the model is built."
             )
     try:

@@ -11,7 +11,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-from lata_lightning.errors import LayoutMismatchError, first_three
+from lata_lightning.errors import LayoutMismatchError, differing, first_three
 from lata_lightning.layers import layer_map
 from lata_lightning.store.checkpoint_names import under_checkpoint_names
 from lata_lightning.store.meaning import check_same_tokens, stated_sizes
@@ -74,9 +74,10 @@ def vocabulary_axes(
             sizes.add((shapes[0][different[0]], shapes[1][different[0]]))
     foreign = set(odd) - set(axes)
     if foreign or len(sizes) > 1:
+        first = min(foreign or odd)
         raise LayoutMismatchError(
-            f"{one.label} and {other.label} may differ along the vocabulary only; otherwise different are {first_three(foreign or odd)}, "
-            f"{min(foreign or odd)} with {one.shape(min(foreign or odd))} and {other.shape(min(foreign or odd))}"
+            f"{one.label} and {other.label} may differ along the vocabulary only, but otherwise {differing(foreign or odd, len(one.names))}; "
+            f"shapes of {first}: {one.shape(first)} and {other.shape(first)}"
         )
     size = sizes.pop()
     stated = [(side.label, length, side.config) for side, length in zip((one, other), size, strict=True) if side.config is not None]

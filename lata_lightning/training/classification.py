@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -11,6 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, PreTrainedModel
 
 from lata_lightning.errors import LataError, SourceError, first_line
+from lata_lightning.store.dtypes import FloatName
 from lata_lightning.training.optimizing import Schedule, adamw, check_optimizing
 
 
@@ -43,7 +44,7 @@ class ClassificationModule(LightningModule):
         betas: tuple[float, float] = (0.9, 0.999),
         warmup_steps: int = 0,
         final_learning_rate_share: float = 0.0,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        dtype: FloatName = "float32",
         schedule: Schedule = "cosine",
     ) -> None:
         """Load the model and keep the optimizer's settings.

@@ -15,11 +15,12 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lata_lightning.callbacks.lata import LATACallback
-from lata_lightning.errors import CorruptFileError, LataError, OutputError, first_three
+from lata_lightning.errors import CorruptFileError, LataError, OutputError, differing, first_three
 from lata_lightning.evaluation.continual import summary
 from lata_lightning.layers import Level
+from lata_lightning.linearity.methods import Method
 from lata_lightning.merging.merge import Term, merge
-from lata_lightning.merging.methods import Method, check_method
+from lata_lightning.merging.methods import check_method
 from lata_lightning.merging.weigh import weigh
 from lata_lightning.store.run_directory import VECTOR_NAME
 from lata_lightning.store.writer import write_json
@@ -197,7 +198,7 @@ class _Record:
             raise CorruptFileError(f"{path} holds no accuracy matrix ({error!r})") from error
         other = [f"{name}: {known.get(name)!r} there, {value!r} here" for name, value in settings.items() if known.get(name) != value]
         if other:
-            raise OutputError(f"{directory} holds another sequence; different are {first_three(other)}. Choose another output.")
+            raise OutputError(f"{directory} holds another sequence; {differing(other, len(settings), 'settings')}. Choose another output.")
         return cls(path, settings, reference, accuracies)
 
     def save(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel
 
 from lata_lightning.errors import LataError
+from lata_lightning.store.dtypes import FloatName
 from lata_lightning.training.loading import load_causal_lm, with_adapters
 from lata_lightning.training.loss import chunked_loss, is_wide
 from lata_lightning.training.optimizing import Schedule, adamw, check_optimizing
@@ -48,7 +49,7 @@ class CausalLMModule(LightningModule):
         betas: tuple[float, float] = (0.9, 0.95),
         warmup_steps: int = 0,
         final_learning_rate_share: float = 0.1,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        dtype: FloatName = "float32",
         schedule: Schedule = "cosine",
         lora: dict[str, Any] | None = None,
         quantize: bool = False,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lata_lightning.errors import CorruptFileError, first_three
+from lata_lightning.errors import CorruptFileError, differing
 from lata_lightning.numerics.chunks import ChunkReader, chunk_bounds, in_parallel, tensor_chunks, worker_count
 from lata_lightning.numerics.low_rank import LowRank
 from lata_lightning.numerics.measure import all_finite
@@ -46,7 +46,7 @@ def open_stored(path: str | Path) -> tuple[StoredDifference, Manifest]:
     wrong |= {name for name, (shape, _) in expected.items() if name in stored.names and stored.shape(name) != shape}
     if wrong:
         raise CorruptFileError(
-            f"the tensors of {directory} are not those of its manifest; different are {first_three(wrong)}. Copy it again."
+            f"the tensors of {directory} are not those of its manifest; {differing(wrong, len({*stored.names, *expected}))}. Copy it again."
         )
     return StoredDifference(stored, manifest), manifest
 
@@ -66,7 +66,7 @@ def verify(path: str | Path) -> int:
     wrong = [name for name, digest in expected.items() if hashes[name] != digest]
     if wrong:
         raise CorruptFileError(
-            f"{path} is not what was written: other bytes in {first_three(wrong)}. Copy it again from where it was whole."
+            f"{path} does not match its record: {differing(wrong, len(expected))}. Copy it again from where it was whole."
         )
     return len(expected)
 

@@ -25,7 +25,7 @@ from lata_lightning.evaluation.heads import scored_with
 from lata_lightning.evaluation.protocols import addition, negation, normalised_accuracy
 from lata_lightning.evaluation.scales import Reweighting
 from lata_lightning.linearity.from_vectors import merge_matrices
-from lata_lightning.linearity.matrix_merges import MatrixMethod
+from lata_lightning.linearity.methods import MatrixMethod
 from lata_lightning.linearity.regression import regress
 from lata_lightning.merging.term import Term
 from lata_lightning.rows.schema import Sample

@@ -22,7 +22,7 @@ from typing_extensions import override
 from lata_lightning.alignment import Alignment, LayerStats
 from lata_lightning.errors import LataError
 from lata_lightning.linearity.from_vectors import merge_matrices
-from lata_lightning.linearity.matrix_merges import MatrixMethod
+from lata_lightning.linearity.methods import MatrixMethod
 from lata_lightning.linearity.regression import regress
 from lata_lightning.linearity.solving import solve_coefficients
 from lata_lightning.store.sources import Origin, TensorSource

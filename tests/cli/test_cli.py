@@ -312,14 +312,14 @@ def test_a_lower_precision_says_what_it_cost(lata):
 
 def test_verify_finds_a_changed_byte(lata, tmp_path):
     lata("extract instruct math --output vector")
-    assert lata("verify vector")[1] == "vector: all 39 tensors are what was written\n"
+    assert lata("verify vector")[1] == "vector: all 39 tensors match their recorded hashes\n"
     file = tmp_path / "vector/delta.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
     status, _, said = lata("verify vector")
     assert status == 1
-    assert said.startswith("lata: error: vector is not what was written")
+    assert said.startswith("lata: error: vector does not match its record")
 
 
 @pytest.mark.parametrize(

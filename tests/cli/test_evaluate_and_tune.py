@@ -15,10 +15,10 @@ from lata_lightning.cli.scores import Row, by_metric, of_tasks
 from lata_lightning.evaluation import tuning, unlearning_measures
 from lata_lightning.evaluation.accuracy import exact_match
 from lata_lightning.evaluation.intervals import Score
+from lata_lightning.evaluation.metric_names import METRICS
 from lata_lightning.evaluation.perplexity import perplexity
-from lata_lightning.evaluation.questions import METRICS
 from lata_lightning.layers import LEVELS
-from lata_lightning.merging.methods import METHODS
+from lata_lightning.linearity.methods import METHODS
 from lata_lightning.quickstart.exercises import exercises
 from lata_lightning.quickstart.experts import BASE, INSTRUCT
 from lata_lightning.vectors.aligning import align

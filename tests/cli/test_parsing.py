@@ -6,7 +6,6 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 
-from lata_lightning.cli.completion import COMMANDS as COMPLETION
 from lata_lightning.cli.examples import EXAMPLES
 from lata_lightning.cli.main import COMMANDS, build_parser, main, overview, parser_of
 from lata_lightning.cli.reference import reference
@@ -194,7 +193,6 @@ def test_completion_knows_commands_and_options(shell, capsys):
 
 def test_completion_is_made_from_the_parsers_there_are():
     assert set(build_parser()._subcommands_action.choices) == set(COMMANDS)
-    assert set(COMPLETION) == {"completion"}
 
 
 def test_the_page_of_all_commands_holds_every_help():

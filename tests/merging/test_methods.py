@@ -10,7 +10,7 @@ from lata_lightning import TaskVector, Term, merge
 from lata_lightning.cli.main import main
 from lata_lightning.errors import BaseMismatchError, CorruptFileError, LataError
 from lata_lightning.linearity.from_vectors import merge_matrices
-from lata_lightning.merging.methods import METHODS
+from lata_lightning.linearity.methods import METHODS
 
 START = weights(0)
 TUNED = {name: plus(START, weights(seed), 0.1) for seed, name in ((1, "math"), (2, "text"))}

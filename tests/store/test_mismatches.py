@@ -13,7 +13,7 @@ def test_sides_of_another_architecture_vocabulary_or_shape_are_refused():
         pair(open_source({"a": torch.ones(1)}), open_source({"b": torch.ones(1)}))
     with pytest.raises(LayoutMismatchError, match=r"same vocabulary; lm_head.weight has 3 rows in one and 4 in the other"):
         pair(open_source({"lm_head.weight": torch.ones(3, 2)}), open_source({"lm_head.weight": torch.ones(4, 2)}))
-    with pytest.raises(LayoutMismatchError, match=r"different are 1: \['w'\], w with \(2, 3\) and \(3, 2\)"):
+    with pytest.raises(LayoutMismatchError, match=r"1 of 1 tensors differs: \['w'\]; shapes of w: \(2, 3\) and \(3, 2\)"):
         pair(open_source({"w": torch.ones(2, 3)}), open_source({"w": torch.ones(3, 2)}))
 
 

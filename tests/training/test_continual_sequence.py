@@ -220,7 +220,7 @@ def test_a_stage_that_was_deleted_is_learned_and_scored_again(start, tmp_path):
 
 def test_another_sequence_in_the_directory_is_refused(start, tmp_path):
     learn_in_sequence(start, Fits().tasks("only"), tmp_path / "out")
-    with pytest.raises(OutputError, match=r"holds another sequence; different are 2: \['scale: 1.0 there, 0.5 here', \"tasks: "):
+    with pytest.raises(OutputError, match=r"holds another sequence; 2 of \d+ settings differ: \['scale: 1.0 there, 0.5 here', \"tasks: "):
         learn_in_sequence(start, Fits().tasks("other"), tmp_path / "out", scale=0.5)
     (tmp_path / "out/accuracies.json").write_text("{}")
     with pytest.raises(CorruptFileError, match="holds no accuracy matrix"):

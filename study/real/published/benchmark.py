@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from lata_lightning.alignment import alignment_of
-from lata_lightning.errors import CorruptFileError, OutputError, SourceError, first_line, first_three
+from lata_lightning.errors import CorruptFileError, OutputError, SourceError, differing, first_line
 from lata_lightning.layers import LEVELS
 from lata_lightning.merging.merge import Term, merge
 from lata_lightning.merging.vocabularies import between_vocabularies, resized
@@ -299,9 +299,7 @@ class Benchmark:
             raise CorruptFileError(f"{file} holds no results ({first_line(error)}). Remove it, or choose another --work.") from error
         other = [f"{part}.{key}" for part in identity for key in _differences(before.get(part), identity[part])]
         if other:
-            raise OutputError(
-                f"{file} holds results of something else; different are {first_three(other)}. Remove its folder, or choose another --work."
-            )
+            raise OutputError(f"{file} holds results of other settings; {differing(other)}. Remove its folder, or choose another --work.")
         return found
 
     def _save(self, done: str | None) -> None:

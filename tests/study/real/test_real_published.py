@@ -256,7 +256,7 @@ def test_results_of_something_else_are_refused(tiny, tmp_path):
     configuration, texts = tiny()
     folder = tmp_path / "run"
     Benchmark(replace(configuration, methods=TWO[:1]), texts, folder, Options(), silent).run()
-    with pytest.raises(OutputError, match=r"holds results of something else; different are 1: \['configuration.chat'\]. Remove its folder"):
+    with pytest.raises(OutputError, match=r"holds results of other settings; 1 differs: \['configuration.chat'\]. Remove its folder"):
         Benchmark(replace(configuration, chat=True), texts, folder, Options(), silent)
     with pytest.raises(OutputError, match=r"\['limit.value', 'seed.value'\]"):
         Benchmark(configuration, texts, folder, Options(limit=2, seed=1), silent)
