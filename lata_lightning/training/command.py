@@ -19,6 +19,8 @@ from lata_lightning.callbacks.handover import folder
 from lata_lightning.callbacks.lata import LATACallback
 from lata_lightning.errors import LataError, first_line
 from lata_lightning.store.output_policy import end_dry_run, set_aside
+from lata_lightning.training.allocation import return_large_buffers
+from lata_lightning.training.checkpoint_io import stream_checkpoints
 from lata_lightning.training.classification import ImageClassificationModule, SequenceClassificationModule
 from lata_lightning.training.fit_output import (
     CHECKPOINTS,
@@ -124,6 +126,9 @@ class FitCLI(LightningCLI):
             trainer = super().instantiate_trainer(**settings)
         except (MisconfigurationException, TypeError, ValueError) as error:
             raise LataError(f"Lightning refuses these settings of the trainer: {first_line(error)}") from error
+        stream_checkpoints(trainer)
+        if trainer.strategy.root_device.type == "cpu":
+            return_large_buffers()
         if given.get("fast_dev_run"):
             # A trial run is to write nothing, but ModelCheckpoint would still save the last weights.
             trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, ModelCheckpoint)]  # type: ignore[attr-defined]
