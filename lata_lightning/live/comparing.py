@@ -40,7 +40,7 @@ class Cosines(NamedTuple):
     layers: Mapping[str, float]
 
 
-class Comparison:
+class StoredVectors:
     """Stored vectors under the names of the model in training.
 
     Args:

@@ -25,7 +25,7 @@ from lata_lightning.store.names import (
 )
 from lata_lightning.store.roles import Role, is_counter, named_role, roles_of
 from lata_lightning.store.sources import TensorSource
-from lata_lightning.store.ties import Ties, same_values
+from lata_lightning.store.ties import Ties, equal_tensors
 from lata_lightning.store.views import View
 
 
@@ -181,7 +181,7 @@ class _Attempt:
             return []
         tied = Ties((self.start, self.tuned))
         for key, name in list(lone.items()):
-            if any(tied(key, other) and same_values(side, name, names[other]) for other in self.common):
+            if any(tied(key, other) and equal_tensors(side, name, names[other]) for other in self.common):
                 del lone[key]
                 self._copies.extend([name] if side is self.start else [])
         return sorted(lone.values())

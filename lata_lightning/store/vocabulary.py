@@ -23,7 +23,7 @@ _ROLES = ("embedding", "head", "other")
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RowComparison:
     """How the rows of two models, one and other, compare.
 
     Attributes:
@@ -94,7 +94,9 @@ def vocabulary_axes(
     return axes, size
 
 
-def compare(one: TensorSource, other: TensorSource, tokens: tuple[Tokens, Tokens], config: Mapping[str, Any] | None = None) -> Comparison:
+def compare(
+    one: TensorSource, other: TensorSource, tokens: tuple[Tokens, Tokens], config: Mapping[str, Any] | None = None
+) -> RowComparison:
     """Compare the rows of two models.
 
     Args:
@@ -113,13 +115,13 @@ def compare(one: TensorSource, other: TensorSource, tokens: tuple[Tokens, Tokens
         extra, own = range(rows[0], rows[1]), range(rows[1], rows[0])
         known = None if left is None and right is None else {**(left or {}), **(right or {})}
         unknown = "; ".join(side.unknown for side in tokens if side.unknown)
-        return Comparison(axes, rows, tuple(range(both)), tuple(extra), tuple(own), known, unknown if axes else "")
+        return RowComparison(axes, rows, tuple(range(both)), tuple(extra), tuple(own), known, unknown if axes else "")
     if axes:
         left, right = within(left, rows[0]), within(right, rows[1])
     check_same_tokens([(one.label, left), (other.label, right)])
     if not axes:
         if set(left) == set(right):
-            return Comparison({})
+            return RowComparison({})
         # Both have a row for the token that only one knows, so no shape tells which axis is the vocabulary.
         axes, length = _probed_axes(one, other, config)
         rows = (length, length)
@@ -127,7 +129,7 @@ def compare(one: TensorSource, other: TensorSource, tokens: tuple[Tokens, Tokens
     own_rows = {row for row in left if row < rows[0]} - set(right)
     lone = extra_rows | own_rows
     shared = tuple(row for row in range(min(rows)) if row not in lone)
-    return Comparison(axes, rows, shared, tuple(sorted(extra_rows)), tuple(sorted(own_rows)), {**left, **right})
+    return RowComparison(axes, rows, shared, tuple(sorted(extra_rows)), tuple(sorted(own_rows)), {**left, **right})
 
 
 def resized_config(config: Mapping[str, Any], keys: Iterable[tuple[str, ...]], size: int) -> dict[str, Any]:
