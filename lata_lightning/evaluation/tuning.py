@@ -181,8 +181,8 @@ class _ScoredModel:
         """Return the points of one rule, by ascending scale.
 
         Args:
-            rule: Its name.
-            vectors: With its coefficients.
+            rule: Name of the rule.
+            vectors: The vectors, with the coefficients of the rule.
             scales: Scales to score; None searches from coarse to fine.
             count: Gets the number of points so far.
             first: The scale that a search begins with.

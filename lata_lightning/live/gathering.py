@@ -40,7 +40,7 @@ def export(tracker: Tracker, write: Callable[[TaskVector], _Result], start: Mani
     """Hand the task vector to a function on rank zero, while the other processes deliver their parts of each tensor it reads.
 
     Args:
-        tracker: Of this process; its model is looked at anew.
+        tracker: The tracker on this process. It looks at its model once more.
         write: What to do with the vector; runs on rank zero only.
         start: Manifest with everything but tensors and identities.
 

@@ -24,8 +24,8 @@ class RowShard(Placement):
 
     Args:
         values: The rows, or all of the parameter.
-        region: Where they are in it.
-        shape: Of the whole parameter.
+        region: Position of the rows in the parameter.
+        shape: Shape of the whole parameter.
         parameter: What asks for the gradient: the parameter itself, or the flat one that it is packed into.
         replicated: Whether every process has all of it.
     """
