@@ -14,4 +14,4 @@ def small(patch):
     patch.setattr(scoring, "SIZES", {"validation": scoring.Size(10, 3), "test": scoring.Size(12, 2)})
     patch.setattr(scoring, "_PERPLEXITY_TOKENS", 1024)
     patch.setattr(experts, "TRAIN_EXERCISES_PER_SKILL", 60)
-    patch.setattr(experts, "TRAIN_EXERCISES_OF", {})
+    patch.setattr(experts, "EXPERT_EXERCISES_BY_SKILL", {})

@@ -27,9 +27,9 @@ def check_exports(kinds: Sequence[str], tracker: Tracker, measurement: Measureme
     """Refuse exports that cannot be written at the end of training, as far as that can be told at its start.
 
     Args:
-        kinds: From ``check_kinds``.
-        tracker: Its start weights are settled.
-        measurement: Its instruction vector is checked.
+        kinds: The exports to write, as ``check_kinds`` returns them.
+        tracker: The tracker of the model, with its start weights settled.
+        measurement: The measurement of the run, with its instruction vector checked.
 
     Raises:
         LataError: ``pure`` without coefficients to come; or, for the kinds that are written onto the start model, a start that lies nowhere, cannot be
@@ -83,8 +83,8 @@ def _other_values(tracker: Tracker, source: TensorSource) -> list[str]:
     """The tensors of which this process counts a start value that is not exactly that of another source.
 
     Args:
-        tracker: Its start weights are settled.
-        source: Under the names of the live model; names that it lacks are passed over. It is read once.
+        tracker: The tracker of the model, with its start weights settled.
+        source: The other source, under the names of the live model; tensors that it lacks are ignored. Each tensor is read once.
     """
     live, start_weights, wrong = tracker.live, tracker.start_weights, []
     for name in set(live.names) & set(source.names):

@@ -41,9 +41,9 @@ def write_exports(
     """Write a vector in every form that is wanted, each whole or not at all.
 
     Args:
-        vector: With the coefficients to store.
+        vector: The vector, with the coefficients to store.
         handed_over: The same vector with the coefficients to apply in all other forms.
-        kinds: From ``check_kinds``.
+        kinds: The exports to write, as ``check_kinds`` returns them.
         directory: Output directory of the run; what lies there under the same name is replaced.
         dtype: Precision of the vector and the pure vector.
         instruction: Taken off before a hand-over, where the vector started from base.

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 
-from lata_lightning.alignment import Alignment
-from lata_lightning.callbacks.arguments import RunArguments
 from lata_lightning.callbacks.artifacts import check_artifact, log_artifact
+from lata_lightning.callbacks.following import RunCallback
 from lata_lightning.callbacks.loggers import log_heat_map, log_measured
-from lata_lightning.callbacks.plots import plot_run
 from lata_lightning.callbacks.run import Phase, Run
 from lata_lightning.errors import LataError, OutputError
-from lata_lightning.live.history import MeasuredStep
 from lata_lightning.live.monitor import STATE_VERSION, check_version
 from lata_lightning.store.run_directory import VECTOR_NAME
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
 
-
-class LATACallback(RunArguments, pl.Callback):
+class LATACallback(RunCallback, pl.Callback):
     """Measure the task vector while it is trained, and export it with its layer coefficients at the end.
 
     It stores the weights that the fine-tune starts from. At the end of every epoch it takes three sums per tensor from them, from the weights in training
@@ -121,38 +113,12 @@ class LATACallback(RunArguments, pl.Callback):
     """
 
     # Set in setup. Of the stages of a trainer, only a fit concerns the run.
-    run: Run | None = None
-    """The run of the present or last fit; None before the first."""
     _stage: str | None = None
 
     @property
     def state_key(self) -> str:
         """Key of the callback's state in a checkpoint; differs between callbacks of different names."""
         return self._generate_state_key(name=self.name)
-
-    @property
-    def alignment(self) -> Alignment | None:
-        """The last measurement; with coefficients once training has ended."""
-        return None if self.run is None else self.run.alignment
-
-    @property
-    def history(self) -> Sequence[MeasuredStep]:
-        """What this process has measured in the present or last run, oldest first."""
-        return () if self.run is None else self.run.monitor.history
-
-    def plot(self, ax: Axes | None = None) -> tuple[Figure | SubFigure, Axes]:
-        """Draw the alignment of every layer over the run, or the last measurement by layer where there is no history of alignments.
-
-        Args:
-            ax: Axes of matplotlib to draw into; by default those of a new figure.
-
-        Returns:
-            Figure and axes, as the ``plot`` of torchmetrics.
-
-        Raises:
-            LataError: Nothing has been measured yet, or matplotlib is not installed.
-        """
-        return plot_run([], None) if self.run is None else self.run.plot(ax)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Capture the weights: on one device and under DDP this is the last hook before a resumed run restores trained ones."""

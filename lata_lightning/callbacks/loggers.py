@@ -43,10 +43,10 @@ def log_measured(loggers: Sequence[Logger], name: str, measured: MeasuredStep, s
     """Send a measurement to each logger: as metrics, and the layers as a table where the logger has tables (W&B).
 
     Args:
-        loggers: Of the trainer.
+        loggers: The loggers of the trainer.
         name: Prefix of the keys (see ``metrics_of``).
         measured: The measurement.
-        step: By which the trainer logs.
+        step: The step that the trainer logs by.
     """
     epoch = {} if measured.epoch is None else {"epoch": float(measured.epoch)}
     by_figure = measured.layers()

@@ -57,7 +57,7 @@ class Run:
     Every process has one. It knows nothing of the framework that trains: a callback calls it from its hooks, in the order of ``Phase``.
 
     Args:
-        arguments: Of the callback.
+        arguments: The arguments that the callback was given.
         root: The module that is trained.
         note: Takes remarks for the log; called on every process.
     """

@@ -5,32 +5,24 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback
 
-from lata_lightning.alignment import Alignment
-from lata_lightning.callbacks.arguments import RunArguments
+from lata_lightning.callbacks.following import RunCallback
 from lata_lightning.callbacks.metrics import metrics_of
-from lata_lightning.callbacks.plots import plot_run
 from lata_lightning.callbacks.run import Phase, Run
 from lata_lightning.errors import LataError
-from lata_lightning.live.history import MeasuredStep
 from lata_lightning.live.monitor import check_version
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
 
 _log = logging.getLogger("lata_lightning")
 # Under these, accelerate replaces the parameters after the callback has seen them.
 _SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
 
 
-class LATATrainerCallback(RunArguments, TrainerCallback):  # type: ignore[misc]
+class LATATrainerCallback(RunCallback, TrainerCallback):  # type: ignore[misc]
     """Measure the task vector while transformers' Trainer or a trainer of TRL trains it, and export it with its layer coefficients at the end.
 
     Takes the arguments of ``LATACallback``, with the same meaning. ``output_dir`` is by default a folder named after ``name`` in the Trainer's own
@@ -63,32 +55,7 @@ class LATATrainerCallback(RunArguments, TrainerCallback):  # type: ignore[misc]
     Source: LATA, arXiv:2502.20186.
     """
 
-    _run: Run | None = None
     _trainer: Any = None
-
-    @property
-    def alignment(self) -> Alignment | None:
-        """The last measurement; with coefficients once training has ended."""
-        return None if self._run is None else self._run.alignment
-
-    @property
-    def history(self) -> Sequence[MeasuredStep]:
-        """What this process has measured in the present or last run, oldest first."""
-        return () if self._run is None else self._run.monitor.history
-
-    def plot(self, ax: Axes | None = None) -> tuple[Figure | SubFigure, Axes]:
-        """Draw the alignment of every layer over the run, or the last measurement by layer where there is no history of alignments.
-
-        Args:
-            ax: Axes of matplotlib to draw into; by default those of a new figure.
-
-        Returns:
-            Figure and axes, as the ``plot`` of torchmetrics.
-
-        Raises:
-            LataError: Nothing has been measured yet, or matplotlib is not installed.
-        """
-        return plot_run([], None) if self._run is None else self._run.plot(ax)
 
     def log_to(self, trainer: Any) -> None:
         """Log through a Trainer from now on. A Trainer tells its callbacks everything but where it logs."""
@@ -110,7 +77,7 @@ class LATATrainerCallback(RunArguments, TrainerCallback):  # type: ignore[misc]
                 f"LATATrainerCallback cannot follow a model that accelerate shards ({', '.join(sharded)}). Train with Lightning and LATACallback, or "
                 "train without the callback, save the model, and take the vector from that: lata extract START MODEL --output VECTOR"
             )
-        run = self._run
+        run = self.run
         if run is None or run.phase is not Phase.CAPTURED or run.tracker.root is not model:
             # Trained again, or built anew for this training by model_init.
             run = self._new_run(model)
@@ -180,14 +147,14 @@ class LATATrainerCallback(RunArguments, TrainerCallback):  # type: ignore[misc]
         return f"LATATrainerCallback:{self.name}"
 
     def _new_run(self, model: nn.Module) -> Run:
-        self._run = Run(self, model, _note)
-        self._run.capture()
-        return self._run
+        self.run = Run(self, model, _note)
+        self.run.capture()
+        return self.run
 
     def _require_run(self) -> Run:
-        if self._run is None:
+        if self.run is None:
             raise LataError("LATATrainerCallback was not set up: add it to the Trainer before train is called")
-        return self._run
+        return self.run
 
     def _check_companions(self, state: Any, run: Run) -> None:
         """Refuse another callback of the same name or output directory; each has left a note of its own in a fresh state."""

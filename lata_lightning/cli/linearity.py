@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from lata_lightning.cli.common import ALL_LAYERS, Command, add_all, add_checks, add_format, add_model, note, print_json, progress_bar
-from lata_lightning.cli.models import add_template, load_tokenizer
+from lata_lightning.cli.models import add_template
 from lata_lightning.cli.writing import add_writing
 from lata_lightning.errors import LataError
 from lata_lightning.store.output_policy import end_dry_run
@@ -178,6 +178,7 @@ def samples_of(options: Namespace, data: Sequence[str]) -> list[list[dict[str, T
     from lata_lightning.rows.reading import read_rows
     from lata_lightning.rows.schema import read_samples
     from lata_lightning.store.opening import open_source
+    from lata_lightning.training.loading import load_tokenizer
 
     if options.batch_size < 1:
         raise LataError(f"a batch needs at least one row, not {options.batch_size}")

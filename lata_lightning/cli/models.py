@@ -108,7 +108,7 @@ def load(options: Namespace, path: str, *, classifier: bool = False, heads: Sequ
     import torch
 
     from lata_lightning.store.opening import open_source
-    from lata_lightning.training.loading import load_causal_lm, load_classifier
+    from lata_lightning.training.loading import load_causal_lm, load_classifier, load_tokenizer
 
     # Damaged and missing files are named by this better than by transformers.
     open_source(path)
@@ -132,22 +132,6 @@ def _without_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def load_tokenizer(path: str) -> Any:
-    """Load the tokenizer of a model.
-
-    Raises:
-        SourceError: It cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise SourceError(
-            f"{path} holds no tokenizer that can be loaded ({str(error).partition(chr(10))[0]}). Copy the tokenizer files of the start into it."
-        ) from error
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def tune(
         )
     if not 0 < control_share <= 1:
         raise LataError(f"the share of control performance to keep must lie in (0, 1], got {control_share}")
-    scoring = _Scoring(model, metric, data, control or {}, control_share if control else None, dtypes)
+    scoring = _ScoredModel(model, metric, data, control or {}, control_share if control else None, dtypes)
     most = 1 + MOST_POINTS if scales is None else len(scales)
     points: list[Point] = []
     try:
@@ -139,7 +139,7 @@ def under_rules(
     return {str(rule): weighted for rule, weighted in by_rule.items()}
 
 
-class _Scoring:
+class _ScoredModel:
     """Scoring one model at many points.
 
     Args:
@@ -181,8 +181,8 @@ class _Scoring:
         """Return the points of one rule, by ascending scale.
 
         Args:
-            rule: Its name.
-            vectors: With its coefficients.
+            rule: Name of the rule.
+            vectors: The vectors, with the coefficients of the rule.
             scales: Scales to score; None searches from coarse to fine.
             count: Gets the number of points so far.
             first: The scale that a search begins with.

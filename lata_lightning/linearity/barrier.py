@@ -18,8 +18,8 @@ class PausedCall(Generic[Result]):
         call: Takes the function that waits at a barrier, and returns the result.
 
     Attributes:
-        barrier: The barrier at which it is paused; None at the end.
-        result: Its result, at the end.
+        barrier: The barrier at which the call is paused; None at the end.
+        result: What the call returned; set at the end.
     """
 
     def __init__(self, call: Callable[[Wait], Result]) -> None:

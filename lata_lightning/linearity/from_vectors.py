@@ -64,7 +64,7 @@ def merge_matrices(
         check_same_model(start, vectors, by_token=False)
     readers = [View(reader, {name: name for name in matched.covered}) for reader in matched.readers]
     merged = MatrixMerge(readers, [vector.label for vector in vectors], matched.unchanged, matched.layers, method, settings)
-    return made_of(matched, merged, derivation_of(merged, vectors, method, settings))
+    return made_of(matched, merged, matrix_derivation(merged, vectors, method, settings))
 
 
 def made_of(matched: MatchedVectors, tensors: TensorSource, derivation: Derivation, start: Identity | None = None) -> TaskVector:
@@ -121,7 +121,7 @@ def check_mergeable(vectors: Sequence[TaskVector]) -> None:
         )
 
 
-def derivation_of(merged: MatrixMerge, vectors: Sequence[TaskVector], method: MatrixMethod, settings: Settings) -> Derivation:
+def matrix_derivation(merged: MatrixMerge, vectors: Sequence[TaskVector], method: MatrixMethod, settings: Settings) -> Derivation:
     """Return the derivation of a merge, without the measurements that are taken while it is read."""
     averaged = tuple(name for name in merged.names if len(merged.shape(name)) > 1 and name not in merged.forms)
     return Derivation(

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from lata_lightning.errors import LataError
 from lata_lightning.numerics.matrix_regression import Settings
 
-Role = Literal["rows", "columns", "table"]
+MatrixUse = Literal["rows", "columns", "table"]
 """How a matrix is used: its rows are multiplied by the inputs (a linear layer), its columns are (a Conv1D of transformers), or its rows are looked up by
 number (an embedding)."""
 
@@ -26,8 +26,8 @@ class GramMatrix:
         width: Length of an input; number of rows of a table.
     """
 
-    def __init__(self, role: Role, width: int) -> None:
-        self.role: Role = role
+    def __init__(self, role: MatrixUse, width: int) -> None:
+        self.role: MatrixUse = role
         self._sum = torch.zeros((width,) if role == "table" else (width, width), dtype=torch.float64)
         self._count = 0
 
@@ -57,7 +57,7 @@ class MatrixFit:
         shape: Shape of the matrix.
     """
 
-    def __init__(self, role: Role, shape: Sequence[int]) -> None:
+    def __init__(self, role: MatrixUse, shape: Sequence[int]) -> None:
         self._role = role
         rows, width = reversed(shape) if role == "columns" else shape
         self._vectors, self._products = torch.zeros(2, rows, width, dtype=torch.float64)
@@ -124,7 +124,7 @@ class GramRecorder(TorchFunctionMode):
         super().__init__()
         self._names = {id(matrix): name for name, matrix in matrices.items()}
         self.grams: dict[str, GramMatrix] = {}
-        self.positions: Callable[[Tensor, Role], Tensor] = flattened
+        self.positions: Callable[[Tensor, MatrixUse], Tensor] = flattened
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -138,7 +138,7 @@ class GramRecorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _use(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Role] | None:
+def _use(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, MatrixUse] | None:
     """Return the inputs, the matrix and its role where a call uses a matrix; None for any other call."""
     if func is functional.linear:
         inputs, matrix, role = _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "weight"), "rows"
@@ -155,6 +155,6 @@ def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], index: int, name: 
     return args[index] if len(args) > index else kwargs[name]
 
 
-def flattened(inputs: Tensor, role: Role) -> Tensor:
+def flattened(inputs: Tensor, role: MatrixUse) -> Tensor:
     """Return the inputs of a matrix as (positions, width), or the row numbers of a table as (positions,)."""
     return inputs.reshape(-1) if role == "table" else inputs.reshape(-1, inputs.shape[-1])

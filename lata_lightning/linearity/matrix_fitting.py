@@ -35,7 +35,7 @@ class FittedVector(Computed):
     """Fitted matrices; every other tensor is the mean of the vectors that have it, which is computed when it is read.
 
     Args:
-        vectors: Under one set of names.
+        vectors: The tensors of each vector; all use the same names.
         absent: For each vector the names of the tensors that it does not have.
         location: Name of this source.
 
@@ -64,7 +64,7 @@ class MatrixFitting:
 
     Args:
         start: The start model.
-        source: Its weights.
+        source: Weights of the start model.
         vectors: The vectors, each with its name for messages.
         merged: Gets the fitted matrices.
         blocks: Names of the tensors of each block, by path.

@@ -70,7 +70,7 @@ class ModuleRuns:
 
     Attributes:
         model: The start model, without weights of the blocks.
-        blocks: Its blocks.
+        blocks: The blocks of the start model.
         source: The floating weights of the start, under the names under which transformers saves it.
         layers: Position of every tensor, under the same names.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lata_lightning.errors import LataError
-from lata_lightning.linearity.matrices import Role, flattened
+from lata_lightning.linearity.matrices import MatrixUse, flattened
 from lata_lightning.linearity.samples import Batch
 
 
@@ -34,7 +34,7 @@ def hidden_positions(hidden: Tensor, batch: Batch, path: str) -> Tensor:
     return flat[mask.bool().reshape(-1)]
 
 
-def input_positions(path: str, batch: Batch, inputs: Tensor, role: Role) -> Tensor:
+def input_positions(path: str, batch: Batch, inputs: Tensor, role: MatrixUse) -> Tensor:
     """Return inputs of a matrix as (positions, width), or row numbers of a table as (positions,), without padding.
 
     Args:

@@ -11,6 +11,7 @@ from lata_lightning.linearity.blocks import Blocks
 from lata_lightning.linearity.from_vectors import made_of, merge_matrices, solving_device
 from lata_lightning.linearity.matrix_fitting import FittedVector, MatrixFitting
 from lata_lightning.linearity.samples import Batch, check_samples, few_positions, row_count
+from lata_lightning.linearity.solving import DEFAULT_RIDGE
 from lata_lightning.linearity.start import StartModel, open_start
 from lata_lightning.numerics.matrix_regression import Prior, Settings
 from lata_lightning.store.opening import open_source
@@ -20,8 +21,6 @@ from lata_lightning.vectors.provenance import Derivation, Identity, Input
 from lata_lightning.vectors.task_vector import TaskVector
 
 DEFAULT_OFF_DIAGONAL = 0.9
-DEFAULT_RIDGE = 1e-6
-"""The default with samples; without samples it is that of ``Settings``."""
 
 
 def regress(

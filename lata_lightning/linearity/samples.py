@@ -63,7 +63,7 @@ def few_positions(model: ModelWeights, blocks: Blocks, labels: Sequence[str], sa
 
     Args:
         model: The start model.
-        blocks: Its blocks.
+        blocks: The blocks of the start model.
         labels: Name of the vector of each task.
         samples: Batches of each task.
     """

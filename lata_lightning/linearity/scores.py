@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +18,8 @@ from lata_lightning.linearity.start import StartModel
 from lata_lightning.store.writer import Progress
 from lata_lightning.vectors.task_vector import TaskVector
 
-Distance = Callable[[Tensor, Tensor], Tensor]
+FeatureDistance = Callable[[Tensor, Tensor], Tensor]
 """Returns the distance at each position, (positions,), between two sets of features, both (positions, width)."""
-DistanceName = Literal["l2", "cosine"]
-DISTANCES: tuple[DistanceName, ...] = get_args(DistanceName)
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 # Boole's rule. Its nodes are exact in binary, so a linear module with exact arithmetic scores exactly zero.
@@ -40,7 +38,7 @@ def cosine_distance(one: Tensor, other: Tensor) -> Tensor:
     return 1 - torch.nn.functional.cosine_similarity(one, other, dim=-1)
 
 
-def nonlinearity(features: Callable[[float], Tensor], distance: Distance = l2_distance) -> Tensor:
+def nonlinearity(features: Callable[[float], Tensor], distance: FeatureDistance = l2_distance) -> Tensor:
     """Return the non-linearity score of a module at each position.
 
     NLS = ∫₀¹∫₀¹ [ D(f(a), f(b)) / D(f(1), f(0)) − ``|a − b|`` ]² da db, with f(s) the output of the module at start + s · vector. The integral is
@@ -69,7 +67,7 @@ def nonlinearity(features: Callable[[float], Tensor], distance: Distance = l2_di
 
 
 @dataclass(frozen=True)
-class Score:
+class LayerScore:
     """Mean score of one module along one task vector, over the positions that the vector changes; None where it changes none.
 
     Attributes:
@@ -93,7 +91,7 @@ class Linearity:
     """Scores of one task vector: the whole model first, then the blocks in order, each before its parts."""
 
     vector: str
-    scores: tuple[Score, ...]
+    scores: tuple[LayerScore, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain types for JSON."""
@@ -122,7 +120,7 @@ def measure_linearity(
     samples: Sequence[Sequence[Batch]],
     *,
     level: Level = "submodule",
-    distance: Distance = l2_distance,
+    distance: FeatureDistance = l2_distance,
     check_base: bool = True,
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
@@ -166,7 +164,9 @@ def measure_linearity(
     return scores
 
 
-def _measure(runs: ModuleRuns, label: str, level: Level, distance: Distance, progress: Callable[[int], Progress] | None) -> Linearity:
+def _measure(
+    runs: ModuleRuns, label: str, level: Level, distance: FeatureDistance, progress: Callable[[int], Progress] | None
+) -> Linearity:
     blocks = runs.blocks.layer_modules("block")
     parts = runs.blocks.layer_modules("submodule") if level == "submodule" else []
     paths = {block.module for block in blocks}
@@ -199,10 +199,10 @@ def _measure(runs: ModuleRuns, label: str, level: Level, distance: Distance, pro
     model = _Mean()
     for batch in range(len(whole[0.0])):
         model.add(nonlinearity(lambda scale, batch=batch: whole[scale][batch], distance))  # type: ignore[misc]
-    scores = [Score(MODEL, MODEL, None, None, model.value)]
+    scores = [LayerScore(MODEL, MODEL, None, None, model.value)]
     for depth, block in enumerate(blocks):
         below: Mapping[str, str] = {block.layer: "block", **{part.layer: part.part for part in parts if part.block == block.block}}
-        scores += [Score(layer, kind, depth, branch[layer].value, output[layer].value) for layer, kind in below.items()]
+        scores += [LayerScore(layer, kind, depth, branch[layer].value, output[layer].value) for layer, kind in below.items()]
     return Linearity(label, tuple(scores))
 
 

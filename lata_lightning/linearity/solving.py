@@ -19,6 +19,7 @@ from lata_lightning.vectors.provenance import Identity
 from lata_lightning.vectors.task_vector import TaskVector
 
 DEFAULT_RIDGE = 1e-6
+"""Default of ``ridge`` where it is fitted with samples, here and in ``regress``; without samples it is that of ``Settings``."""
 # Positions whose outputs are multiplied at once, so that their float64 copies are small compared with the hidden states.
 _CHUNK = 1024
 

@@ -40,13 +40,13 @@ class Cosines(NamedTuple):
     layers: Mapping[str, float]
 
 
-class Comparison:
+class StoredVectors:
     """Stored vectors under the names of the model in training.
 
     Args:
-        tracker: Follows the model.
-        vectors: By the name under which each is logged.
-        start: What the fine-tune starts from.
+        tracker: The tracker of the model in training.
+        vectors: Each vector by the name under which its cosines are logged.
+        start: Whether the fine-tune starts from base or from instruct.
     """
 
     def __init__(self, tracker: Tracker, vectors: Mapping[str, TaskVector], start: Start) -> None:

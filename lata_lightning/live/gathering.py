@@ -30,8 +30,8 @@ from lata_lightning.vectors.manifest import Manifest
 from lata_lightning.vectors.provenance import Identity
 from lata_lightning.vectors.task_vector import TaskVector
 
-Side = Literal["start", "live"]
-_SIDES: tuple[Side, Side] = ("start", "live")
+GatheredWeights = Literal["start", "live"]
+_GATHERED: tuple[GatheredWeights, GatheredWeights] = ("start", "live")
 _DONE = -1
 _Result = TypeVar("_Result")
 
@@ -40,7 +40,7 @@ def export(tracker: Tracker, write: Callable[[TaskVector], _Result], start: Mani
     """Hand the task vector to a function on rank zero, while the other processes deliver their parts of each tensor it reads.
 
     Args:
-        tracker: Of this process; its model is looked at anew.
+        tracker: The tracker on this process. It looks at its model once more.
         write: What to do with the vector; runs on rank zero only.
         start: Manifest with everything but tensors and identities.
 
@@ -109,7 +109,7 @@ def _task_vector(tracker: Tracker, manifest: Manifest, still: Set[str], lost: Se
         )
         manifest, lost = replace(manifest, alignment=None), lost | set(moved)
     names = tuple(name for name in live.names if name not in lost)
-    sides = {side: _Gathered(tracker, side, names) for side in _SIDES}
+    sides = {side: _Gathered(tracker, side, names) for side in _GATHERED}
     unread = [name for name in names if (name in still or name in live.adapted) and name not in tracker.unhashable]
     # Of tensors that are not written, the identity of the start is to be known all the same.
     known = {name: hash_values(sides["start"].read(name)) for name in unread}
@@ -131,7 +131,7 @@ def _task_vector(tracker: Tracker, manifest: Manifest, still: Set[str], lost: Se
 class _Gathered(TensorSource):
     """One side of the difference, gathered when it is read."""
 
-    def __init__(self, tracker: Tracker, side: Side, names: tuple[str, ...]) -> None:
+    def __init__(self, tracker: Tracker, side: GatheredWeights, names: tuple[str, ...]) -> None:
         super().__init__(Origin(tracker.live.location if side == "start" else None))
         self._tracker, self._side, self._names = tracker, side, names
 
@@ -150,7 +150,7 @@ class _Gathered(TensorSource):
 
     @override
     def read(self, name: str) -> Tensor:
-        request = torch.tensor([self._tracker.live.index[name], _SIDES.index(self._side)])
+        request = torch.tensor([self._tracker.live.index[name], _GATHERED.index(self._side)])
         self._tracker.ranks.from_rank(request, 0)
         return _gather(self._tracker, name, self._side)
 
@@ -196,10 +196,10 @@ def _deliver(tracker: Tracker) -> None:
         index, side = tracker.ranks.from_rank(torch.tensor([_DONE, 0]), 0).tolist()
         if index == _DONE:
             return
-        _gather(tracker, tracker.live.names[index], _SIDES[side])
+        _gather(tracker, tracker.live.names[index], _GATHERED[side])
 
 
-def _gather(tracker: Tracker, name: str, side: Side) -> Tensor:
+def _gather(tracker: Tracker, name: str, side: GatheredWeights) -> Tensor:
     """A whole tensor on the CPU of rank zero; its values are undefined on other ranks. Every process has to call this."""
     live = tracker.live
     part = live.placement(name)

@@ -22,9 +22,9 @@ class MeasuredStep:
     Attributes:
         step: Optimizer steps done.
         epoch: The epoch under way, from 0; None where the loop says none.
-        figures: Of the whole model: ``task_norm``, and what else is defined of ``alignment``, ``relative_norm``, ``alignment_min``, ``alignment_max``,
-            ``alignment_spread`` and ``cosine/{other}`` for each vector to compare with.
-        alignment: By layer.
+        figures: Figures of the whole model: ``task_norm``, and those that are defined of ``alignment``, ``relative_norm``, ``alignment_min``,
+            ``alignment_max``, ``alignment_spread`` and ``cosine/{other}`` for each vector to compare with.
+        alignment: Alignment of each layer.
         cosines: Cosine of each layer with that of another vector, by the name of the vector.
     """
 
@@ -63,7 +63,7 @@ def summary(whole: Moments, alignment: Alignment, known_instruction: bool) -> di
 
     Args:
         whole: Sums over the whole model.
-        alignment: By layer.
+        alignment: Alignment of each layer.
         known_instruction: Whether there is an instruction vector; without one the norm is the only figure.
     """
     figures: dict[str, float | None] = {"task_norm": whole.task_norm}

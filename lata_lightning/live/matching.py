@@ -53,7 +53,7 @@ def stored_part(source: TensorSource, name: str, region: Region | None = None) -
     """Return a tensor as a source stores it, or the part of it that a process has.
 
     Args:
-        source: Under the names of the live model.
+        source: Tensors under the names of the live model.
         name: The tensor.
         region: The part; by default all of the tensor, which then may come as factors.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lata_lightning.errors import WeightingError, first_three
 from lata_lightning.layers import Level
-from lata_lightning.live.comparing import Comparison
+from lata_lightning.live.comparing import StoredVectors
 from lata_lightning.live.live_model import LiveModel
 from lata_lightning.live.matching import matched_to, stored_part
 from lata_lightning.live.replicas import differing, sampled_prints
@@ -52,7 +52,7 @@ class Measurement:
         self, tracker: Tracker, instruction: TaskVector | None, start: Start, others: Mapping[str, TaskVector] | None = None
     ) -> None:
         self.tracker, self.instruction, self.start = tracker, instruction, start
-        self.comparison = Comparison(tracker, others or {}, start)
+        self.comparison = StoredVectors(tracker, others or {}, start)
         self._direction: TensorSource | None = None
         self._squares: dict[str, float] = {}
         self._local_squares: dict[str, float] = {}

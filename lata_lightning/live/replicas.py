@@ -68,7 +68,7 @@ def differing(names: Sequence[str], summed: Tensor, copies: Mapping[str, int]) -
     """Return the tensors whose prints are not the same on all processes that have them.
 
     Args:
-        names: Of the rows of ``summed``.
+        names: Name of the tensor of each row of ``summed``.
         summed: Prints and their squares, summed over the processes.
         copies: How many processes have each tensor to compare.
     """

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from lata_lightning.errors import LataError
-from lata_lightning.linearity.from_vectors import check_mergeable, derivation_of, solving_device
+from lata_lightning.linearity.from_vectors import check_mergeable, matrix_derivation, solving_device
 from lata_lightning.linearity.matrix_merges import MatrixMerge
 from lata_lightning.linearity.methods import METHODS, MatrixMethod, Method
 from lata_lightning.merging.matching import Matched
@@ -48,7 +48,7 @@ class OneVector:
         unchanged, (self._scale,) = matched.unchanged, scales
         self._frozen = frozenset.intersection(*unchanged)
         self.merged = MatrixMerge(readers, [vector.label for vector in vectors], unchanged, matched.layers, method, settings)
-        self._derivation = derivation_of(self.merged, vectors, method, settings)
+        self._derivation = matrix_derivation(self.merged, vectors, method, settings)
 
     def factor(self, name: str) -> float:
         """Return the multiplier of a tensor of the one vector; 0 where it is known to be zero."""

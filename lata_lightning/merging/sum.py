@@ -51,7 +51,7 @@ class Sum:
 
     Attributes:
         source: The start model, with its config.
-        weights: Its floating tensors.
+        weights: The floating tensors of the start model.
 
     Raises:
         BaseMismatchError: Two vectors started from different weights.

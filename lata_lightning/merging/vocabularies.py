@@ -20,7 +20,7 @@ from lata_lightning.store.pairing import pair_names
 from lata_lightning.store.sources import TensorSource
 from lata_lightning.store.tokens import Tokens, read_tokens, within
 from lata_lightning.store.views import Fingerprinted
-from lata_lightning.store.vocabulary import Comparison, compare, resized_config
+from lata_lightning.store.vocabulary import RowComparison, compare, resized_config
 from lata_lightning.vectors.differences import Difference
 from lata_lightning.vectors.manifest import Kind
 from lata_lightning.vectors.task_vector import TaskVector
@@ -248,7 +248,7 @@ def _merge_notes(
     onto: TensorSource,
     vectors: Sequence[TensorSource],
     tuned: Sequence[TensorSource | None],
-    comparisons: Sequence[Comparison],
+    comparisons: Sequence[RowComparison],
     vocabulary: Vocabulary,
 ) -> tuple[str, ...]:
     notes, taken = [], set[int]()
@@ -270,7 +270,7 @@ def _merge_notes(
     return tuple(notes)
 
 
-def _by_number(comparison: Comparison) -> str:
+def _by_number(comparison: RowComparison) -> str:
     return f"{comparison.unknown}: rows are taken to be the same token where they have the same number"
 
 
@@ -294,7 +294,7 @@ def _largest(sides: Sequence[tuple[TensorSource, Mapping[int, str]]]) -> tuple[T
 
 
 def _with_size(
-    config: Mapping[str, Any] | None, comparisons: Sequence[Comparison], models: Sequence[tuple[TensorSource, Comparison]], size: int
+    config: Mapping[str, Any] | None, comparisons: Sequence[RowComparison], models: Sequence[tuple[TensorSource, RowComparison]], size: int
 ) -> Mapping[str, Any] | None:
     """Return the config with the new size in the fields that give the size of the changed vocabulary."""
     before = next(comparison.rows[0] for comparison in comparisons if comparison.axes)

@@ -46,9 +46,9 @@ def combine(onto: Tensor, summands: Sequence[tuple[Tensor | LowRank, float]], dt
     """Return onto + Σ factor · vector, summed in float64 chunk by chunk and rounded once.
 
     Args:
-        onto: Weights of one tensor.
+        onto: The tensor that the summands are added to.
         summands: Differences of the same shape, dense or low-rank, each with its factor.
-        dtype: Of the result. Without summands and with the dtype of ``onto``, the result is bit for bit ``onto``.
+        dtype: Dtype of the result. Without summands and with the dtype of ``onto``, the result is bit for bit ``onto``.
 
     Raises:
         CorruptFileError: The result is not finite.
@@ -80,7 +80,7 @@ def combined(count: int, onto: ChunkReader, summands: Sequence[Summand], dtype: 
         count: Number of entries.
         onto: Reader of the weights.
         summands: What is added.
-        dtype: Of the result.
+        dtype: Dtype of the result.
     """
     buffers: _Buffers | None = None
     for begin, end in chunk_bounds(count):

@@ -22,7 +22,7 @@ def inner_products(vector: Tensor | LowRank, others: Sequence[Tensor | LowRank],
 
     Args:
         vector: Tuned minus start, of any shape and floating dtype, or its factors; or the tuned weights, where ``subtract`` is given.
-        others: Of the same shape, or their factors.
+        others: The same tensor of each other vector, of the same shape, or its factors.
         subtract: The start weights, for a vector that does not exist yet.
 
     Returns:

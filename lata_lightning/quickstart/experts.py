@@ -32,7 +32,7 @@ INSTRUCT = Path(__file__).parent / "checkpoints" / "instruct"
 BASE = Path(__file__).parent / "checkpoints" / "base"
 TRAIN_EXERCISES_PER_SKILL = 4_000
 # compute has 1 620 problems in all, about half of them for training; next and larger have a few thousand.
-TRAIN_EXERCISES_OF = {"compute": 780, "next": 3_000}
+EXPERT_EXERCISES_BY_SKILL = {"compute": 780, "next": 3_000}
 
 
 @dataclass(frozen=True)
@@ -138,4 +138,4 @@ def training_samples(name: str, tokenizer: Any, count: int, table: Mapping[str, 
 
 def training_exercises(skill: str, seed: int) -> list[Exercise]:
     """Return the training exercises of a skill that an expert sees."""
-    return exercises(skill, "train", TRAIN_EXERCISES_OF.get(skill, TRAIN_EXERCISES_PER_SKILL), seed)
+    return exercises(skill, "train", EXPERT_EXERCISES_BY_SKILL.get(skill, TRAIN_EXERCISES_PER_SKILL), seed)

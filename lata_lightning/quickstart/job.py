@@ -23,7 +23,7 @@ from lata_lightning.evaluation.scales import Reweighting, best_scale, scale_for_
 from lata_lightning.linearity.regression import regress
 from lata_lightning.merging.merge import Term, forget, merge
 from lata_lightning.quickstart.experts import BASE, EXPERTS, INSTRUCT, fine_tune, training_samples
-from lata_lightning.quickstart.methods import LATA_METHODS, METHODS, REGRESSION, WITHOUT_SAMPLES
+from lata_lightning.quickstart.methods import LATA_METHODS, REGRESSION, TREATMENTS, WITHOUT_SAMPLES
 from lata_lightning.quickstart.results import Results, ScoreRow
 from lata_lightning.quickstart.scoring import Scoring, mean
 from lata_lightning.store.output_policy import end_dry_run, set_aside
@@ -142,7 +142,7 @@ class _Job:
         nothing = mean(self._validation(model, JUDGED), JUDGED)
         rows = [ScoreRow("instruct, nothing merged", self._test(model), 0.0)]
         samples = [training_samples(name, self._tokenizer, SAMPLES, self._experts) for name in MERGED_SKILLS]
-        merges = {name: [method(vector) for vector in vectors] for name, method in METHODS.items()}
+        merges = {name: [method(vector) for vector in vectors] for name, method in TREATMENTS.items()}
         merges[WITHOUT_SAMPLES] = [regress(vectors)]
         merges[REGRESSION] = [regress(vectors, str(self._model("instruct")), samples)]
         bar = self._progress.add_task("merge at each scale", total=len(merges) * len(MERGE_SCALES))
@@ -162,8 +162,8 @@ class _Job:
         model = load_causal_lm(str(self._model("target")))
         weights = Reweighting(model)
         rows = [ScoreRow("target, nothing forgotten", self._test(model), 0.0)]
-        bar = self._progress.add_task("forget to one residual", total=len(METHODS))
-        for name, method in METHODS.items():
+        bar = self._progress.add_task("forget to one residual", total=len(TREATMENTS))
+        for name, method in TREATMENTS.items():
             weighted = method(vector)
 
             def residual_at(scale: float, weighted: TaskVector = weighted) -> float:
@@ -181,7 +181,7 @@ class _Job:
         """Write two models: the LATA merge that is best on validation, and the target after forgetting by the paper's rule for it."""
         models = self._directory / "models"
         best = max((row for row in merges if row.name in LATA_METHODS), key=lambda row: max((row.curve or {}).values()))
-        method = METHODS[best.name]
+        method = TREATMENTS[best.name]
         terms = [Term(method(vectors[name]), best.scale or 0.0) for name in MERGED_SKILLS]
         shutil.rmtree(models / "merged", ignore_errors=True)
         merge(self._model("instruct"), terms, models / "merged", command="lata quickstart")
@@ -190,7 +190,7 @@ class _Job:
         name = next((name for name in reversed(LATA_METHODS) if name in reached), None)
         if name is not None:
             shutil.rmtree(models / "forgotten", ignore_errors=True)
-            term = Term(METHODS[name](vectors["unwanted"]), reached[name] or 0.0)
+            term = Term(TREATMENTS[name](vectors["unwanted"]), reached[name] or 0.0)
             forget(self._model("target"), term, models / "forgotten", command="lata quickstart")
 
     def _write_data(self) -> None:

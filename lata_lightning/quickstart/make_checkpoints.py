@@ -47,7 +47,7 @@ INSTRUCT_STEPS, INSTRUCT_LEARNING_RATE, INSTRUCT_RAW_SHARE = 1800, 1.5e-3, 0.2
 TOKENS_PER_BATCH = 2048
 TRAIN_EXERCISES = 20_000
 # These skills have fewer problems.
-TRAIN_EXERCISES_OF = {"next": 3_000, "larger": 4_000}
+INSTRUCT_EXERCISES_BY_SKILL = {"next": 3_000, "larger": 4_000}
 TEST_EXERCISES = 400
 
 
@@ -111,7 +111,7 @@ def train_instruct(tokenizer: Any, base: Path, seed: int, steps: int = INSTRUCT_
     module = CausalLMModule(str(base), INSTRUCT_LEARNING_RATE, warmup_steps=steps // 20, final_learning_rate_share=0.02)
     data = ChatDataModule(
         tokenizer,
-        {skill: exercises(skill, "train", TRAIN_EXERCISES_OF.get(skill, TRAIN_EXERCISES), seed) for skill in INSTRUCT_SKILLS},
+        {skill: exercises(skill, "train", INSTRUCT_EXERCISES_BY_SKILL.get(skill, TRAIN_EXERCISES), seed) for skill in INSTRUCT_SKILLS},
         raw_texts=standard_library_texts(),
         raw_share=INSTRUCT_RAW_SHARE,
         batches_per_epoch=steps,

@@ -9,10 +9,10 @@ from lata_lightning.merging.weigh import weigh
 from lata_lightning.vectors.task_vector import TaskVector
 from lata_lightning.weighting import Rule, Weighting, linear_drop_by_rank
 
-Method = Callable[[TaskVector], TaskVector]
+Treatment = Callable[[TaskVector], TaskVector]
 
 
-def _rule(weighting: Weighting | Rule) -> Method:
+def _rule(weighting: Weighting | Rule) -> Treatment:
     return lambda vector: weigh(vector, weighting)
 
 
@@ -26,7 +26,7 @@ def ranks_reversed(alignment: Alignment) -> dict[str, float]:
 
 
 TASK_ARITHMETIC = "task arithmetic"
-METHODS: Mapping[str, Method] = {
+TREATMENTS: Mapping[str, Treatment] = {
     TASK_ARITHMETIC: TaskVector.unweighted,
     "LATA linear": _rule("linear"),
     "LATA log": _rule("log"),

@@ -28,9 +28,9 @@ def card(subject: Subject, number: int, last: Alignment | None, table: Mapping[s
 
     Args:
         subject: The input of the report.
-        number: Its number, which decides its colour.
-        last: Its final alignment, if known.
-        table: Moments of its vector by tensor name, if it has a vector.
+        number: Number of that input, which decides its colour.
+        last: Final alignment of the run, if known.
+        table: Moments of the vector by tensor name, if there is a vector.
     """
     end = subject.history[-1] if subject.history else None
     whole = None if table is None else total(table.values())

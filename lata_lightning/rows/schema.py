@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 
 from lata_lightning.errors import LataError, first_three
 
-Form = Literal["conversation", "pair", "text"]
+RowForm = Literal["conversation", "pair", "text"]
 
-FORMS: Mapping[tuple[str, ...], Form] = {
+FORMS: Mapping[tuple[str, ...], RowForm] = {
     ("messages",): "conversation",
     ("prompt", "completion"): "pair",
     ("prompt", "answer"): "pair",
@@ -33,7 +33,7 @@ class Sample(NamedTuple):
         label: Class of a text, as a whole number or a word; None where the row has none.
     """
 
-    form: Form
+    form: RowForm
     messages: tuple[Mapping[str, Any], ...] = ()
     text: str = ""
     label: int | str | None = None

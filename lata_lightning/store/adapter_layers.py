@@ -23,7 +23,7 @@ def check_kind(adapter: str, config: Any) -> None:
     """Refuse an adapter of a kind that changes no weight, or that is not read.
 
     Args:
-        adapter: Its name.
+        adapter: Name of the adapter, for messages.
         config: A ``peft.PeftConfig``.
 
     Raises:

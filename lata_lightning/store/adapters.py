@@ -171,19 +171,23 @@ class AdapterDifference(TensorSource):
 
 @final
 class AdaptedWeights(Computed):
-    """Start plus adapter as whole weights: sums in float64, rounded once to the dtype of the start; trained copies as they are.
+    """The weights of a model with its adapter merged into them.
+
+    A tensor with an adapter is start + difference, summed in float64 and rounded once to the dtype of the start. A tensor that was trained as a copy
+    (``modules_to_save``) is that copy, in the dtype of the start. Each is computed when it is read.
 
     Args:
         start: The weights the adapter was trained on.
-        added: What the adapter adds to them.
+        added: The difference that the adapter makes to them.
 
     Attributes:
-        base, added: Both.
+        start: The weights without the adapter.
+        added: The difference that the adapter makes.
     """
 
     def __init__(self, start: TensorSource, added: AdapterDifference) -> None:
         super().__init__(start, replace(added.origin, directory=start.directory, config=start.config))
-        self.base, self.added = start, added
+        self.start, self.added = start, added
 
     @override
     def read(self, name: str) -> Tensor:
@@ -191,7 +195,7 @@ class AdaptedWeights(Computed):
         if factors is None:
             values = self.added.whole(name)
             return values if values.dtype == self.dtype(name) else combine(values, [], self.dtype(name))
-        return combine(self.base.read(name), [(factors, 1.0)], self.dtype(name))
+        return combine(self.start.read(name), [(factors, 1.0)], self.dtype(name))
 
 
 def adapter_in(weights: TensorSource) -> AdapterDifference | None:

@@ -49,13 +49,15 @@ def under_checkpoint_names(module: nn.Module, tensors: Mapping[str, Tensor]) -> 
 
 
 class Piece(NamedTuple):
-    """How a tensor of a checkpoint follows from the tensors of the module.
+    """How a tensor in a checkpoint is made from tensors of the module.
+
+    A checkpoint may store a tensor of the module as it is, store a view of one (an expert out of fused experts), or compute one from several.
 
     Attributes:
-        origins: Names, in the module, of the tensors it is made of.
-        shape: Its shape.
-        stride, offset: Position of its entries in its only origin, counted in entries; None where it is no view of one tensor.
-        whole: Whether it equals its only origin, in shape and layout.
+        origins: Names of the tensors of the module that it is made from.
+        shape: Shape of the tensor in the checkpoint.
+        stride, offset: If it is a view of one tensor of the module: strides and storage offset of that view, in entries. Otherwise None.
+        whole: Whether it is one tensor of the module as it is, contiguous and of the same shape.
     """
 
     origins: tuple[str, ...]

@@ -51,7 +51,7 @@ def config_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict
 
     Args:
         one: Content of config.json, of a config's ``to_dict()``, or what ``relevant`` returns for it.
-        other: The same of the other model.
+        other: The same, for the second model.
     """
     if relevant(one) == relevant(other):
         return {}

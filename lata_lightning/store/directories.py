@@ -142,8 +142,8 @@ def json_rows(lines: Iterable[str], path: str | Path) -> Iterator[dict[str, Any]
     """Yield the JSON objects on the lines of a file, skipping blank lines.
 
     Args:
-        lines: Its lines.
-        path: Its name, for messages.
+        lines: The lines of the file.
+        path: Name of the file, for messages.
 
     Raises:
         CorruptFileError: A line is no JSON object.

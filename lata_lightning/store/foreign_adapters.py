@@ -15,7 +15,7 @@ class _Library(NamedTuple):
 
     Attributes:
         pattern: Found in every name of such a part, and in no name of a weight.
-        who: Whose adapters they are.
+        who: The library, as the message names it.
         advice: How to get weights, or an adapter that is read.
     """
 
@@ -64,7 +64,7 @@ def check_no_factors(names: Iterable[str], label: str, config: Mapping[str, Any]
     Args:
         names: Names of the tensors.
         label: Where they come from, for the message.
-        config: Of the model, if there is one. Names that its architecture has itself are weights.
+        config: Config of the model, if it has one. Names of parameters of its architecture are those of weights, not of parts of adapters.
 
     Raises:
         SourceError: There are such parts; the message says whose, and what to give instead.

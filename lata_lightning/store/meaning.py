@@ -74,8 +74,8 @@ def difference_meaning(start: TensorSource, tuned: TensorSource, *, compared: bo
     """Return the meaning of the difference of two models, which must mean the same.
 
     Args:
-        start: The one side.
-        tuned: The other.
+        start: The start model.
+        tuned: The tuned model.
         compared: Whether configs are compared, now and wherever the difference is used; it is not recorded.
 
     Raises:

@@ -82,9 +82,9 @@ def lone_tensors(start: TensorSource, tuned: TensorSource, lone: Iterable[str], 
     """Return the error about tensors that only one of two models has.
 
     Args:
-        start: One model.
-        tuned: The other.
-        lone: Names of those tensors.
+        start: The start model.
+        tuned: The tuned model.
+        lone: Names of the tensors that only one of them has.
         paired: Names of the tensors that both have.
     """
     lone = sorted(lone)

@@ -80,9 +80,9 @@ def differing_prefixes(one: Collection[str], other: Collection[str], label: str)
     """Return the prefixes to remove from the names of two models so that as many names as possible agree.
 
     Args:
-        one: Names in the one model.
-        other: Names in the other.
-        label: Of ``one``, for messages.
+        one: Names of the tensors of the first model.
+        other: Names of the tensors of the second model.
+        label: Name of the first model, for messages.
 
     Returns:
         The prefix to remove from the names of ``one``, and that of ``other``, each with its dot; empty to remove none.

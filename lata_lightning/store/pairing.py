@@ -25,7 +25,7 @@ from lata_lightning.store.names import (
 )
 from lata_lightning.store.roles import Role, is_counter, named_role, roles_of
 from lata_lightning.store.sources import TensorSource
-from lata_lightning.store.ties import Ties, same_values
+from lata_lightning.store.ties import Ties, equal_tensors
 from lata_lightning.store.views import View
 
 
@@ -66,12 +66,12 @@ def match(start: TensorSource, tuned: TensorSource, leave_out: LeaveOut = NOTHIN
     """Bring two sources under one set of names: those of the start, or those of the tuned side where only that is a whole model's.
 
     Names that wrappers, older releases and Lightning changed are recognised. So is a prefix that only one side has, and a checkpoint on one side, with its
-    names and pieces, against modules on the other. A tied tensor that is stored twice counts once. Tables that the model computes by itself are
-    left out.
+    names and pieces, against modules on the other. A tied tensor that is stored twice counts once; to tell, the values of both copies are
+    read, and no other values. Tables that the model computes by itself are left out.
 
     Args:
-        start: The one side; only tensors that may be stored twice are read.
-        tuned: The other.
+        start: The start model.
+        tuned: The tuned model.
         leave_out: What to leave out of both sides.
 
     Returns:
@@ -181,7 +181,7 @@ class _Attempt:
             return []
         tied = Ties((self.start, self.tuned))
         for key, name in list(lone.items()):
-            if any(tied(key, other) and same_values(side, name, names[other]) for other in self.common):
+            if any(tied(key, other) and equal_tensors(side, name, names[other]) for other in self.common):
                 del lone[key]
                 self._copies.extend([name] if side is self.start else [])
         return sorted(lone.values())
@@ -230,9 +230,9 @@ def measured_names(
     """Return the names of the tensors that a vector has of two paired sources, weights and buffers; and the names of the buffers among them.
 
     Args:
-        pairing: Both sources.
-        modules: The modules among them.
-        config: Of the model.
+        pairing: The start and the tuned model under one set of names.
+        modules: Those of the two that are modules in memory.
+        config: Config of the model; None where it is not known.
 
     Raises:
         LayoutMismatchError: Integers whose role is not known differ.
@@ -255,8 +255,8 @@ def brought_to(vector: TensorSource, other: TensorSource, leave_out: LeaveOut = 
     """Return the tensors of another vector under the names of a vector.
 
     Args:
-        vector: The vector with the names.
-        other: The other vector; it may have tensors that were left out of the first.
+        vector: The vector whose names are used.
+        other: The vector to rename; it may have tensors that were left out of ``vector``.
         leave_out: Tensors that need not be in both.
 
     Raises:

@@ -24,7 +24,7 @@ class ShardedSource(InFiles):
     """The tensors of a sharded checkpoint; the chunks of a tensor are read and put together when it is asked for.
 
     Args:
-        tensors: By name.
+        tensors: Each tensor by its name: shape, dtype, and the chunks it is stored in.
         origin, tied: As for ``InFiles``.
     """
 

@@ -53,7 +53,7 @@ def _base_prefix(module: nn.Module) -> str:
     return f"{prefix}." if prefix else ""
 
 
-def same_values(source: TensorSource, one: str, other: str) -> bool:
+def equal_tensors(source: TensorSource, one: str, other: str) -> bool:
     """Return whether two tensors of a source have the same values; they are read chunk by chunk."""
     if source.shape(one) != source.shape(other):
         return False

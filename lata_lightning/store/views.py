@@ -70,11 +70,11 @@ class View(Forwarding):
     """Some tensors of another source, under other names.
 
     Args:
-        source: The other source.
+        source: The source that the tensors are read from.
         names: Name in the source by the name in the view.
 
     Attributes:
-        source: The other source.
+        source: The source that the tensors are read from.
     """
 
     def __init__(self, source: TensorSource, names: Mapping[str, str]) -> None:
@@ -126,7 +126,7 @@ class Wrapping(Forwarding):
     """The tensors of another source, some of which a subclass reads in another way.
 
     Args:
-        source: The other source.
+        source: The source that the tensors are read from.
         origin: Where the tensors come from; None for the origin of the source.
     """
 

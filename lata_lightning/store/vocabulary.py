@@ -23,16 +23,16 @@ _ROLES = ("embedding", "head", "other")
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """How the rows of two models, one and other, compare.
+class RowComparison:
+    """Which rows of the vocabulary two models share, and which only one of them has.
 
     Attributes:
-        axes: Axis of the vocabulary by tensor name; empty where every row is shared.
-        rows: Number of rows of both.
-        shared: Rows that are the same token, or padding, on both sides.
-        extra: Rows that only the other has, in order.
-        own: Rows that only the one has, in order.
-        tokens: Tokens of the rows that are not shared, as far as they are known.
+        axes: By tensor name, the axis along which it has one row for each token; empty where the models share every row.
+        rows: Number of rows in the first model, and in the second.
+        shared: Numbers of the rows that are the same token, or padding, in both models.
+        extra: Numbers of the rows that only the second model has, ascending.
+        own: Numbers of the rows that only the first model has, ascending.
+        tokens: Token by row number, as far as tokens are known; None where no tokenizer is known, or no row differs.
         unknown: Why rows were compared by number; empty where they were compared by token.
     """
 
@@ -48,18 +48,18 @@ class Comparison:
 def vocabulary_axes(
     one: TensorSource, other: TensorSource, config: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, int], tuple[int, int]]:
-    """Return the axis of the vocabulary by tensor name, for tensors that differ in size along it; and both sizes.
+    """Return along which axis each tensor has one row per token, for the tensors whose number of rows differs between two models.
 
     Args:
-        one: Weights.
-        other: Under the same names.
-        config: Config of both, where neither side has one.
+        one: Weights of the first model.
+        other: Weights of the second model, under the names of the first.
+        config: Content of a config.json that applies to both models; used where neither source has a config of its own.
 
     Returns:
-        Nothing and (0, 0) where all shapes are equal.
+        The axis by tensor name; and the vocabulary size of the first and of the second model. An empty mapping and (0, 0) where all shapes are equal.
 
     Raises:
-        LayoutMismatchError: Something else differs, or no config tells that it is the vocabulary that differs.
+        LayoutMismatchError: The shapes differ along another axis, or no config names either size as a vocabulary size.
     """
     odd = [name for name in one.names if one.shape(name) != other.shape(name)]
     if not odd:
@@ -95,17 +95,19 @@ def vocabulary_axes(
     return axes, size
 
 
-def compare(one: TensorSource, other: TensorSource, tokens: tuple[Tokens, Tokens], config: Mapping[str, Any] | None = None) -> Comparison:
-    """Compare the rows of two models.
+def compare(
+    one: TensorSource, other: TensorSource, tokens: tuple[Tokens, Tokens], config: Mapping[str, Any] | None = None
+) -> RowComparison:
+    """Return which rows of the vocabulary two models share, by token where both have a tokenizer, otherwise by row number.
 
     Args:
-        one: Weights.
-        other: Under the same names.
-        tokens: Of both.
-        config: As for ``vocabulary_axes``.
+        one: Weights of the first model.
+        other: Weights of the second model, under the names of the first.
+        tokens: Tokens of the first model, and of the second.
+        config: Content of a config.json that applies to both models; used where neither source has a config of its own.
 
     Raises:
-        LayoutMismatchError: A row is a different token on each side, or something else than the vocabulary differs.
+        LayoutMismatchError: A row is one token in the first model and another in the second, or the models differ in more than the vocabulary.
     """
     axes, rows = vocabulary_axes(one, other, config)
     left, right = (side.by_row for side in tokens)
@@ -114,13 +116,13 @@ def compare(one: TensorSource, other: TensorSource, tokens: tuple[Tokens, Tokens
         extra, own = range(rows[0], rows[1]), range(rows[1], rows[0])
         known = None if left is None and right is None else {**(left or {}), **(right or {})}
         unknown = "; ".join(side.unknown for side in tokens if side.unknown)
-        return Comparison(axes, rows, tuple(range(both)), tuple(extra), tuple(own), known, unknown if axes else "")
+        return RowComparison(axes, rows, tuple(range(both)), tuple(extra), tuple(own), known, unknown if axes else "")
     if axes:
         left, right = within(left, rows[0]), within(right, rows[1])
     check_same_tokens([(one.label, left), (other.label, right)])
     if not axes:
         if set(left) == set(right):
-            return Comparison({})
+            return RowComparison({})
         # Both have a row for the token that only one knows, so no shape tells which axis is the vocabulary.
         axes, length = _probed_axes(one, other, config)
         rows = (length, length)
@@ -128,7 +130,7 @@ def compare(one: TensorSource, other: TensorSource, tokens: tuple[Tokens, Tokens
     own_rows = {row for row in left if row < rows[0]} - set(right)
     lone = extra_rows | own_rows
     shared = tuple(row for row in range(min(rows)) if row not in lone)
-    return Comparison(axes, rows, shared, tuple(sorted(extra_rows)), tuple(sorted(own_rows)), {**left, **right})
+    return RowComparison(axes, rows, shared, tuple(sorted(extra_rows)), tuple(sorted(own_rows)), {**left, **right})
 
 
 def resized_config(config: Mapping[str, Any], keys: Iterable[tuple[str, ...]], size: int) -> dict[str, Any]:

@@ -29,10 +29,10 @@ from lata_lightning.training.loading import load_causal_lm
 from lata_lightning.vectors.task_vector import TaskVector
 from lata_lightning.weighting import DEFAULT_THRESHOLD, Weighting
 
-Rule = Literal["sequential", "merge"]
+SequenceRule = Literal["sequential", "merge"]
 ACCURACIES_NAME = "accuracies.json"
 MODEL_NAME = "model"
-RUN_NAME = "run"
+RUN_FOLDER = "run"
 _PARTIAL = ".partial"
 _CHECKPOINT = "latest"
 _SAFE_NAME = re.compile(r"\w[\w.-]*")
@@ -83,7 +83,7 @@ def learn_in_sequence(
     tasks: Sequence[Task],
     output: str | Path,
     *,
-    rule: Rule = "merge",
+    rule: SequenceRule = "merge",
     weighting: Weighting = "none",
     scale: float = 1.0,
     method: Method = "sum",
@@ -146,7 +146,7 @@ def learn_in_sequence(
 
     def learned(stage: Path) -> TaskVector:
         # The callback has stored the coefficients of the weighting rule.
-        vector = TaskVector.open(stage / RUN_NAME / VECTOR_NAME)
+        vector = TaskVector.open(stage / RUN_FOLDER / VECTOR_NAME)
         return weigh(vector, "none" if weighting == "none" else "stored")
 
     for number, (task, stage) in enumerate(zip(tasks, stages, strict=True), start=1):
@@ -156,7 +156,7 @@ def learn_in_sequence(
             partial = directory / f".{stage.name}{_PARTIAL}"
             instruction = instruction_vector if rule == "merge" else None
             callback = LATACallback(
-                instruction, weighting=weighting if instruction else "none", level=level, output_dir=partial / RUN_NAME, threshold=threshold,
+                instruction, weighting=weighting if instruction else "none", level=level, output_dir=partial / RUN_FOLDER, threshold=threshold,
                 outside=outside, table=False,
             )  # fmt: skip
             _train(task, origin, partial, callback, keep_checkpoints)
@@ -221,8 +221,8 @@ def _check(tasks: Sequence[Task], rule: str, weighting: Weighting, scale: float,
         raise LataError(
             f"tasks need different names of letters, digits, '_', '.' and '-'; of {len(names)} names others are {first_three(wrong)}"
         )
-    if rule not in get_args(Rule):
-        raise LataError(f"unknown rule {rule!r}; choose one of {', '.join(get_args(Rule))}")
+    if rule not in get_args(SequenceRule):
+        raise LataError(f"unknown rule {rule!r}; choose one of {', '.join(get_args(SequenceRule))}")
     check_method(method, "cpu")
     if method != "sum" and (rule == "sequential" or weighting != "none"):
         raise LataError(
@@ -244,7 +244,7 @@ def _check_prefix(stages: Sequence[Path]) -> None:
 
 def _train(task: Task, origin: Path, partial: Path, callback: LATACallback, keep_checkpoints: bool) -> None:
     """Run one fine-tune, in the directory of an unfinished stage."""
-    run, checkpoints = partial / RUN_NAME, partial / _CHECKPOINT
+    run, checkpoints = partial / RUN_FOLDER, partial / _CHECKPOINT
     if (run / VECTOR_NAME).exists():
         # The vector is written atomically at the end of training.
         return

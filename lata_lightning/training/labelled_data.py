@@ -9,12 +9,13 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor
 
 from lata_lightning.errors import LataError, SourceError, first_line, first_three
 from lata_lightning.rows.schema import check_columns
 from lata_lightning.rows.tables import divided, open_table
 from lata_lightning.training.data import shards_of
+from lata_lightning.training.loading import load_tokenizer
 from lata_lightning.training.text_data import model_name
 
 
@@ -184,10 +185,7 @@ class LabelledTextDataModule(LabelledDataModule):
         super().__init__(data, column, **settings)
 
     def _load(self, name: str) -> Any:
-        try:
-            return AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError, KeyError) as error:
-            raise SourceError(f"cannot load a tokenizer from {name!r}: {first_line(error)}") from error
+        return load_tokenizer(name)
 
     def _content(self, row: dict[str, Any]) -> Any:
         return row

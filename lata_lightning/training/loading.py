@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
 from lata_lightning.errors import LataError, SourceError, first_line, first_three
 from lata_lightning.evaluation.heads import check_head, class_names
@@ -91,6 +91,21 @@ def _config_with(source: str, head: Head) -> Any:
     head.check_model(config.model_type, repr(source))
     config.id2label, config.label2id = class_names(head)
     return config
+
+
+def load_tokenizer(source: str) -> Any:
+    """Load a Hugging Face tokenizer from a directory or hub id.
+
+    Raises:
+        SourceError: There is no tokenizer, or it cannot be loaded; the message gives the reason.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise SourceError(
+            f"{source} holds no tokenizer that can be loaded ({first_line(error)}). Give a directory or hub id that has one, or copy the tokenizer "
+            "files of the start model into the directory."
+        ) from error
 
 
 def with_adapters(model: Any, lora: Mapping[str, Any], *, quantized: bool = False) -> Any:

@@ -13,13 +13,13 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
-from transformers import AutoTokenizer
 
-from lata_lightning.errors import LataError, SourceError, first_line
+from lata_lightning.errors import LataError
 from lata_lightning.rows.schema import columns_of, read_sample
 from lata_lightning.rows.tables import divided, open_table
 from lata_lightning.rows.tokens import Template, TokenRow, collate, conversation_row, packed, text_windows
 from lata_lightning.training.data import shards_of
+from lata_lightning.training.loading import load_tokenizer
 from lata_lightning.training.streaming import StreamedBatches
 
 
@@ -127,7 +127,7 @@ class TextDataModule(LightningDataModule):
         """
         if self.tokenizer is not None:
             return
-        tokenizer = load_tokenizer(self.tokenizer_name or model_name(self.trainer))
+        tokenizer = load_training_tokenizer(self.tokenizer_name or model_name(self.trainer))
         table = open_table(self.data, self.split, self.subset, streaming=self.streaming)
         if self.streaming:
             sample = next(iter(table), None)
@@ -213,17 +213,14 @@ class TextDataModule(LightningDataModule):
             raise LataError("call setup() before asking for a loader; the Trainer does")
 
 
-def load_tokenizer(name: str) -> Any:
-    """Load a Hugging Face tokenizer from a directory or hub id.
+def load_training_tokenizer(name: str) -> Any:
+    """Load a Hugging Face tokenizer that can end an answer, from a directory or hub id.
 
     Raises:
         SourceError: There is no tokenizer, or it cannot be loaded.
         LataError: The tokenizer has no end token.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise SourceError(f"cannot load a tokenizer from {name!r}: {first_line(error)}") from error
+    tokenizer = load_tokenizer(name)
     if tokenizer.eos_token_id is None:
         raise LataError(f"the tokenizer {name!r} has no end token, without which no answer would learn to end")
     return tokenizer

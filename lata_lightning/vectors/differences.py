@@ -25,7 +25,7 @@ class Difference(TensorSource):
     """Tuned minus start, computed when it is read; it can hash both sides meanwhile.
 
     Args:
-        start, tuned: Both under one set of names.
+        start, tuned: Weights of the start and of the tuned model, under the same names.
         names: The tensors it has.
         identify: Whether to hash what is read.
         known: Hashes of tensors that are equal on both sides and need not be read.

@@ -186,7 +186,7 @@ def read_manifest(directory: Path, *, sealed_only: bool = False) -> Manifest:
     """Return the manifest of a saved task vector.
 
     Args:
-        directory: Of the vector.
+        directory: Directory of the vector.
         sealed_only: Whether to compare the manifest with its own hash. Manifests of versions 1 and 2 have none.
 
     Raises:

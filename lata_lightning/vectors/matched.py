@@ -26,7 +26,7 @@ class Padded(Forwarding):
 
     Args:
         source: The vector, under the names of ``onto``.
-        onto: Whose tensors to have.
+        onto: The model whose tensors the result has.
     """
 
     def __init__(self, source: TensorSource, onto: TensorSource) -> None:
@@ -108,7 +108,7 @@ class MatchedVectors:
 
         Args:
             hashes: Hashes of the tensors of ``onto``.
-            label: Of the model.
+            label: Name of the model, for messages.
 
         Raises:
             BaseMismatchError: The hash that a vector records of its start is another.

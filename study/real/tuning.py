@@ -30,7 +30,7 @@ from lata_lightning.rows.schema import Sample
 from lata_lightning.rows.tokens import TokenRow, collate, conversation_row, packed, text_windows
 from lata_lightning.store.run_directory import HISTORY_NAME, VECTOR_NAME
 from lata_lightning.training.module import CausalLMModule
-from lata_lightning.training.text_data import load_tokenizer
+from lata_lightning.training.text_data import load_training_tokenizer
 from lata_lightning.vectors.task_vector import TaskVector
 from study.real.configuration import Adapters, Configuration, Protocol, Tuning
 from study.real.data import Rows, rows_of
@@ -92,7 +92,7 @@ class FineTunes:
     @cached_property
     def tokenizer(self) -> Any:
         """Of the model."""
-        return load_tokenizer(str(self.model))
+        return load_training_tokenizer(str(self.model))
 
     @cached_property
     def instruct(self) -> Path:

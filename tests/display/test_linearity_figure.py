@@ -4,17 +4,17 @@ import pytest
 
 from lata_lightning.display.linearity import save_figure
 from lata_lightning.errors import LataError, OutputError
-from lata_lightning.linearity.scores import Linearity, Score
+from lata_lightning.linearity.scores import LayerScore, Linearity
 
 MEASURED = [
     Linearity(
         name,
         (
-            Score("model", "model", None, None, 1e-3),
-            Score("a", "block", 0, 1e-4, 1e-4),
-            Score("a.mlp", "mlp", 0, None, 2e-4),
-            Score("b", "block", 1, 3e-4, 3e-4),
-            Score("b.mlp", "mlp", 1, None, 0.0),
+            LayerScore("model", "model", None, None, 1e-3),
+            LayerScore("a", "block", 0, 1e-4, 1e-4),
+            LayerScore("a.mlp", "mlp", 0, None, 2e-4),
+            LayerScore("b", "block", 1, 3e-4, 3e-4),
+            LayerScore("b.mlp", "mlp", 1, None, 0.0),
         ),
     )
     for name in ("math", "string")

@@ -9,7 +9,7 @@ from lata_lightning.errors import OutputError
 from lata_lightning.quickstart import job
 from lata_lightning.quickstart.exercises import split_of
 from lata_lightning.quickstart.experts import EXPERTS
-from lata_lightning.quickstart.methods import METHODS, REGRESSION, WITHOUT_SAMPLES
+from lata_lightning.quickstart.methods import REGRESSION, TREATMENTS, WITHOUT_SAMPLES
 from lata_lightning.quickstart.results import Results
 from lata_lightning.quickstart.scoring import GROUPS
 
@@ -56,8 +56,8 @@ def test_the_validation_problems_lie_beside_the_models(finished):
 def test_the_tables_hold_every_method_and_the_models_themselves(finished):
     _, results, _ = finished
     assert [row.name for row in results.models] == ["instruct", "math expert", "string expert", "unwanted expert"]
-    assert [row.name for row in results.merges] == ["instruct, nothing merged", *METHODS, WITHOUT_SAMPLES, REGRESSION]
-    assert [row.name for row in results.forgetting] == ["target, nothing forgotten", *METHODS]
+    assert [row.name for row in results.merges] == ["instruct, nothing merged", *TREATMENTS, WITHOUT_SAMPLES, REGRESSION]
+    assert [row.name for row in results.forgetting] == ["target, nothing forgotten", *TREATMENTS]
     assert all(set(row.curve) == {"0", "0.5", "1"} for row in results.merges[1:])
 
 

@@ -18,7 +18,7 @@ def made(tmp_path_factory):
             "standard_library_texts": lambda: ["text " * 100],
             "held_out_text": lambda: "text " * 100,
             "TRAIN_EXERCISES": 20,
-            "TRAIN_EXERCISES_OF": {},
+            "INSTRUCT_EXERCISES_BY_SKILL": {},
             "TEST_EXERCISES": 3,
             "TOKENS_PER_BATCH": 256,
         }.items():

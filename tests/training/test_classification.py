@@ -159,7 +159,7 @@ def test_settings_and_sources_that_make_no_sense_are_refused(bert, vit, texts, i
         ImageDataModule(images, validation=images, validation_share=0.1)
     with pytest.raises(LataError, match=r"call setup\(\)"):
         ImageDataModule(images).train_dataloader()
-    with pytest.raises(SourceError, match="cannot load a tokenizer"):
+    with pytest.raises(SourceError, match="holds no tokenizer that can be loaded"):
         LabelledTextDataModule(texts, preprocessor=str(tmp_path)).setup("fit")
     with pytest.raises(SourceError, match="cannot load an image processor"):
         ImageDataModule(images, preprocessor=str(tmp_path)).setup("fit")

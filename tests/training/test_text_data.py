@@ -9,7 +9,7 @@ from lata_lightning.errors import LataError, SourceError
 from lata_lightning.quickstart.experts import INSTRUCT
 from lata_lightning.quickstart.make_checkpoints import make_tokenizer
 from lata_lightning.rows.tokens import TokenRow, chat_rows, collate, conversation_segments, packed
-from lata_lightning.training.text_data import TextDataModule, load_tokenizer
+from lata_lightning.training.text_data import TextDataModule, load_training_tokenizer
 
 PAIRS = [(f"ask {number}", f"say {number * number}") for number in range(12)]
 SMALL = {
@@ -317,13 +317,13 @@ def test_a_stream_that_gives_nothing_is_refused(tmp_path):
 
 
 def test_a_tokenizer_that_is_not_there_or_has_no_end_is_refused(tmp_path):
-    with pytest.raises(SourceError, match="cannot load a tokenizer from"):
-        load_tokenizer(str(tmp_path))
+    with pytest.raises(SourceError, match="holds no tokenizer that can be loaded"):
+        load_training_tokenizer(str(tmp_path))
     endless = make_tokenizer()
     endless.eos_token = None
     endless.save_pretrained(tmp_path / "endless")
     with pytest.raises(LataError, match="has no end token"):
-        load_tokenizer(str(tmp_path / "endless"))
+        load_training_tokenizer(str(tmp_path / "endless"))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from it for the forward pass.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,16 +16,15 @@ from typing_extensions import override
 
 from lata_lightning.errors import LataError, first_three
 from lata_lightning.layers import unwrapped
-from lata_lightning.live.placements.placement import Placement, Strategy, empty_template
+from lata_lightning.live.placements.placement import PerParameter, Placement, Sharded
 from lata_lightning.live.placements.region import Region
 from lata_lightning.live.placements.replicated import Replicated
-from lata_lightning.store.checkpoint_names import tied_groups
 
 # Attributes that DeepSpeed gives to parameters: the part of the master on this process (ZeRO-1 and 2), and the number of a partitioned parameter (ZeRO-3).
 _MASTER, _PARTITIONED = "_hp_mapping", "ds_id"
 
 
-class Master(Placement):
+class Master(Sharded):
     """The part of a float32 master under ZeRO-1 or 2.
 
     Args:
@@ -34,13 +32,8 @@ class Master(Placement):
     """
 
     def __init__(self, parameter: Tensor) -> None:
+        super().__init__(tuple(parameter.shape), torch.float32, parameter)
         self._parameter: Any = parameter
-        self._template = empty_template(self.shape, torch.float32)
-
-    @property
-    @override
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self._parameter.shape)
 
     @property
     @override
@@ -53,23 +46,8 @@ class Master(Placement):
         part = self._parameter._hp_mapping
         if part is None:
             return Region.flat(self._parameter.numel(), 0, 0)
-        place = part.lp_fragment_address
-        return Region.flat(self._parameter.numel(), place.start, place.start + place.numel)
-
-    @property
-    @override
-    def replicated(self) -> bool:
-        return False
-
-    @property
-    @override
-    def changes(self) -> bool:
-        return bool(self._parameter.requires_grad)
-
-    @property
-    @override
-    def is_buffer(self) -> bool:
-        return False
+        fragment = part.lp_fragment_address
+        return Region.flat(self._parameter.numel(), fragment.start, fragment.start + fragment.numel)
 
     @property
     @override
@@ -78,44 +56,31 @@ class Master(Placement):
 
     @property
     @override
-    def template(self) -> Tensor:
-        return self._template
+    def loaded_dtype(self) -> torch.dtype:
+        lower: torch.dtype = self._parameter.dtype
+        return lower
 
     @override
     def values(self) -> Tensor:
         part = self._parameter._hp_mapping
         return torch.empty(0) if part is None else part.get_hp_fragment().detach().reshape(-1).float()
 
-    @override
-    def rounded(self, start: Tensor) -> Tensor:
-        return start.to(self._parameter.dtype).float()
 
-    @override
-    def keeps(self, dtype: torch.dtype) -> bool:
-        return bool(dtype == self._parameter.dtype)
-
-
-class Partition(Placement):
+class Partition(Sharded):
     """The range of a parameter that lies on this process under ZeRO-3.
 
     Args:
         parameter: The parameter, empty between uses.
     """
 
-    def __init__(self, parameter: Tensor) -> None:
-        self._parameter: Any = parameter
-        self._template = empty_template(self.shape, self.dtype)
-
-    @property
-    @override
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self._parameter.ds_shape)
+    def __init__(self, parameter: Any) -> None:
+        self._parameter = parameter
+        super().__init__(tuple(self._parameter.ds_shape), self.dtype, parameter)
 
     @property
     @override
     def dtype(self) -> torch.dtype:
-        lower: torch.dtype = self._parameter.ds_tensor.dtype
-        return torch.float32 if self._has_master else lower
+        return torch.float32 if self._has_master else self.loaded_dtype
 
     @property
     @override
@@ -127,28 +92,14 @@ class Partition(Placement):
 
     @property
     @override
-    def replicated(self) -> bool:
-        return False
-
-    @property
-    @override
-    def changes(self) -> bool:
-        return bool(self._parameter.requires_grad)
-
-    @property
-    @override
-    def is_buffer(self) -> bool:
-        return False
-
-    @property
-    @override
     def materialized(self) -> bool:
         return True
 
     @property
     @override
-    def template(self) -> Tensor:
-        return self._template
+    def loaded_dtype(self) -> torch.dtype:
+        lower: torch.dtype = self._parameter.ds_tensor.dtype
+        return lower
 
     @override
     def values(self) -> Tensor:
@@ -171,22 +122,9 @@ class Partition(Placement):
         finally:
             self._parameter.requires_grad = asks
 
-    @override
-    def rounded(self, start: Tensor) -> Tensor:
-        return start.to(self._parameter.ds_tensor.dtype).to(self.dtype)
 
-    @override
-    def keeps(self, dtype: torch.dtype) -> bool:
-        return bool(dtype == self._parameter.ds_tensor.dtype)
-
-
-class ZeroStrategy(Strategy):
+class ZeroStrategy(PerParameter):
     """DeepSpeed ZeRO-1, 2 and 3."""
-
-    @override
-    def parameters(self, module: nn.Module) -> dict[str, Placement]:
-        named = nn.Module.named_parameters(module)
-        return {unwrapped(name): self.of(parameter) for name, parameter in named if parameter.is_floating_point()}
 
     @override
     def of(self, parameter: Tensor) -> Placement:
@@ -204,10 +142,6 @@ class ZeroStrategy(Strategy):
             return master.detach()
         with deepspeed.zero.GatheredParameters([known]):
             return parameter.detach().clone()
-
-    @override
-    def ties(self, module: nn.Module) -> Iterable[Iterable[str]]:
-        return tied_groups(module)
 
 
 def uses_deepspeed(trained: nn.Module) -> bool:

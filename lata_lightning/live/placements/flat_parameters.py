@@ -15,29 +15,24 @@ from typing_extensions import override
 from lata_lightning.errors import LataError
 from lata_lightning.layers import unwrapped
 from lata_lightning.live.placements.mesh import region_of
-from lata_lightning.live.placements.placement import Placement, Strategy, empty_template
+from lata_lightning.live.placements.placement import Placement, Sharded, Strategy
 from lata_lightning.live.placements.region import Region
+from lata_lightning.live.placements.replicated import Replicated
 
 
-class RowShard(Placement):
+class RowShard(Sharded):
     """The rows of a parameter that a sharded state dict gives to this process.
 
     Args:
-        values: The rows, or all of the parameter.
-        region: Where they are in it.
-        shape: Of the whole parameter.
-        parameter: What asks for the gradient: the parameter itself, or the flat one that it is packed into.
-        replicated: Whether every process has all of it.
+        values: The rows.
+        region: Position of the rows in the parameter.
+        shape: Shape of the whole parameter.
+        parameter: The tensor that asks for the gradient: the parameter itself, or the flat one that it is packed into.
     """
 
-    def __init__(self, values: Tensor, region: Region, shape: tuple[int, ...], parameter: Tensor, *, replicated: bool) -> None:
-        self._values, self._region, self._shape, self._parameter, self._replicated = values.detach(), region, shape, parameter, replicated
-        self._template = self._values if replicated else empty_template(shape, values.dtype)
-
-    @property
-    @override
-    def shape(self) -> tuple[int, ...]:
-        return self._shape
+    def __init__(self, values: Tensor, region: Region, shape: tuple[int, ...], parameter: Tensor) -> None:
+        super().__init__(shape, values.dtype, parameter)
+        self._values, self._region = values.detach(), region
 
     @property
     @override
@@ -51,40 +46,17 @@ class RowShard(Placement):
 
     @property
     @override
-    def replicated(self) -> bool:
-        return self._replicated
-
-    @property
-    @override
-    def changes(self) -> bool:
-        return self._parameter.requires_grad
-
-    @property
-    @override
-    def is_buffer(self) -> bool:
-        return False
-
-    @property
-    @override
     def materialized(self) -> bool:
         return not self._values.is_meta
 
     @property
     @override
-    def template(self) -> Tensor:
-        return self._template
+    def loaded_dtype(self) -> torch.dtype:
+        return self.dtype
 
     @override
     def values(self) -> Tensor:
         return self._values
-
-    @override
-    def rounded(self, start: Tensor) -> Tensor:
-        return start.to(self.dtype)
-
-    @override
-    def keeps(self, dtype: torch.dtype) -> bool:
-        return dtype == self.dtype
 
 
 class FlatStrategy(Strategy):
@@ -147,24 +119,24 @@ _NO_ADAPTERS = (
 )
 
 
-def _row_shard(name: str, values: Any, parameter: Tensor) -> RowShard:
+def _row_shard(name: str, values: Any, parameter: Tensor) -> Placement:
     """The placement of an entry of a sharded state dict: a DTensor, a ShardedTensor, or a whole tensor."""
     shape = tuple(values.shape if isinstance(values, Tensor) else values.size())
     if isinstance(values, DTensor):
-        return RowShard(values.to_local(), region_of(values), shape, parameter, replicated=False)
+        return RowShard(values.to_local(), region_of(values), shape, parameter)
     if isinstance(values, Tensor) and type(values) is Tensor:
-        return RowShard(values, Region.whole(shape), shape, parameter, replicated=True)
+        return Replicated(values, parameter)
     shards = values.local_shards()
     if not shards:
         nothing = Region(shape, ((0, 0), *((0, length) for length in shape[1:])))
-        return RowShard(torch.empty(nothing.size, dtype=values.dtype), nothing, shape, parameter, replicated=False)
+        return RowShard(torch.empty(nothing.size, dtype=values.dtype), nothing, shape, parameter)
     if len(shards) > 1:
         raise LataError(
             f"LATACallback cannot measure {name}, of which FSDP1 gives {len(shards)} shards to one process; use ModelParallelStrategy (FSDP2)"
         )
-    place = shards[0].metadata
-    bounds = tuple((begin, begin + size) for begin, size in zip(place.shard_offsets, place.shard_sizes, strict=True))
-    return RowShard(shards[0].tensor, Region(shape, bounds), shape, parameter, replicated=False)
+    metadata = shards[0].metadata
+    bounds = tuple((begin, begin + size) for begin, size in zip(metadata.shard_offsets, metadata.shard_sizes, strict=True))
+    return RowShard(shards[0].tensor, Region(shape, bounds), shape, parameter)
 
 
 def _asking(name: str, parameters: Mapping[str, Tensor]) -> Tensor:

@@ -77,10 +77,10 @@ class Ownership:
         """Return a whole tensor from the parts that its owners have. Every process has to call this.
 
         Args:
-            name: Of the tensor.
-            values: Those of this process, where it is an owner.
-            shape: Of the whole tensor.
-            dtype: Of the whole tensor.
+            name: Name of the tensor.
+            values: The values that this process owns; None where it owns none.
+            shape: Shape of the whole tensor.
+            dtype: Dtype of the whole tensor.
 
         Returns:
             The tensor on the CPU of rank zero; on other processes its values are undefined.

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from typing import final
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
+from lata_lightning.layers import unwrapped
 from lata_lightning.live.placements.region import Region
+from lata_lightning.store.checkpoint_names import tied_groups
 
 
 class Placement(ABC):
@@ -58,13 +62,62 @@ class Placement(ABC):
     def values(self) -> Tensor:
         """Return the values in the region, of its size, detached. They may be a view of what training changes."""
 
+    @property
     @abstractmethod
-    def rounded(self, start: Tensor) -> Tensor:
-        """Return start values from a file as the strategy loads them: in ``dtype``, rounded to the precision it keeps them in on the way."""
+    def loaded_dtype(self) -> torch.dtype:
+        """Dtype in which the strategy loads the tensor from a file, before it is cast to ``dtype``."""
 
-    @abstractmethod
+    def rounded(self, start: Tensor) -> Tensor:
+        """Return start values from a file as the strategy loads them: rounded to ``loaded_dtype``, then cast to ``dtype``."""
+        return start.to(self.loaded_dtype).to(self.dtype)
+
     def keeps(self, dtype: torch.dtype) -> bool:
         """Return whether start values of a dtype are loaded without rounding."""
+        return dtype == self.loaded_dtype
+
+
+class Sharded(Placement):
+    """A tensor that the strategy cuts into parts, of which this process has one, or none.
+
+    Args:
+        shape: Shape of the whole tensor.
+        dtype: Dtype of the template.
+        trains: The tensor whose ``requires_grad`` says whether training changes this one, and whose type says whether it is a parameter.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, trains: Tensor) -> None:
+        self._shape, self._trains = shape, trains
+        self._template = torch.empty(shape, dtype=dtype, device="meta")
+
+    @property
+    @final
+    @override
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    @property
+    @final
+    @override
+    def replicated(self) -> bool:
+        return False
+
+    @property
+    @final
+    @override
+    def changes(self) -> bool:
+        return self.is_buffer or self._trains.requires_grad
+
+    @property
+    @final
+    @override
+    def is_buffer(self) -> bool:
+        return not isinstance(self._trains, nn.Parameter)
+
+    @property
+    @final
+    @override
+    def template(self) -> Tensor:
+        return self._template
 
 
 class Strategy(ABC):
@@ -90,9 +143,20 @@ class Strategy(ABC):
         """Return the groups of names in a module that are one tensor."""
 
 
-def empty_template(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return a template without values."""
-    return torch.empty(shape, dtype=dtype, device="meta")
+class PerParameter(Strategy):
+    """A strategy under which the parameters of a model are still separate tensors with their own names."""
+
+    @final
+    @override
+    def parameters(self, module: nn.Module) -> dict[str, Placement]:
+        # The method of nn.Module is called, as that of the module may be overridden and need not take arguments.
+        named = nn.Module.named_parameters(module)
+        return {unwrapped(name): self.of(parameter) for name, parameter in named if parameter.is_floating_point()}
+
+    @final
+    @override
+    def ties(self, module: nn.Module) -> Iterable[Iterable[str]]:
+        return tied_groups(module)
 
 
 def by_template(placements: Mapping[str, Placement]) -> dict[int, Placement]:

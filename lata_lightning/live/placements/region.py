@@ -60,8 +60,8 @@ class Region:
         """Read the values in the region from a source.
 
         Args:
-            source: Holds the whole tensor.
-            name: Of the tensor.
+            source: A source with the whole tensor.
+            name: Name of the tensor in the source.
 
         Returns:
             Values of shape ``size``, in the dtype of the source.

@@ -15,10 +15,11 @@ class Replicated(Placement):
 
     Args:
         tensor: A parameter, a buffer, or a piece of one.
+        trains: The tensor whose ``requires_grad`` says whether training changes this one; by default the tensor itself.
     """
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
+    def __init__(self, tensor: Tensor, trains: Tensor | None = None) -> None:
+        self._tensor, self._trains = tensor, tensor if trains is None else trains
 
     @property
     @override
@@ -43,12 +44,12 @@ class Replicated(Placement):
     @property
     @override
     def changes(self) -> bool:
-        return self.is_buffer or self._tensor.requires_grad
+        return self.is_buffer or self._trains.requires_grad
 
     @property
     @override
     def is_buffer(self) -> bool:
-        return not isinstance(self._tensor, nn.Parameter)
+        return not isinstance(self._trains, nn.Parameter)
 
     @property
     @override
@@ -60,14 +61,11 @@ class Replicated(Placement):
     def template(self) -> Tensor:
         return self._tensor
 
+    @property
+    @override
+    def loaded_dtype(self) -> torch.dtype:
+        return self.dtype
+
     @override
     def values(self) -> Tensor:
         return self._tensor.detach()
-
-    @override
-    def rounded(self, start: Tensor) -> Tensor:
-        return start.to(self.dtype)
-
-    @override
-    def keeps(self, dtype: torch.dtype) -> bool:
-        return dtype == self.dtype
