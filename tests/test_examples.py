@@ -30,7 +30,8 @@ def test_every_example_is_run_by_a_test():
 
 def test_a_plain_trainer_leaves_a_vector_and_its_history_can_be_drawn(tmp_path):
     printed = run("plain_trainer.py", "out", cwd=tmp_path)
-    assert "model.layers.7" in printed
+    assert "blocks of model.layers" in printed
+    assert re.search(r"^ *7 ", printed, re.MULTILINE)
     assert TaskVector.open(tmp_path / "out/task_vector").manifest.coefficients is not None
     assert len((tmp_path / "out/history.jsonl").read_text().splitlines()) > 4
     pytest.importorskip("matplotlib")
@@ -130,7 +131,8 @@ def test_a_loop_of_plain_torch_stops_half_way_and_goes_on_with_its_start(tmp_pat
 
 def test_two_processes_of_fabric_with_shards_measure_the_same(tmp_path):
     printed = run("fabric.py", "out", 2, "fsdp2", cwd=tmp_path)
-    found = re.findall(r"^process (\d), step (\d+): least aligned (0\.\d+)", printed, re.MULTILINE)
+    # Two processes write to one pipe, where the end of a line may follow a line of the other.
+    found = re.findall(r"process (\d), step (\d+): least aligned (0\.\d{6})", printed)
     assert sorted({(rank, step) for rank, step, _ in found}) == [(rank, step) for rank in "01" for step in ("4", "8")]
     assert all(len({value for _, step, value in found if step == wanted}) == 1 for wanted in ("4", "8"))
     assert TaskVector.open(tmp_path / "out/task_vector").manifest.alignment is not None

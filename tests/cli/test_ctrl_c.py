@@ -55,6 +55,9 @@ def test_ctrl_c_ends_a_command_with_130_and_leaves_nothing(lata, tmp_path, monke
 @pytest.fixture
 def pressing(monkeypatch):
     """Presses Ctrl-C in the optimizer step of a number, counted from 1."""
+    before = signal.getsignal(signal.SIGINT)
+    # A shell starts a program in the background with Ctrl-C ignored, and the tests may be such a program.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def press(number):
         steps = iter(range(1, sys.maxsize))
@@ -66,7 +69,8 @@ def pressing(monkeypatch):
         monkeypatch.setattr(pl.Callback, "on_before_optimizer_step", step)
         monkeypatch.setattr(pl.LightningModule, "on_before_optimizer_step", lambda self, optimizer: step(self, None))
 
-    return press
+    yield press
+    signal.signal(signal.SIGINT, before)
 
 
 def fit(folder, *more):
