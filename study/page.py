@@ -7,7 +7,8 @@ shown with the number of those that have.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from study.statistics import FEWEST_SEEDS, HEADROOM
 FOLDER = Path(__file__).parent / "results" / "methods"
 FIRST_SCREEN = "first-screen"
 """Folder, in that of the results, of the rows that every seed runs."""
+LONGEST_OPEN_TABLE = 12
+"""Rows of a table that is shown without a click."""
 RULE = f"""The decision rule was fixed before the runs. A row **wins** in a setting only if, over at least {FEWEST_SEEDS} seeds that differ from
 pre-training on, the 95 % intervals (t distribution) of its paired differences to task arithmetic *and* to the mean of five random rank
 orders both lie above zero. It **loses** if that to task arithmetic lies below zero. Everything else is **not separated**. Each row's scale
@@ -52,9 +55,25 @@ def write(folder: Path = FOLDER, page: Path | None = None) -> str:
         found = [result for result in results if result["part"] == part]
         if found:
             lines += ["", *section(found, folder, link)]
-    text = "\n".join(lines) + "\n"
+    text = "\n".join(folded(lines)) + "\n"
     page.write_text(text, "utf-8")
     return text
+
+
+def folded(lines: Sequence[str]) -> list[str]:
+    """Return the lines of a page with every long table behind a line that opens it on a click, so that the page can be read through.
+
+    Args:
+        lines: Markdown; lines that begin with ``|`` are tables.
+    """
+    result: list[str] = []
+    for is_table, group in groupby(lines, key=lambda line: line.startswith("|")):
+        part = list(group)
+        rows = len(part) - 2
+        if is_table and rows > LONGEST_OPEN_TABLE:
+            part = [f"<details><summary>The table of all {rows} rows</summary>", "", *part, "", "</details>"]
+        result += part
+    return result
 
 
 def _read(folder: Path) -> list[Any]:

@@ -11,7 +11,7 @@ from study import figures
 from study.cells import ANCHORED, LATA, TASK_ARITHMETIC, as_text, compared, is_random, random_groups, random_rows
 from study.heterogeneity import AT_ONE
 from study.merging_page import setting_of, spread_and_gain
-from study.page import write
+from study.page import folded, write
 from study.rules import METHODS, WITHOUT_SAMPLES
 from study.statistics import Interval
 
@@ -335,6 +335,17 @@ def test_every_figure_of_the_page_is_there_small_and_the_same_again(whole):
 def test_no_two_of_many_lines_look_alike():
     styles = [figures._style(number) for number in range(3 * len(figures.COLOURS))]
     assert len({(style["color"], style["marker"]) for style in styles}) == len(styles)
+
+
+@pytest.mark.parametrize("rows", [12, 13])
+def test_only_long_tables_open_on_a_click(rows):
+    table = ["| row |", "|---|", *(f"| {number} |" for number in range(rows))]
+    page = folded(["Before.", "", *table, "", "After."])
+    assert [line for line in page if line.startswith("|")] == table
+    assert page[0] == "Before."
+    assert page[-1] == "After."
+    opened = ["<details><summary>The table of all 13 rows</summary>", "</details>"]
+    assert [line for line in page if "details>" in line] == (opened if rows == 13 else [])
 
 
 def test_the_page_is_written_beside_its_folder(whole):
