@@ -99,6 +99,11 @@ def _from_vectors(options: Namespace) -> TaskVector:
     unused = [f"--{name.replace('_', '-')}" for name, default in _ONLY_WITH_DATA.items() if options[name] != default]
     if unused:
         raise LataError(f"{', '.join(unused)} can only be given with --data, as nothing is run without samples")
+    if options.vocabulary is not None and options.model is not None:
+        raise LataError(
+            "--vocabulary compares the tokens of model directories, and --model picks a module of a checkpoint, which has no tokens. Save that "
+            "module as a model directory with its tokenizer first, or leave one of the two out."
+        )
     if options.vocabulary is None:
         vectors = vectors_of(options)
     else:

@@ -136,6 +136,7 @@ def test_a_regression_of_models_with_other_tokens_keeps_those_of_the_start(lata,
     assert lata("merge instruct one --output merged")[0] == 0
     assert head(tmp_path / "merged").shape == (24, 8)
     assert "and one is a saved vector" in lata("regress instruct one other --vocabulary onto --output two")[2]
+    assert "leave one of the two out" in lata("regress instruct math other --vocabulary onto --model teacher --output two")[2]
 
 
 def test_a_method_makes_one_vector_of_models_with_other_tokens(lata, saved, tmp_path):
