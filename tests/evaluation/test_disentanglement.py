@@ -243,7 +243,13 @@ def test_without_matplotlib_the_heat_map_says_what_to_install(monkeypatch):
         (STEPS, SAMPLES, {"scales_2": [0, math.nan]}, LataError, r"finite numbers, at least one, got \[0, nan\]"),
         (STEPS, SAMPLES, {"distance": "cosine"}, LataError, "unknown distance 'cosine'; choose one of prediction, representation"),
         ([STEPS[0], {"v": torch.ones(())}], SAMPLES, {}, LayoutMismatchError, r"task vector 2 must hold parameters.* 1: \['v'\]"),
-        ([STEPS[0], {"w": torch.ones(2)}], SAMPLES, {}, LayoutMismatchError, r"task vector 2 must have the shapes.* 1: \['w'\]"),
+        (
+            [STEPS[0], {"w": torch.ones(2)}],
+            SAMPLES,
+            {},
+            LayoutMismatchError,
+            r"task vector 2 must have the shapes.*1 of 1 tensors differs: \['w'\]",
+        ),
         (STEPS, SAMPLES, {"start": {"v": torch.ones(())}}, LayoutMismatchError, "the start weights must hold parameters"),
     ],
 )

@@ -36,9 +36,9 @@ def test_what_an_unfinished_run_from_the_same_start_has_left_is_removed(tmp_path
 @pytest.mark.parametrize(
     ("other", "named"),
     [
-        ({**START, "b.weight": [3, 4]}, r"1: \['b.weight'\]"),
-        ({"a.weight": [1, 2]}, r"1: \['b.weight'\]"),
-        ({**START, "c.weight": [0, 0]}, r"1: \['c.weight'\]"),
+        ({**START, "b.weight": [3, 4]}, r"1 of 2 tensors differs: \['b.weight'\]"),
+        ({"a.weight": [1, 2]}, r"1 of 2 tensors differs: \['b.weight'\]"),
+        ({**START, "c.weight": [0, 0]}, r"1 of 3 tensors differs: \['c.weight'\]"),
     ],
     ids=["another value", "one less", "one more"],
 )
